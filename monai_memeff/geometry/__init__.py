@@ -1,0 +1,1 @@
+"""Ground room of integers and affines: voxel keys, grids, partitions; torch and numpy only."""
