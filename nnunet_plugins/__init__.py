@@ -1,0 +1,35 @@
+"""nnU-Net plugins of monai-memeff: trainers that nnU-Net finds by name; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# trainer name (nnU-Net's -tr) -> the module that holds it; a new trainer is one row
+TRAINERS = {
+    "SparseTrainer": "nnunet_plugins.sparse_trainer",
+}
+
+__all__ = ["TRAINERS", *TRAINERS]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trainer's module on first use.
+
+    Raises:
+        ImportError: in one line, when nnunetv2 or something else that the trainer needs is missing.
+        AttributeError: for a name that is no trainer.
+    """
+    if name not in TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its trainers are {', '.join(TRAINERS)}")
+    try:
+        trainer = getattr(import_module(TRAINERS[name]), name)
+    except ImportError as error:
+        raise ImportError(f"{name} cannot be loaded: {error}; `python -m nnunet_plugins doctor` says more") from error
+    globals()[name] = trainer
+    return trainer
+
+
+def __dir__() -> list[str]:
+    """Name the trainers too, so that completion shows them before they are loaded."""
+    return sorted({*globals(), *TRAINERS})

@@ -1,0 +1,21 @@
+"""The one file nnU-Net looks into: hands out the trainers of nnunet_plugins by name, each loaded when it is asked for.
+
+nnU-Net imports this file as a top-level module and forgets it again; the trainers live in `nnunet_plugins`, outside
+this folder, so they stay imported and can be pickled. A name that is not ours costs nothing and never raises, so
+other people's trainers are found whatever state this package is in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """Return the trainer of that name; AttributeError (which nnU-Net takes as "not here") for any other name."""
+    try:
+        import nnunet_plugins
+    except ImportError:  # the variable came from another environment: this one does not have the package
+        raise AttributeError(name) from None
+    if name not in nnunet_plugins.TRAINERS:
+        raise AttributeError(name)
+    return getattr(nnunet_plugins, name)
