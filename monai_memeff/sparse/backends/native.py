@@ -1,0 +1,166 @@
+"""The plain PyTorch engine, on any device: blocks of output rows, gathered, multiplied and accumulated.
+
+A block of output rows is finished while it is in cache: for every plane of kernel offsets its input rows are gathered
+through the neighbour table into one (rows, offsets * channels) matrix and multiplied by that plane's weights. Nothing is
+scattered, so the result does not depend on the order in which threads run. Maps with few pairs per offset (transposed
+convolutions) go offset by offset through pairs instead: gather, multiply, index_add.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from monai_memeff.sparse.kernel_map import KernelMap
+
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+"""Elements of one gathered block: about one megabyte in float32 keeps it in a core's cache."""
+
+MIN_BLOCK_ROWS = 1024
+
+
+def unavailable() -> str | None:
+    """Why this engine cannot be used, or None: it always can."""
+    return None
+
+
+def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:
+    """Sparse convolution, differentiable in features, weight and bias.
+
+    Args:
+        features: (num_in, in_channels).
+        weight: (num_offsets, in_channels, out_channels).
+        bias: (out_channels) or None.
+        kernel_map: the planned geometry.
+
+    Returns:
+        (num_out, out_channels), in the dtype of ``features``.
+    """
+    return _Convolution.apply(features, weight, bias, kernel_map)  # type: ignore[no-untyped-call]
+
+
+class _Convolution(torch.autograd.Function):
+    """Forward and its adjoint; the input gradient is the same computation on the transposed map."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kernel_map: KernelMap,
+    ) -> Tensor:
+        ctx.save_for_backward(features, weight)
+        ctx.kernel_map = kernel_map  # type: ignore[attr-defined]
+        return gather_multiply(features, weight, bias, kernel_map)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+        features, weight = ctx.saved_tensors
+        needs_features, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad = grad.contiguous()
+        grad_features = grad_weight = grad_bias = None
+        if needs_features:
+            grad_features = gather_multiply(grad, weight.transpose(1, 2), None, ctx.kernel_map.transposed)
+        if needs_weight:
+            grad_weight = weight_gradient(features, grad, ctx.kernel_map).to(weight.dtype)
+        if needs_bias:
+            grad_bias = grad.sum(0)
+        return grad_features, grad_weight, grad_bias, None
+
+
+def gather_multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:
+    """The convolution itself, without autograd; arguments as in :func:`convolve`."""
+    out = _initial_output(bias, kernel_map.num_out, weight.shape[2], features)
+    if kernel_map.num_pairs == 0:
+        return out
+    if kernel_map.flipped:
+        weight = weight.flip(0)
+    if kernel_map.table is not None:
+        _by_table(features, weight, kernel_map.table, out)
+    else:
+        _by_pairs(features, weight, kernel_map, out)
+    return out
+
+
+def weight_gradient(features: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
+    """Gradient of the weights, accumulated in float32 at least.
+
+    Args:
+        features: (num_in, in_channels).
+        grad: (num_out, out_channels), gradient of the output.
+        kernel_map: the planned geometry.
+
+    Returns:
+        (num_offsets, in_channels, out_channels).
+    """
+    shape = (kernel_map.num_offsets, features.shape[1], grad.shape[1])
+    result = torch.zeros(shape, dtype=_accumulator(features.dtype), device=features.device)
+    if kernel_map.num_pairs == 0:
+        return result
+    if kernel_map.table is not None:
+        _weight_by_table(features, grad, kernel_map.table, result)
+    else:
+        for offset, (in_rows, out_rows) in enumerate(kernel_map.each_pair()):
+            for rows in _blocks(in_rows.numel(), features.shape[1], features.device):
+                result[offset] += features[in_rows[rows]].t() @ grad[out_rows[rows]]
+    return result.flip(0) if kernel_map.flipped else result
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _initial_output(bias: Tensor | None, rows: int, channels: int, like: Tensor) -> Tensor:
+    if bias is None:
+        return like.new_zeros(rows, channels)
+    return bias.to(like.dtype).expand(rows, channels).contiguous()
+
+
+def _blocks(rows: int, row_elements: int, device: torch.device) -> list[slice]:
+    """Row ranges whose gathered block fits the budget."""
+    size = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(row_elements, 1))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _with_absent_row(features: Tensor) -> Tensor:
+    """Append the row of zeros that stands for absent neighbours."""
+    return torch.cat((features, features.new_zeros(1, features.shape[1])))
+
+
+def _by_table(features: Tensor, weight: Tensor, table: Tensor, out: Tensor) -> None:
+    planes, num_out, per_plane = table.shape
+    padded = _with_absent_row(features)
+    plane_weights = weight.reshape(planes, per_plane * features.shape[1], -1)
+    exact = _accumulator(out.dtype) == out.dtype
+    for rows in _blocks(num_out, per_plane * features.shape[1], features.device):
+        block = out[rows] if exact else out[rows].float()
+        for plane in range(planes):
+            gathered = padded.index_select(0, table[plane, rows].flatten()).view(block.shape[0], -1)
+            if exact:
+                block.addmm_(gathered, plane_weights[plane])
+            else:
+                block += gathered @ plane_weights[plane]
+        if not exact:
+            out[rows] = block
+
+
+def _weight_by_table(features: Tensor, grad: Tensor, table: Tensor, result: Tensor) -> None:
+    planes, num_out, per_plane = table.shape
+    padded = _with_absent_row(features)
+    plane_results = result.view(planes, per_plane * features.shape[1], -1)
+    for rows in _blocks(num_out, per_plane * features.shape[1], features.device):
+        for plane in range(planes):
+            gathered = padded.index_select(0, table[plane, rows].flatten()).view(-1, per_plane * features.shape[1])
+            plane_results[plane] += gathered.t() @ grad[rows]
+
+
+def _by_pairs(features: Tensor, weight: Tensor, kernel_map: KernelMap, out: Tensor) -> None:
+    exact = _accumulator(out.dtype) == out.dtype
+    total = out if exact else out.float()
+    for offset, (in_rows, out_rows) in enumerate(kernel_map.each_pair()):
+        for rows in _blocks(in_rows.numel(), features.shape[1], features.device):
+            product = features.index_select(0, in_rows[rows]) @ weight[offset]
+            total.index_add_(0, out_rows[rows], product.to(total.dtype))
+    if not exact:
+        out.copy_(total)

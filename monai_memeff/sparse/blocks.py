@@ -1,0 +1,180 @@
+"""Layers on sparse tensors besides convolution: norms, activations, dropout, pooling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from monai_memeff.sparse.conv import Size, _triple
+from monai_memeff.sparse.kernel_map import KernelShape, kernel_map_between
+from monai_memeff.sparse.tensor import SparseTensor
+
+
+class SparseBatchNorm3d(nn.BatchNorm3d):
+    """Batch norm over all active voxels of the batch; arguments and ``state_dict`` of ``torch.nn.BatchNorm3d``.
+
+    In training a level with fewer than two active voxels has no variance: it is normalised with the running statistics,
+    which then stay as they are, instead of raising as torch does.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # rows (N, C) instead of a volume
+
+    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
+        """Normalise (N, C) features."""
+        if self.training and len(x) < 2:
+            return x.replace(self._with_running_statistics(x.features))
+        return x.replace(super().forward(x.features))
+
+    def _with_running_statistics(self, features: Tensor) -> Tensor:
+        mean = 0.0 if self.running_mean is None else self.running_mean
+        scale = 1.0 if self.running_var is None else (self.running_var + self.eps).rsqrt()
+        return _affine((features - mean) * scale, self.weight, self.bias)
+
+
+class SparseInstanceNorm3d(nn.InstanceNorm3d):
+    """Instance norm: every channel of every batch item over that item's active voxels.
+
+    Arguments and ``state_dict`` of ``torch.nn.InstanceNorm3d`` without running statistics. An item with one active voxel
+    has no variance; its normalised value is zero.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # rows (N, C) instead of a volume
+
+    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
+        """Normalise (N, C) features."""
+        if self.track_running_stats:
+            raise ValueError("SparseInstanceNorm3d keeps no running statistics; set track_running_stats=False.")
+        parts = [self._normalise(features) for features in _per_item(x)]
+        return x.replace(torch.cat(parts))
+
+    def _normalise(self, features: Tensor) -> Tensor:
+        if len(features) < 2:
+            return _affine(features - features, self.weight, self.bias)
+        return functional.batch_norm(features, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+
+class SparseGroupNorm(nn.GroupNorm):
+    """Group norm: groups of channels of every batch item over that item's active voxels, as ``torch.nn.GroupNorm``."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
+        """Normalise (N, C) features."""
+        parts = [super(SparseGroupNorm, self).forward(f.t()[None])[0].t() if len(f) else f for f in _per_item(x)]
+        return x.replace(torch.cat(parts))
+
+
+def _per_item(x: SparseTensor) -> list[Tensor]:
+    bounds = x.voxels.batch_bounds()
+    return [x.features[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def _affine(normalised: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        normalised = normalised * weight
+    return normalised if bias is None else normalised + bias
+
+
+class _Featurewise(nn.Module):
+    """Mixin: apply a module that works on single values to the features."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Apply to (N, C) features."""
+        return x.replace(super().forward(x.features))  # type: ignore[misc]
+
+
+class SparseReLU(_Featurewise, nn.ReLU):
+    """``torch.nn.ReLU`` on features."""
+
+
+class SparseLeakyReLU(_Featurewise, nn.LeakyReLU):
+    """``torch.nn.LeakyReLU`` on features."""
+
+
+class SparsePReLU(_Featurewise, nn.PReLU):
+    """``torch.nn.PReLU`` on features."""
+
+
+class SparseELU(_Featurewise, nn.ELU):
+    """``torch.nn.ELU`` on features."""
+
+
+class SparseGELU(_Featurewise, nn.GELU):
+    """``torch.nn.GELU`` on features."""
+
+
+class SparseSiLU(_Featurewise, nn.SiLU):
+    """``torch.nn.SiLU`` on features."""
+
+
+class SparseSigmoid(_Featurewise, nn.Sigmoid):
+    """``torch.nn.Sigmoid`` on features."""
+
+
+class SparseTanh(_Featurewise, nn.Tanh):
+    """``torch.nn.Tanh`` on features."""
+
+
+class SparseDropout(_Featurewise, nn.Dropout):
+    """``torch.nn.Dropout`` on single feature values."""
+
+
+class SparseDropout3d(nn.Dropout3d):
+    """Drop whole channels of a batch item, as ``torch.nn.Dropout3d`` does on volumes."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
+        """Apply to (N, C) features."""
+        if not self.training or self.p == 0:
+            return x
+        keep = functional.dropout(x.features.new_ones(x.batch_size, x.features.shape[1]), self.p)
+        bounds = torch.tensor(x.voxels.batch_bounds(), device=x.device)
+        return x.replace(x.features * keep.repeat_interleave(bounds.diff(), dim=0))
+
+
+class _SparsePool3d(nn.Module):
+    """Pooling over the active voxels of each window; a result stands at floor(c / stride) of the active voxels."""
+
+    reduction: str
+
+    def __init__(self, kernel_size: Size = 2, stride: Size | None = None) -> None:
+        """Args: kernel_size and stride, one number or one per axis; the stride defaults to the kernel size."""
+        super().__init__()
+        self.kernel_size = _triple(kernel_size)
+        self.stride = _triple(kernel_size if stride is None else stride)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Pool (N, C) features to (M, C)."""
+        i, j, k = ((size - 1) // 2 for size in self.kernel_size)
+        outputs = x.voxels if self.stride == (1, 1, 1) else x.voxels.coarsened(self.stride)
+        shape = KernelShape(self.kernel_size, self.stride, padding=(i, j, k))
+        pairs = list(kernel_map_between(x.voxels, outputs, shape).each_pair())
+        in_rows, out_rows = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+        pooled = x.features.new_zeros(len(outputs), x.features.shape[1])
+        target_rows = out_rows[:, None].expand(-1, x.features.shape[1])
+        pooled = pooled.scatter_reduce(0, target_rows, x.features[in_rows], self.reduction, include_self=False)
+        return SparseTensor.on(outputs, pooled)
+
+
+class SparseMaxPool3d(_SparsePool3d):
+    """Maximum over the active voxels of each window (inactive ones do not count as zero).
+
+    Equals ``torch.nn.MaxPool3d(kernel_size, stride, (kernel_size - 1) // 2)`` on a volume filled with -inf. Where several
+    voxels tie for the maximum they share the gradient.
+    """
+
+    reduction = "amax"
+
+
+class SparseAvgPool3d(_SparsePool3d):
+    """Mean over the active voxels of each window (inactive ones do not count)."""
+
+    reduction = "mean"
+
+
+class SparseGlobalAvgPool3d(nn.Module):
+    """Mean over all active voxels of each batch item: SparseTensor (N, C) -> Tensor (B, C); zero for an empty item."""
+
+    def forward(self, x: SparseTensor) -> Tensor:
+        """Pool (see the class)."""
+        return torch.stack([rows.sum(0) / max(len(rows), 1) for rows in _per_item(x)])

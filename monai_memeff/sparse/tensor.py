@@ -1,0 +1,260 @@
+"""SparseTensor: feature rows on a set of active voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from monai_memeff.geometry import voxels
+from monai_memeff.sparse.voxel_set import VoxelSet
+
+
+class SparseTensor:
+    """Features on the active voxels of a batch of volumes.
+
+    Rows are kept in lexicographic order of (batch, i, j, k); a constructor call with rows in another order sorts them.
+    Coordinates count voxels of this tensor's own level: after a convolution of stride 2 they run to half the extent.
+
+    Args:
+        features: (N, C) floating point.
+        coordinates: (N, 4) integers [batch, i, j, k], unique; i, j, k follow the axes (H, W, D) of the volume.
+        spatial_shape: (H, W, D) of this level, each at most 2^18.
+        stride: voxel size of this level in voxels of the finest one, an integer or one per axis.
+        batch_size: number of volumes; by default one more than the largest batch index (1 without voxels).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, a coordinate lies outside the grid, or two rows share one voxel.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        coordinates: Tensor,
+        spatial_shape: Sequence[int],
+        stride: int | Sequence[int] = 1,
+        batch_size: int | None = None,
+    ) -> None:
+        _check_rows(features, coordinates)
+        if batch_size is None:
+            batch_size = int(coordinates[:, 0].max()) + 1 if len(coordinates) else 1
+        voxels.check_extent(spatial_shape, batch_size)
+        _check_inside(coordinates, spatial_shape, batch_size)
+        keys = voxels.coordinates_to_keys(coordinates.to(features.device), spatial_shape)
+        if not voxels.is_strictly_increasing(keys):
+            keys, order = keys.sort()
+            features = features[order]
+            if not voxels.is_strictly_increasing(keys):
+                raise ValueError("coordinates must be unique, got at least two rows for one voxel; merge them first.")
+        strides = (stride,) * 3 if isinstance(stride, int) else tuple(stride)
+        self.features = features
+        self.voxels = VoxelSet(keys, spatial_shape, batch_size, strides)
+
+    @classmethod
+    def on(cls, voxel_set: VoxelSet, features: Tensor) -> SparseTensor:
+        """Features (N, C) on an existing voxel set, whose plans are shared."""
+        tensor = cls.__new__(cls)
+        tensor.features = features
+        tensor.voxels = voxel_set
+        return tensor
+
+    @classmethod
+    def from_dense(cls, image: Tensor, mask: Tensor) -> SparseTensor:
+        """Take the voxels of a dense volume that a mask marks; differentiable in ``image``.
+
+        Args:
+            image: (B, C, H, W, D).
+            mask: (B, 1, H, W, D) boolean.
+
+        Raises:
+            ValueError: the shapes do not fit or the mask is not boolean.
+        """
+        if image.ndim != 5:
+            raise ValueError(f"image must have shape (B, C, H, W, D), got {tuple(image.shape)}; add the missing axes.")
+        expected = (image.shape[0], 1, *image.shape[2:])
+        if mask.dtype != torch.bool or tuple(mask.shape) != expected:
+            raise ValueError(f"mask must be boolean of shape {expected}, got {mask.dtype} of {tuple(mask.shape)}.")
+        voxels.check_extent(image.shape[2:], image.shape[0])
+        keys = mask.flatten().nonzero()[:, 0]
+        voxel_set = VoxelSet(keys, image.shape[2:], image.shape[0])
+        batch, position = _batch_and_position(voxel_set)
+        return cls.on(voxel_set, image.flatten(2)[batch, :, position])
+
+    def dense(self, fill: float | Sequence[float] = 0.0) -> Tensor:
+        """The volume (B, C, H, W, D); differentiable in the features.
+
+        Args:
+            fill: value of the voxels that are not active, one number or one per channel.
+        """
+        batch, position = _batch_and_position(self.voxels)
+        shape = self.spatial_shape
+        cells = shape[0] * shape[1] * shape[2]
+        filling = torch.as_tensor(fill, dtype=self.features.dtype, device=self.features.device).view(1, -1, 1)
+        volume = filling.expand(self.batch_size, self.features.shape[1], cells).clone()
+        volume[batch, :, position] = self.features
+        return volume.view(self.batch_size, -1, *shape)
+
+    def replace(self, features: Tensor) -> SparseTensor:
+        """Other features (N, C') on the same voxels."""
+        return SparseTensor.on(self.voxels, features)
+
+    def prune(self, keep: Tensor) -> SparseTensor:
+        """Drop voxels.
+
+        Args:
+            keep: (N,) boolean, True for the voxels that stay.
+
+        Raises:
+            ValueError: ``keep`` is not boolean with one value per voxel.
+        """
+        if keep.dtype != torch.bool or keep.shape != (len(self),):
+            raise ValueError(f"keep must be boolean of shape ({len(self)},), got {keep.dtype} of {tuple(keep.shape)}.")
+        return SparseTensor.on(self.voxels.select(keep), self.features[keep])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SparseTensor:
+        """Features and voxels on another device, or features in another dtype."""
+        features = self.features.to(device=device, dtype=dtype)
+        if features.device == self.voxels.device:
+            return self.replace(features)
+        moved = VoxelSet(
+            self.voxels.keys.to(features.device), self.spatial_shape, self.batch_size, self.voxels.stride
+        )
+        return SparseTensor.on(moved, features)
+
+    @property
+    def coordinates(self) -> Tensor:
+        """(N, 4) int64 [batch, i, j, k] in voxels of this level."""
+        return self.voxels.coordinates
+
+    @property
+    def spatial_shape(self) -> tuple[int, int, int]:
+        """(H, W, D) of this level."""
+        return self.voxels.spatial_shape
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Voxel size of this level in voxels of the finest one."""
+        return self.voxels.stride
+
+    @property
+    def batch_size(self) -> int:
+        """Number of volumes."""
+        return self.voxels.batch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features are."""
+        return self.features.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the features."""
+        return self.features.dtype
+
+    @property
+    def occupancy(self) -> float:
+        """Active voxels as a fraction of the grid."""
+        height, width, depth = self.spatial_shape
+        return len(self) / (self.batch_size * height * width * depth)
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def __add__(self, other: SparseTensor) -> SparseTensor:
+        return union_add(self, other)
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseTensor({len(self)} voxels x {self.features.shape[1]} channels, spatial_shape={self.spatial_shape}, "
+            f"stride={self.stride}, batch_size={self.batch_size}, dtype={self.dtype}, device={self.device})"
+        )
+
+
+def union_add(first: SparseTensor, second: SparseTensor) -> SparseTensor:
+    """Sum over the union of two voxel sets; a voxel that one of them lacks counts as zero there.
+
+    Raises:
+        ValueError: the grids or the channel counts differ.
+    """
+    if first.features.shape[1] != second.features.shape[1]:
+        raise ValueError(
+            f"union_add needs equal channels, got {first.features.shape[1]} and {second.features.shape[1]}."
+        )
+    if _same_voxels(first, second):
+        return first.replace(first.features + second.features)
+    union, first_rows, second_rows = _unite(first, second)
+    total = first.features.new_zeros(len(union), first.features.shape[1])
+    total = total.index_copy(0, first_rows, first.features).index_add(0, second_rows, second.features.to(total.dtype))
+    return SparseTensor.on(union, total)
+
+
+def concatenate(tensors: Sequence[SparseTensor]) -> SparseTensor:
+    """Stack the channels over the union of the voxel sets, in the given order; absent voxels count as zero.
+
+    Raises:
+        ValueError: no tensor is given, or the grids differ.
+    """
+    if not tensors:
+        raise ValueError("concatenate needs at least one SparseTensor, got none.")
+    joined = tensors[0]
+    for tensor in tensors[1:]:
+        joined = _concatenate_two(joined, tensor)
+    return joined
+
+
+def _concatenate_two(first: SparseTensor, second: SparseTensor) -> SparseTensor:
+    if _same_voxels(first, second):
+        return first.replace(torch.cat((first.features, second.features), dim=1))
+    union, first_rows, second_rows = _unite(first, second)
+    columns = [
+        tensor.features.new_zeros(len(union), tensor.features.shape[1]).index_copy(0, rows, tensor.features)
+        for tensor, rows in ((first, first_rows), (second, second_rows))
+    ]
+    return SparseTensor.on(union, torch.cat(columns, dim=1))
+
+
+def _same_voxels(first: SparseTensor, second: SparseTensor) -> bool:
+    if not first.voxels.same_grid(second.voxels):
+        raise ValueError(
+            "sparse tensors must share one grid, got "
+            f"{(first.spatial_shape, first.stride, first.batch_size)} and "
+            f"{(second.spatial_shape, second.stride, second.batch_size)} as (spatial_shape, stride, batch_size)."
+        )
+    return first.voxels is second.voxels or torch.equal(first.voxels.keys, second.voxels.keys)
+
+
+def _unite(first: SparseTensor, second: SparseTensor) -> tuple[VoxelSet, Tensor, Tensor]:
+    keys, first_rows, second_rows = voxels.unite(first.voxels.keys, second.voxels.keys)
+    return first.voxels.with_keys(keys), first_rows, second_rows
+
+
+def _batch_and_position(voxel_set: VoxelSet) -> tuple[Tensor, Tensor]:
+    height, width, depth = voxel_set.spatial_shape
+    cells = height * width * depth
+    batch = voxel_set.keys.div(cells, rounding_mode="floor")
+    return batch, voxel_set.keys - batch * cells
+
+
+def _check_rows(features: Tensor, coordinates: Tensor) -> None:
+    if features.ndim != 2 or not features.is_floating_point():
+        raise ValueError(f"features must be floating point (N, C), got {features.dtype} of {tuple(features.shape)}.")
+    integral = not (coordinates.is_floating_point() or coordinates.is_complex() or coordinates.dtype == torch.bool)
+    if coordinates.shape != (len(features), 4) or not integral:
+        raise ValueError(
+            f"coordinates must be integers of shape ({len(features)}, 4) as [batch, i, j, k], "
+            f"got {coordinates.dtype} of {tuple(coordinates.shape)}."
+        )
+
+
+def _check_inside(coordinates: Tensor, spatial_shape: Sequence[int], batch_size: int) -> None:
+    if len(coordinates) == 0:
+        return
+    limits = (batch_size, *spatial_shape)
+    lowest, highest = coordinates.amin(0).tolist(), coordinates.amax(0).tolist()
+    for name, low, high, limit in zip(("batch", "i", "j", "k"), lowest, highest, limits, strict=True):
+        if low < 0 or high >= limit:
+            raise ValueError(
+                f"coordinate {name} must lie in 0 ... {limit - 1}, got {low} ... {high}; "
+                "crop the points or enlarge spatial_shape or batch_size."
+            )

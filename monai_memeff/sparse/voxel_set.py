@@ -1,0 +1,101 @@
+"""The active voxels of one resolution level: sorted keys, the grid they live in, and what was planned for them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from monai_memeff.geometry import voxels
+
+Plan = TypeVar("Plan")
+
+
+class VoxelSet:
+    """A set of active voxels on a regular grid; the geometry that many sparse tensors share.
+
+    Invariant: ``keys`` is strictly increasing, so rows of every tensor on this set are in lexicographic order of
+    (batch, i, j, k). Kernel maps are planned once per set and kept here for as long as the set lives. A coarse set holds
+    the fine set it came from; the fine set refers to the coarse one weakly, so nothing is kept alive in a circle.
+
+    Args:
+        keys: (N,) int64, strictly increasing, see :func:`monai_memeff.geometry.voxels.coordinates_to_keys`.
+        spatial_shape: extents of the grid along (i, j, k), in voxels of this level.
+        batch_size: number of volumes.
+        stride: voxel size of this level in voxels of the finest one, along (i, j, k).
+        finer: the set that this one was coarsened from, if any.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        spatial_shape: Sequence[int],
+        batch_size: int,
+        stride: Sequence[int] = (1, 1, 1),
+        finer: VoxelSet | None = None,
+    ) -> None:
+        self.keys = keys
+        self.spatial_shape = (int(spatial_shape[0]), int(spatial_shape[1]), int(spatial_shape[2]))
+        self.batch_size = int(batch_size)
+        self.stride = (int(stride[0]), int(stride[1]), int(stride[2]))
+        self.finer = finer
+        self._plans: dict[Hashable, object] = {}
+        self._coarser: weakref.WeakValueDictionary[tuple[int, ...], VoxelSet] = weakref.WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return self.keys.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the keys are."""
+        return self.keys.device
+
+    @property
+    def coordinates(self) -> Tensor:
+        """(N, 4) int64 [batch, i, j, k] in voxels of this level."""
+        return voxels.keys_to_coordinates(self.keys, self.spatial_shape)
+
+    def planned(self, name: Hashable, plan: Callable[[], Plan]) -> Plan:
+        """Return what was planned under ``name``, planning it at the first call."""
+        if name not in self._plans:
+            self._plans[name] = plan()
+        return self._plans[name]  # type: ignore[return-value]
+
+    def select(self, keep: Tensor) -> VoxelSet:
+        """The subset marked by an (N,) boolean mask."""
+        return VoxelSet(self.keys[keep], self.spatial_shape, self.batch_size, self.stride, self.finer)
+
+    def with_keys(self, keys: Tensor) -> VoxelSet:
+        """Another set of voxels on the same grid; ``keys`` must be strictly increasing."""
+        return VoxelSet(keys, self.spatial_shape, self.batch_size, self.stride, self.finer)
+
+    def same_grid(self, other: VoxelSet) -> bool:
+        """Whether two sets live on one grid (extents, stride, batch size)."""
+        mine = (self.spatial_shape, self.batch_size, self.stride)
+        return mine == (other.spatial_shape, other.batch_size, other.stride)
+
+    def coarsened(self, stride: tuple[int, int, int]) -> VoxelSet:
+        """The cells of size ``stride`` that hold at least one voxel: the unique values of floor(c / stride).
+
+        The coarse grid has ceil(extent / stride) cells along each axis, so every voxel has a cell.
+        """
+        known = self._coarser.get(stride)
+        if known is None:
+            shape = tuple(-(-extent // step) for extent, step in zip(self.spatial_shape, stride, strict=True))
+            cells = voxels.coordinates_to_keys(voxels.coarsen(self.coordinates, stride), shape)
+            scale = tuple(mine * step for mine, step in zip(self.stride, stride, strict=True))
+            known = VoxelSet(torch.unique(cells), shape, self.batch_size, scale, finer=self)
+            self._coarser[stride] = known
+        return known
+
+    def batch_bounds(self) -> list[int]:
+        """Row bounds of the batch items: item b owns rows ``bounds[b]`` to ``bounds[b + 1]``."""
+        return self.planned("batch_bounds", self._find_batch_bounds)
+
+    def _find_batch_bounds(self) -> list[int]:
+        height, width, depth = self.spatial_shape
+        first_keys = torch.arange(self.batch_size + 1, device=self.device) * (height * width * depth)
+        return torch.searchsorted(self.keys, first_keys).tolist()
