@@ -1,0 +1,414 @@
+"""A head CT in, a cubic skull grid out: reading, refusing, cropping to the vault and pooling, with every affine kept."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+STRIDE = 64  # the completion network halves the grid six times
+MARGIN = 0.05  # air kept on each side of the skull, as a fraction of its extent
+FINEST = 256  # edge of the finest grid on which bone is thresholded before pooling
+MAX_SPACING_MM = 8.0
+EXTENT_MM = (60.0, 400.0)
+FULL = 0.5
+UPPER_MM = 110.0  # below the vertex, still above the jaw and the shoulders
+
+
+class InputError(ValueError):
+    """An image that the job cannot use: one line that says the limit, the value and the way out."""
+
+
+@dataclass(frozen=True)
+class HeadVolume:
+    """One head on the network's grid, and the way back to the image it came from.
+
+    Attributes:
+        skull: bool (S, S, S), True where any bone lies in the cell; axes run to the right-to-left, back-to-front and
+            foot-to-head ends of the world (RAS+).
+        affine: float64 (4, 4), index of a cell -> millimetres (RAS+).
+        grey: int16 (S * k, S * k, S * k), the CT in HU on the finer grid that was thresholded; for pictures.
+        grey_affine: float64 (4, 4), index of a voxel of ``grey`` -> millimetres (RAS+).
+        bone: bool (H, W, D), the skull in the image's own geometry, other bone-dense objects removed.
+        ct_affine: float64 (4, 4), index of a voxel of the image -> millimetres (RAS+).
+        fill: volume of the bone over the volume of the cells that hold it, in (0, 1].
+        threshold: Hounsfield units above which a voxel counted as bone.
+        name: what to call the head in a report.
+        notes: plain sentences about what was found or changed.
+    """
+
+    skull: np.ndarray
+    affine: np.ndarray
+    grey: np.ndarray
+    grey_affine: np.ndarray
+    bone: np.ndarray
+    ct_affine: np.ndarray
+    fill: float
+    threshold: float
+    name: str
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def size(self) -> int:
+        """Edge of the grid in cells."""
+        return int(self.skull.shape[0])
+
+    @property
+    def cell_mm(self) -> float:
+        """Edge of one cell in millimetres."""
+        return float(self.affine[0, 0])
+
+    @property
+    def occupancy(self) -> float:
+        """Fraction of cells that hold bone."""
+        return float(self.skull.mean())
+
+    def tensor(self) -> MetaTensor:
+        """The skull as a float32 MetaTensor (1, S, S, S) that carries the affine of the grid."""
+        return MetaTensor(torch.from_numpy(self.skull[None].astype(np.float32)), affine=torch.from_numpy(self.affine))
+
+
+def check_size(size: int) -> int:
+    """Refuse a grid edge that the network cannot use.
+
+    Args:
+        size: edge of the grid in cells.
+
+    Returns:
+        The same number.
+
+    Raises:
+        InputError: when it is below 64, above 512 or not a multiple of 16.
+    """
+    if size < STRIDE or size > 512 or size % 16:
+        raise InputError(f"size must be a multiple of 16 from {STRIDE} (the network's stride) to 512, got {size}: try 64")
+    return size
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what image readers print: one failure is reported once, in our own words."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _reader_for(path: Path) -> str | None:
+    if path.is_dir() or path.suffix.lower() in (".dcm", ".ima"):
+        return "PydicomReader"
+    return "NibabelReader" if path.name.lower().endswith((".nii", ".nii.gz")) else None
+
+
+def read_ct(path: str | Path) -> MetaTensor:
+    """Read one CT through MONAI's readers.
+
+    Args:
+        path: a NIfTI file, an NRRD or MetaImage file (with ITK or pynrrd installed), or a folder of one DICOM series
+            (with pydicom installed).
+
+    Returns:
+        float32 (1, H, W, D) in Hounsfield units, with the affine in RAS+ millimetres.
+
+    Raises:
+        InputError: when the file is missing, empty, unreadable or truncated, or is not one 3D image.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"no such image: {path}: give a NIfTI, NRRD or MetaImage file, or a DICOM folder")
+    if (path.is_dir() and not any(path.iterdir())) or (path.is_file() and path.stat().st_size == 0):
+        raise InputError(f"{path} is empty: copy the image again, or give another one")
+    from monai.transforms import LoadImage
+
+    try:
+        with _quiet():
+            image = LoadImage(reader=_reader_for(path), image_only=True, ensure_channel_first=True, dtype=np.float32)(path)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+        raise InputError(f"cannot read {path}: {reason}; check that it is a whole NIfTI, NRRD or DICOM image") from error
+    return check_ct(image, str(path))
+
+
+def check_ct(image: MetaTensor, name: str = "the image") -> MetaTensor:
+    """Refuse what cannot be a head CT before any work starts.
+
+    Args:
+        image: (1, H, W, D) with an affine in RAS+ millimetres.
+        name: how to call it in the message.
+
+    Returns:
+        The same image.
+
+    Raises:
+        InputError: on 2D, 4D or multi-channel images, fewer than 64 voxels along an axis, NaN or infinity, a singular
+            affine, or a spacing above 8 mm.
+    """
+    if image.ndim != 4:
+        raise InputError(f"{name} is {image.ndim - 1}D, and one 3D volume is needed: give a whole series, not a slice")
+    if image.shape[0] != 1:
+        raise InputError(f"{name} holds {image.shape[0]} volumes, and one is needed: split the 4D image and give one part")
+    shape = tuple(int(n) for n in image.shape[1:])
+    if min(shape) < STRIDE:
+        raise InputError(
+            f"{name} has {' x '.join(map(str, shape))} voxels, and at least {STRIDE} along every axis are needed"
+            " (the network's stride): give a finer or larger image"
+        )
+    bad = int((~torch.isfinite(image)).sum())
+    if bad:
+        raise InputError(f"{name} holds {bad} voxels that are NaN or infinite, and none may be: replace them by -1024 (air)")
+    _check_affine(np.asarray(image.affine, dtype=np.float64), name)
+    return image
+
+
+def _check_affine(affine: np.ndarray, name: str) -> None:
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or spacing.min() < 1e-3 or abs(np.linalg.det(affine[:3, :3] / spacing)) < 0.1:
+        raise InputError(f"{name} has a singular affine (spacing {_mm(spacing)}): repair its header (qform and sform)")
+    if spacing.max() > MAX_SPACING_MM:
+        raise InputError(
+            f"{name} has a spacing of {_mm(spacing)}, and at most {MAX_SPACING_MM:g} mm can show a skull:"
+            " give a series with thinner slices, or repair the header"
+        )
+
+
+def _mm(spacing: np.ndarray) -> str:
+    return " x ".join(f"{s:.4g}" for s in spacing) + " mm"
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """The largest 26-connected piece of a mask.
+
+    Args:
+        mask: bool (H, W, D).
+
+    Returns:
+        bool (H, W, D); all False when the mask is.
+    """
+    from scipy import ndimage
+
+    out = np.zeros_like(mask, dtype=bool)
+    box = bounding_box(mask)
+    if box is None:
+        return out
+    labels, count = ndimage.label(mask[box], np.ones((3, 3, 3), dtype=bool))
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    out[box] = labels == sizes.argmax()
+    return out
+
+
+def bounding_box(mask: np.ndarray, grow: int = 0) -> tuple[slice, slice, slice] | None:
+    """The slices that just hold a 3D mask, grown and clipped; None for an empty mask."""
+    if not mask.any():
+        return None
+    box = []
+    for axis in range(3):
+        hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        box.append(slice(max(int(hit[0]) - grow, 0), min(int(hit[-1]) + 1 + grow, mask.shape[axis])))
+    return box[0], box[1], box[2]
+
+
+def find_bone(image: np.ndarray, threshold: float, name: str = "the image") -> tuple[np.ndarray, np.ndarray]:
+    """Threshold bone and keep its largest piece, so that table and head-holder go.
+
+    Args:
+        image: (H, W, D) in Hounsfield units.
+        threshold: voxels above it count.
+        name: how to call it in the message.
+
+    Returns:
+        bool (H, W, D) all bone-dense voxels, and bool (H, W, D) the largest piece.
+
+    Raises:
+        InputError: when no voxel, or half of all voxels or more, lie above the threshold.
+    """
+    dense = image > threshold
+    share = float(dense.mean())
+    if share == 0:
+        raise InputError(
+            f"{name} has no bone: no voxel above {threshold:g} HU (largest value {float(image.max()):g});"
+            " give a CT in Hounsfield units, or lower --threshold"
+        )
+    if share >= FULL:
+        raise InputError(
+            f"{name} is full: {share:.0%} of its voxels lie above {threshold:g} HU, and less than {FULL:.0%} may;"
+            " give a CT in Hounsfield units, or raise --threshold"
+        )
+    return dense, largest_component(dense)
+
+
+def skull_cube(bone: np.ndarray, affine: np.ndarray, name: str = "the image") -> tuple[np.ndarray, float]:
+    """The cube in the world that holds the vault and what lies below it to the same depth.
+
+    The cube hangs from the highest point of the bone (RAS+ z). Its edge is the larger horizontal extent of the skull,
+    first within 110 mm of the vertex and then within that depth, plus 5 % of air on every side.
+
+    Args:
+        bone: bool (H, W, D), one piece.
+        affine: (4, 4) index -> millimetres (RAS+).
+        name: how to call the image in the message.
+
+    Returns:
+        float64 (3,) lowest corner, and the edge, in millimetres.
+
+    Raises:
+        InputError: when the extent is not that of a head (60 to 400 mm).
+    """
+    points = np.argwhere(bone)
+    points = points[:: max(1, len(points) // 2_000_000)] @ affine[:3, :3].T + affine[:3, 3]
+    top = float(points[:, 2].max())
+    depth = UPPER_MM
+    for _ in range(2):
+        upper = points[points[:, 2] > top - depth]
+        low, high = upper[:, :2].min(axis=0), upper[:, :2].max(axis=0)
+        depth = extent = float((high - low).max())
+    if not EXTENT_MM[0] <= extent <= EXTENT_MM[1]:
+        raise InputError(
+            f"the largest piece of bone in {name} is {extent:.0f} mm wide, and a skull is {EXTENT_MM[0]:g} to"
+            f" {EXTENT_MM[1]:g} mm: check the spacing in its header, or lower --threshold"
+        )
+    edge = extent * (1 + 2 * MARGIN)
+    corner = np.array([*((low + high) / 2 - edge / 2), top + MARGIN * extent - edge])
+    return corner, edge
+
+
+def grid_affine(corner: np.ndarray, step: float) -> np.ndarray:
+    """The affine (4, 4) of an axis-aligned cubic grid: index of a cell -> millimetres of its centre."""
+    affine = np.diag([step, step, step, 1.0])
+    affine[:3, 3] = np.asarray(corner) + step / 2
+    return affine
+
+
+def resample(
+    image: np.ndarray, source: np.ndarray, target: np.ndarray, shape: tuple[int, ...], order: int = 1, outside: float = 0.0
+) -> np.ndarray:
+    """Sample a volume on another grid, through the two affines; oblique and anisotropic ones included.
+
+    Args:
+        image: (H, W, D).
+        source: (4, 4) affine of ``image``.
+        target: (4, 4) affine of the wanted grid.
+        shape: shape of the wanted grid.
+        order: order of the spline; 0 is nearest, 1 linear.
+        outside: value beyond the image.
+
+    Returns:
+        float32 of ``shape``.
+    """
+    from scipy import ndimage
+
+    step = np.linalg.inv(source) @ target
+    return ndimage.affine_transform(
+        image, step[:3, :3], step[:3, 3], tuple(shape), output=np.float32, order=order, mode="constant", cval=outside
+    )
+
+
+def any_pool(mask: np.ndarray, factor: int) -> np.ndarray:
+    """Pool a mask whose edges are multiples of ``factor``: a cell is True where any of its voxels is."""
+    h, w, d = (n // factor for n in mask.shape)
+    return mask.reshape(h, factor, w, factor, d, factor).any(axis=(1, 3, 5))
+
+
+def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, name: str = "head") -> HeadVolume:
+    """Bring a head CT onto the network's cubic grid.
+
+    Bone is thresholded, its largest piece kept, a cube hung from the vertex (:func:`skull_cube`), the CT resampled into
+    it on a grid at least about as fine as its own, thresholded there, and pooled so that a cell is occupied where any
+    bone is.
+
+    Args:
+        image: (1, H, W, D) in Hounsfield units, affine in RAS+ millimetres; any orientation, spacing or obliqueness.
+        size: edge of the grid in cells.
+        threshold: Hounsfield units above which a voxel counts as bone.
+        name: what to call the head.
+
+    Returns:
+        The head on the grid.
+
+    Raises:
+        InputError: on every input that :func:`check_size`, :func:`check_ct`, :func:`find_bone` or :func:`skull_cube`
+            refuse, and when the pooled grid is half full or more.
+    """
+    check_size(size)
+    check_ct(image, name)
+    values = np.array(image[0].as_tensor().cpu().numpy(), dtype=np.float32)
+    ct_affine = np.asarray(image.affine, dtype=np.float64)
+    dense, bone = find_bone(values, threshold, name)
+    corner, edge = skull_cube(bone, ct_affine, name)
+    notes = _notes(bone, dense, ct_affine)
+    values[dense & ~bone] = min(threshold, 0.0)
+    factor = _factor(edge / size, ct_affine, size)
+    fine_affine = grid_affine(corner, edge / (size * factor))
+    grey = resample(values, ct_affine, fine_affine, (size * factor,) * 3, outside=-1024.0)
+    fine = grey > threshold
+    skull = any_pool(fine, factor)
+    if not skull.any() or skull.mean() >= FULL:
+        raise InputError(
+            f"bone fills {skull.mean():.0%} of the grid of {size}^3 cells in {name}, and more than 0 % and less than"
+            f" {FULL:.0%} is needed: change --threshold (now {threshold:g} HU)"
+        )
+    return HeadVolume(
+        skull=skull, affine=grid_affine(corner, edge / size), grey=np.clip(grey, -1024, 3071).astype(np.int16),
+        grey_affine=fine_affine, bone=bone, ct_affine=ct_affine, fill=float(fine.mean() / skull.mean()),
+        threshold=threshold, name=name, notes=notes,
+    )  # fmt: skip
+
+
+def _factor(cell: float, affine: np.ndarray, size: int) -> int:
+    spacing = float(np.linalg.norm(affine[:3, :3], axis=0).min())
+    return int(np.clip(round(cell / spacing), 1, max(1, FINEST // size)))
+
+
+def _notes(bone: np.ndarray, dense: np.ndarray, affine: np.ndarray) -> tuple[str, ...]:
+    notes = []
+    linear = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if spacing.max() / spacing.min() > 1.05:
+        notes.append(f"anisotropic voxels ({_mm(spacing)}) were resampled to cubes")
+    if np.abs(linear).max(axis=0).min() < 0.999:
+        notes.append("oblique axes were resampled to the axes of the body")
+    axis = int(np.abs(linear[2]).argmax())
+    end = bone.shape[axis] - 1 if linear[2, axis] > 0 else 0
+    if bone.take(end, axis=axis).any():
+        notes.append("the skull touches the upper end of the image: its vault may be cut off")
+    removed = int(dense.sum()) - int(bone.sum())
+    if removed:
+        notes.append(f"{removed} dense voxels apart from the skull were left out")
+    return tuple(notes)
+
+
+def load_head(path: str | Path | None = None, size: int = 64, threshold: float = 300.0, seed: int = 0) -> HeadVolume:
+    """Read a head CT, or generate one, and bring it onto the network's grid.
+
+    Args:
+        path: see :func:`read_ct`; None generates a head (:func:`monai_memeff.phantoms.head_phantom`).
+        size: edge of the grid in cells.
+        threshold: Hounsfield units above which a voxel counts as bone.
+        seed: seed of the generated head.
+
+    Returns:
+        The head on the grid.
+
+    Raises:
+        InputError: on every bad input, in one line.
+    """
+    check_size(size)
+    if path is not None:
+        return prepare_head(read_ct(path), size, threshold, Path(path).name)
+    from monai_memeff.phantoms import head_phantom
+
+    head = head_phantom(seed=seed)
+    image = MetaTensor(head.image[None], affine=head.affine)
+    return prepare_head(image, size, threshold, f"generated head (seed {seed})")
