@@ -1,0 +1,208 @@
+"""One convention for positions: voxel index <-> unit cube at cell centres <-> millimetres through a 4x4 affine.
+
+Index: voxel ``i`` of an axis with ``n`` voxels has its centre at ``i`` and covers ``[i - 1/2, i + 1/2)``; the axes are
+(i, j, k), as in the image array (H, W, D). Unit cube: the whole volume, outer faces included, is ``[-1, 1]`` along every
+axis, so that centre is ``(2 i + 1) / n - 1``; this is torch's ``align_corners=False``. Millimetres: ``affine @ (i, j, k,
+1)`` with the image's own 4x4 affine (MONAI: RAS). The components of a point are the last axis of a tensor, (..., 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def index_to_unit(index: Tensor, spatial_shape: Sequence[int]) -> Tensor:
+    """Map voxel indices to the unit cube.
+
+    Args:
+        index: (..., d) positions in voxels, whole or fractional.
+        spatial_shape: the d extents in voxels.
+
+    Returns:
+        (..., d) positions in [-1, 1] for points inside the volume; floating point.
+    """
+    extent = _extent(index, spatial_shape)
+    return (2 * index + 1) / extent - 1
+
+
+def unit_to_index(unit: Tensor, spatial_shape: Sequence[int]) -> Tensor:
+    """Invert :func:`index_to_unit`: (..., d) positions in the unit cube to fractional voxel indices."""
+    return ((unit + 1) * _extent(unit, spatial_shape) - 1) / 2
+
+
+def nearest_index(unit: Tensor, spatial_shape: Sequence[int]) -> Tensor:
+    """The voxel that holds each point of the unit cube.
+
+    Args:
+        unit: (..., d) positions; points outside the volume go to the closest voxel.
+        spatial_shape: the d extents in voxels.
+
+    Returns:
+        (..., d) int64 voxel indices.
+    """
+    extent = _extent(unit, spatial_shape)
+    cell = ((unit + 1) * extent / 2).floor()
+    return torch.minimum(cell.clamp(min=0), extent - 1).to(torch.int64)
+
+
+def unit_centres(
+    spatial_shape: Sequence[int], dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+) -> Tensor:
+    """All voxel centres of a volume in the unit cube.
+
+    Args:
+        spatial_shape: extents in voxels, for example (H, W, D).
+        dtype: floating-point type of the result.
+        device: device of the result.
+
+    Returns:
+        (H, W, D, 3): at [i, j, k] the position of that voxel, components in the order (i, j, k).
+    """
+    axes = [(2 * torch.arange(extent, dtype=dtype, device=device) + 1) / extent - 1 for extent in spatial_shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+
+
+def sample_at(image: Tensor, unit: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:
+    """Read a volume at points of the unit cube.
+
+    ``torch.nn.functional.grid_sample`` wants the components of a point in the order (k, j, i); the turn is made here,
+    so that nobody else has to remember it.
+
+    Args:
+        image: (B, C, H, W, D).
+        unit: (B, N, 3) positions in the order (i, j, k), in the unit cube.
+        mode: ``"bilinear"`` (trilinear in a volume) or ``"nearest"``.
+        padding_mode: what lies outside: ``"border"``, ``"zeros"`` or ``"reflection"``.
+
+    Returns:
+        (B, C, N) values.
+    """
+    grid = unit.flip(-1)[:, :, None, None, :]
+    return F.grid_sample(image, grid, mode=mode, padding_mode=padding_mode, align_corners=False)[..., 0, 0]
+
+
+def index_to_mm(index: Tensor, affine: Tensor) -> Tensor:
+    """Map (..., 3) voxel indices to millimetres with a (4, 4) affine; computed in float64."""
+    matrix = check_affine(affine).to(index.device)
+    return index.to(torch.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def mm_to_index(points: Tensor, affine: Tensor) -> Tensor:
+    """Map (..., 3) millimetres to fractional voxel indices with a (4, 4) affine; computed in float64."""
+    matrix = check_affine(affine).to(points.device)
+    offset = points.to(torch.float64) - matrix[:3, 3]
+    return offset @ torch.linalg.inv(matrix[:3, :3]).T
+
+
+def unit_to_mm(unit: Tensor, spatial_shape: Sequence[int], affine: Tensor) -> Tensor:
+    """Map (..., 3) positions in the unit cube to millimetres; see :func:`unit_to_index` and :func:`index_to_mm`."""
+    return index_to_mm(unit_to_index(unit.to(torch.float64), spatial_shape), affine)
+
+
+def mm_to_unit(points: Tensor, spatial_shape: Sequence[int], affine: Tensor) -> Tensor:
+    """Map (..., 3) millimetres to the unit cube; see :func:`mm_to_index` and :func:`index_to_unit`."""
+    return index_to_unit(mm_to_index(points, affine), spatial_shape)
+
+
+def check_affine(affine: Tensor | np.ndarray) -> Tensor:
+    """Refuse what is no affine of a volume.
+
+    Args:
+        affine: (4, 4), voxel index to millimetres.
+
+    Returns:
+        The affine as a float64 tensor on its own device.
+
+    Raises:
+        ValueError: wrong shape, values that are not finite, or axes that do not span space.
+    """
+    matrix = torch.as_tensor(affine).detach().as_subclass(Tensor).to(torch.float64)
+    if matrix.shape != (4, 4):
+        raise ValueError(f"An affine must be 4x4, got shape {tuple(matrix.shape)}; 2D images need a third axis.")
+    if not bool(matrix.isfinite().all()):
+        raise ValueError("An affine must be finite, got NaN or infinity; repair the image header.")
+    lengths = matrix[:3, :3].norm(dim=0)
+    if float(torch.linalg.det(matrix[:3, :3]).abs()) <= 1e-6 * float(lengths.prod()):
+        raise ValueError(
+            f"The three columns of an affine must span space, got lengths {_short(lengths)} mm with determinant ~ 0; "
+            "repair the image header."
+        )
+    return matrix
+
+
+def spacing(affine: Tensor | np.ndarray) -> tuple[float, float, float]:
+    """Voxel size in millimetres along (i, j, k): the lengths of the columns of a (4, 4) affine."""
+    lengths = check_affine(affine)[:3, :3].norm(dim=0).tolist()
+    return lengths[0], lengths[1], lengths[2]
+
+
+def voxel_volume(affine: Tensor | np.ndarray) -> float:
+    """Volume of one voxel in cubic millimetres; right for sheared axes too."""
+    return float(torch.linalg.det(check_affine(affine)[:3, :3]).abs())
+
+
+def is_anisotropic(affine: Tensor | np.ndarray, tolerance: float = 1e-2) -> bool:
+    """Whether voxels are no cubes: the longest edge exceeds the shortest by more than ``tolerance`` (a fraction)."""
+    edges = spacing(affine)
+    return max(edges) > (1 + tolerance) * min(edges)
+
+
+def is_oblique(affine: Tensor | np.ndarray, tolerance: float = 1e-3) -> bool:
+    """Whether some voxel axis is parallel to no world axis, by tilt or shear; flips and swaps of axes are not oblique.
+
+    Args:
+        affine: (4, 4), voxel index to millimetres.
+        tolerance: largest component across, as a fraction of the axis' length; 1e-3 is 0.06 degrees.
+    """
+    matrix = check_affine(affine)[:3, :3]
+    directions = (matrix / matrix.norm(dim=0)).abs()
+    across = directions.sort(dim=0).values[1]
+    return bool((across > tolerance).any())
+
+
+def crop_affine(affine: Tensor | np.ndarray, start: Sequence[int]) -> Tensor:
+    """Affine of the part of a volume that begins at voxel ``start`` (i, j, k): every voxel keeps its millimetres."""
+    matrix = check_affine(affine).clone()
+    offset = torch.tensor(tuple(start), dtype=torch.float64, device=matrix.device)
+    matrix[:3, 3] += matrix[:3, :3] @ offset
+    return matrix
+
+
+def resize_affine(affine: Tensor | np.ndarray, spatial_shape: Sequence[int], new_shape: Sequence[int]) -> Tensor:
+    """Affine of a volume resampled to ``new_shape`` voxels over the same space.
+
+    The outer faces stay where they are (cell centres move), as ``interpolate(..., align_corners=False)`` resamples.
+
+    Args:
+        affine: (4, 4) of the volume with ``spatial_shape``.
+        spatial_shape: extents (i, j, k) before.
+        new_shape: extents (i, j, k) after.
+
+    Returns:
+        (4, 4) float64 affine of the resampled volume.
+    """
+    matrix = check_affine(affine).clone()
+    ratios = [old / new for old, new in zip(spatial_shape, new_shape, strict=True)]
+    factor = torch.tensor(ratios, dtype=torch.float64, device=matrix.device)
+    matrix[:3, 3] += matrix[:3, :3] @ ((factor - 1) / 2)
+    matrix[:3, :3] *= factor
+    return matrix
+
+
+def _extent(points: Tensor, spatial_shape: Sequence[int]) -> Tensor:
+    if points.ndim == 0 or points.shape[-1] != len(spatial_shape) or min(spatial_shape) < 1:
+        raise ValueError(
+            f"Points must hold one component per axis of a volume without empty axes, got points of shape "
+            f"{tuple(points.shape)} for a volume of {tuple(spatial_shape)} voxels."
+        )
+    dtype = points.dtype if points.is_floating_point() else torch.get_default_dtype()
+    return torch.tensor(tuple(spatial_shape), dtype=dtype, device=points.device)
+
+
+def _short(values: Tensor) -> str:
+    return "(" + ", ".join(f"{value:.3g}" for value in values.tolist()) + ")"

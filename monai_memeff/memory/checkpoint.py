@@ -1,0 +1,139 @@
+"""Recompute instead of remember: activation checkpointing whose second forward pass leaves no trace."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+
+def checkpoint(
+    function: Callable[..., Any], *args: Any, batch_norm_once: bool = True, preserve_rng: bool = True
+) -> Any:
+    """Run ``function(*args)`` without keeping its activations; the backward pass runs it once more to get them back.
+
+    The result and all gradients are those of the plain call. Memory falls from everything ``function`` would save to
+    its inputs and outputs; the price is one more forward pass. This is ``torch.utils.checkpoint`` in its non-reentrant
+    form, so inputs may be any Python objects, nested checkpoints and ``torch.autograd.grad`` work, and autocast is
+    restored for the second pass.
+
+    A second forward pass would also update the running statistics of batch normalisation twice. It does not here: in
+    the recomputation every normalisation layer called as a module works on copies of its running buffers.
+
+    Method: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174, section 3.
+
+    Args:
+        function: what to run; a module, or any callable that does the same work when it is called again.
+        *args: its arguments; only tensors among them receive gradients.
+        batch_norm_once: keep running statistics as one forward pass leaves them. ``False`` is torch's own behaviour.
+        preserve_rng: restore the random state for the second pass, so that dropout draws the same mask. ``False`` saves
+            a little time where nothing is random.
+
+    Returns:
+        What ``function(*args)`` returns.
+
+    Raises:
+        torch.utils.checkpoint.CheckpointError: in the backward pass, if the second pass saved other tensors than the
+            first.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng}
+    # A compiled graph applies buffer updates once anyway, and accepts no Python context here.
+    if batch_norm_once and not torch.compiler.is_compiling():
+        options["context_fn"] = _plain_then_recompute
+    return torch_checkpoint(function, *args, **options)
+
+
+def checkpoint_sequential(
+    functions: nn.Sequential | Sequence[Callable[[Any], Any]],
+    x: Any,
+    segments: int | Literal["sqrt"] = "sqrt",
+    batch_norm_once: bool = True,
+    preserve_rng: bool = True,
+) -> Any:
+    """Run a chain ``x = f(x)`` and keep only what passes between its segments.
+
+    With n functions of equal cost in s segments, n / s + s activations are alive at once instead of n; s = sqrt(n) is
+    the least. The last segment is run plainly: its backward pass comes first, so recomputing it would save nothing.
+
+    Args:
+        functions: the chain, each called with the result of the one before.
+        x: input of the first function.
+        segments: number of segments, between 1 and ``len(functions)``, or ``"sqrt"`` for ceil(sqrt(n)). Segments
+            differ in length by at most one function.
+        batch_norm_once: see :func:`checkpoint`.
+        preserve_rng: see :func:`checkpoint`.
+
+    Returns:
+        The result of the last function; ``x`` itself for an empty chain.
+
+    Raises:
+        ValueError: ``segments`` is out of range.
+    """
+    chain = list(functions)
+    count = max(1, math.ceil(math.sqrt(len(chain)))) if segments == "sqrt" else segments
+    if not isinstance(count, int) or not 1 <= count <= max(1, len(chain)):
+        raise ValueError(
+            f"segments must be 'sqrt' or an integer from 1 to the number of functions ({len(chain)}), got {segments!r}."
+        )
+    cuts = [len(chain) * index // count for index in range(count + 1)]
+    for start, stop in pairwise(cuts[:-1]):
+        segment = partial(_run_chain, chain[start:stop])
+        x = checkpoint(segment, x, batch_norm_once=batch_norm_once, preserve_rng=preserve_rng)
+    return _run_chain(chain[cuts[-2] :], x)
+
+
+def _run_chain(functions: Sequence[Callable[[Any], Any]], x: Any) -> Any:
+    for function in functions:
+        x = function(x)
+    return x
+
+
+def _plain_then_recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _RunningStatisticsUntouched()
+
+
+class _RunningStatisticsUntouched(AbstractContextManager[None]):
+    """While it is entered, normalisation layers of this thread update copies of their running buffers.
+
+    The copies are swapped in rather than left out, because the second pass must save as many tensors as the first.
+    torch enters one instance again for every backward pass through the same graph, and nests it for nested
+    checkpoints; so what was swapped is kept on a stack.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Any, dict[_NormBase, dict[str, Tensor]]]] = []
+
+    def __enter__(self) -> None:
+        originals: dict[_NormBase, dict[str, Tensor]] = {}
+        thread = threading.get_ident()
+
+        def swap_in_copies(module: nn.Module, _inputs: Any) -> None:
+            if threading.get_ident() != thread or not isinstance(module, _NormBase) or module in originals:
+                return
+            if module.training and module.track_running_stats:
+                kept = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+                originals[module] = kept
+                module._buffers.update({name: buffer.clone() for name, buffer in kept.items()})
+
+        self._entries.append((register_module_forward_pre_hook(swap_in_copies), originals))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        handle, originals = self._entries.pop()
+        handle.remove()
+        for module, kept in originals.items():
+            module._buffers.update(kept)

@@ -1,0 +1,179 @@
+"""The CPU's account of live storages: what every operation makes, and when each of it is freed."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class _StorageReference(weakref.ref):
+    """A weak reference to a storage that remembers its address and the bytes counted for it."""
+
+    __slots__ = ("address", "nbytes")
+    address: int
+    nbytes: int
+
+
+class Ledger:
+    """Which storages are alive, how many bytes above entry that makes, and how high it has been."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+        self._entries: dict[int, _StorageReference] = {}
+        self._lock = threading.RLock()
+
+    def note_older(self, tensors: Iterable[Tensor]) -> None:
+        """Enter tensors that are alive already: they raise nothing, and lower the level when they go."""
+        for tensor in tensors:
+            for storage in _storages(tensor):
+                self.see(storage, is_new=False)
+
+    def see(self, storage: torch.UntypedStorage, is_new: bool) -> None:
+        """Enter a storage on first sight; follow its size afterwards."""
+        entry = self._entries.get(storage._cdata)
+        if entry is not None:
+            if storage.nbytes() != entry.nbytes and storage.resizable():
+                self.follow(storage)
+            return
+        entry = _StorageReference(storage, self._forget)
+        entry.address = storage._cdata
+        # Storages of foreign memory (numpy, mapped files) cannot be resized: they are known, and count nothing.
+        entry.nbytes = storage.nbytes() if storage.device.type == "cpu" and storage.resizable() else 0
+        self._entries[entry.address] = entry
+        if is_new:
+            self._move(entry.nbytes)
+
+    def follow(self, storage: torch.UntypedStorage) -> None:
+        """Correct the count of a storage whose size has changed."""
+        entry = self._entries.get(storage._cdata)
+        if entry is not None and storage.device.type == "cpu":
+            change, entry.nbytes = storage.nbytes() - entry.nbytes, storage.nbytes()
+            self._move(change)
+
+    def close(self) -> None:
+        """Let go of all references; the numbers stay."""
+        self._entries.clear()
+
+    def _forget(self, entry: _StorageReference) -> None:
+        if self._entries.pop(entry.address, None) is not None:
+            self._move(-entry.nbytes)
+
+    def _move(self, change: int) -> None:
+        with self._lock:
+            self.live += change
+            self.peak = max(self.peak, self.live)
+
+
+_BORN_UNSEEN = (torch.ops.aten.lift_fresh, torch.ops.aten.lift, torch.ops.aten.set_)
+"""Operations that receive storages which no operation has made: `torch.tensor`, `copy.deepcopy`, `torch.load`."""
+
+
+class Watcher(TorchDispatchMode):
+    """Shows every operation's tensors to a ledger, in the forward and in the backward pass."""
+
+    supports_higher_order_operators = True  # they are counted from outside, like any other operation
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._see = ledger.see
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Enter the arguments, run the operation, enter its results."""
+        kwargs = kwargs or {}
+        self._show(args, getattr(func, "overloadpacket", None) in _BORN_UNSEEN)
+        if kwargs:
+            self._show(kwargs.values(), False)
+        result = func(*args, **kwargs)
+        if _mutates(func):  # an argument may have been resized, or moved to another storage
+            self._show(args, True)
+            self._show(kwargs.values(), True)
+        self._show((result,), True)
+        return result
+
+    def _show(self, values: Iterable[Any], is_new: bool) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                for storage in _storages(value):
+                    self._see(storage, is_new)
+            elif isinstance(value, (list, tuple)):
+                self._show(value, is_new)
+            elif isinstance(value, torch.UntypedStorage):
+                self._see(value, is_new)
+
+
+@cache
+def _mutates(func: Any) -> bool:
+    schema = getattr(func, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """The storages behind a tensor: one if it is dense, several if it is sparse or wraps other tensors."""
+    if tensor.layout == torch.strided and not _is_wrapper(type(tensor)):
+        yield tensor.untyped_storage()
+        return
+    for part in _parts(tensor):
+        yield from _storages(part)
+
+
+@cache
+def _is_wrapper(kind: Any) -> bool:
+    return kind not in (Tensor, torch.nn.Parameter) and hasattr(kind, "__tensor_flatten__")
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    if _is_wrapper(type(tensor)):
+        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []  # an opaque layout has no storage to count
+
+
+def tensors_alive() -> Iterator[Tensor]:
+    """Every tensor that Python's garbage collector knows, and the gradients of the leaves."""
+    objects = gc.get_objects()
+    with torch._C.DisableTorchFunctionSubclass():
+        for tensor in compress(objects, map(_subclasses(Tensor).__contains__, map(type, objects))):
+            yield tensor
+            if tensor.is_leaf and tensor.grad is not None:
+                yield tensor.grad
+
+
+def _subclasses(kind: type) -> set[type]:
+    found = {kind}
+    return found.union(*(_subclasses(subclass) for subclass in type.__subclasses__(kind)))
+
+
+def watch_resize(ledger: Ledger) -> Callable[[], None]:
+    """Follow `UntypedStorage.resize_`, which no dispatch mode sees; returns what puts the method back."""
+    before = vars(torch.UntypedStorage).get("resize_")
+    original = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, nbytes: int) -> Any:
+        result = original(storage, nbytes)
+        ledger.follow(storage)
+        return result
+
+    def restore() -> None:
+        if before is None:
+            del torch.UntypedStorage.resize_
+        else:
+            torch.UntypedStorage.resize_ = before
+
+    torch.UntypedStorage.resize_ = resize_
+    return restore
