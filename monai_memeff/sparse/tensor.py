@@ -171,6 +171,20 @@ class SparseTensor:
         )
 
 
+def occupied(volume: SparseTensor | Tensor) -> SparseTensor:
+    """The non-zero voxels of a dense (B, 1, H, W, D) volume as a SparseTensor; a SparseTensor passes unchanged.
+
+    Raises:
+        ValueError: the volume is not 5-dimensional with one channel.
+    """
+    if isinstance(volume, SparseTensor):
+        return volume
+    if volume.ndim != 5 or volume.shape[1] != 1:
+        raise ValueError(f"a binary volume must have shape (B, 1, H, W, D), got {tuple(volume.shape)}.")
+    volume = volume if volume.is_floating_point() else volume.float()
+    return SparseTensor.from_dense(volume, volume != 0)
+
+
 def union_add(first: SparseTensor, second: SparseTensor) -> SparseTensor:
     """Sum over the union of two voxel sets; a voxel that one of them lacks counts as zero there.
 

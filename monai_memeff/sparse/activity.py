@@ -1,0 +1,20 @@
+"""Activity rules: which voxels of a dense volume are worth computing."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def active_voxels(image: Tensor, above: float | None = None, background: float = 0.0) -> Tensor:
+    """Mark the active voxels of a batch of volumes.
+
+    Args:
+        image: (B, C, H, W, D).
+        above: a voxel is active where any channel is larger than this value.
+        background: used when ``above`` is None: a voxel is active where any channel differs from this value.
+
+    Returns:
+        (B, 1, H, W, D) boolean.
+    """
+    active = image != background if above is None else image > above
+    return active.any(dim=1, keepdim=True)

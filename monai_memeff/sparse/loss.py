@@ -1,0 +1,43 @@
+"""The completion network's loss: binary cross-entropy over the candidates of every level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from monai_memeff.geometry import voxels
+from monai_memeff.sparse.tensor import SparseTensor, occupied
+
+
+class SparseCompletionLoss(nn.Module):
+    """Unweighted sum over levels of the mean binary cross-entropy of the candidate logits.
+
+    A candidate's target is 1 where the complete structure, coarsened to the level by floor(c / stride), has a voxel
+    (Kroviakov et al. 2021; Li et al. 2023, see :class:`SparseCompletionNet`). A level without candidates adds zero.
+    """
+
+    def forward(self, levels: Sequence[SparseTensor], target: SparseTensor | Tensor) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            levels: candidate logits (N_level, 1), as :class:`SparseCompletionNet` returns in training; any order.
+            target: the complete structure at full resolution, sparse or dense (B, 1, H, W, D).
+
+        Returns:
+            A scalar, in float32 at least.
+        """
+        complete = occupied(target)
+        terms = [self._level(logits, complete) for logits in levels]
+        return torch.stack(terms).sum()
+
+    def _level(self, logits: SparseTensor, complete: SparseTensor) -> Tensor:
+        values = logits.features[:, 0]
+        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+        if len(logits) == 0:
+            return values.sum()
+        cells = complete.voxels.coarsened(logits.stride) if logits.stride != (1, 1, 1) else complete.voxels
+        wanted = voxels.find(cells.keys, logits.voxels.keys) >= 0
+        return functional.binary_cross_entropy_with_logits(values, wanted.to(values.dtype))

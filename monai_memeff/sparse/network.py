@@ -1,0 +1,206 @@
+"""Sparse networks: the generative skull-completion auto-encoder and MONAI's UNet on active voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks.layers.factories import Act, Norm
+from monai.networks.nets.unet import UNet
+from torch import Tensor, nn
+
+from monai_memeff.geometry import voxels
+from monai_memeff.sparse.activity import active_voxels
+from monai_memeff.sparse.blocks import SparseBatchNorm3d, SparseReLU
+from monai_memeff.sparse.conv import SparseConv3d, SparseConvTranspose3d
+from monai_memeff.sparse.convert import to_sparse
+from monai_memeff.sparse.tensor import SparseTensor, occupied
+
+ABSENT_LOGIT = 10.0
+"""Size of the logit of voxels that were not computed: a probability below 5e-5."""
+
+
+class SparseCompletionNet(nn.Module):
+    """Generative sparse auto-encoder that completes a binary structure such as a skull.
+
+    Kroviakov, Li and Egger, "Sparse convolutional neural network for skull reconstruction", AutoImplant 2021; Li et al.,
+    Sci Rep 13:20229 (2023), doi 10.1038/s41598-023-47437-6, table of layers. Encoder: a 3^3 convolution, then six times a
+    2^3 convolution of stride 2 and a 3^3 convolution. Decoder: six times a generative transposed convolution of stride 2
+    (kernel 4 first, then 2), a 3^3 convolution, the sum with the encoder's features over the union of both voxel sets, and
+    a 1^3 convolution to one occupancy logit per candidate voxel; candidates with a logit above 0 go on to the next level,
+    in training also those of the target. Every convolution but the heads is followed by batch norm and ReLU. Candidates
+    beyond the border are clipped.
+
+    Args:
+        channels: features at strides 1, 2, 4, 8, 16, 32, 64. Published lists and their parameters: (8, 8, 16, 16, 32, 32,
+            64) 434,695; (22, 32, 32, 128, 156, 256, 388) 18,137,201; (2, 2, 4, 4, 4, 4, 16) 16,563.
+
+    Shape: the input is a SparseTensor with one channel, or a dense (B, 1, H, W, D) volume that is non-zero where there is
+    something. In training mode the output is a list of six SparseTensors of candidate logits, coarsest first, for
+    :class:`SparseCompletionLoss`. In evaluation mode it is the logits at full resolution: dense (B, 1, H, W, D) for a
+    dense input, with -10 where no candidate was generated, or a SparseTensor for a sparse one.
+
+    The published network has a last 1^3 convolution after the final pruning that is never in the loss; it is kept as
+    ``final``, frozen and not computed, so that parameter counts and checkpoints agree.
+    """
+
+    def __init__(self, channels: Sequence[int] = (8, 8, 16, 16, 32, 32, 64)) -> None:
+        super().__init__()
+        if len(channels) != 7 or min(channels) < 1:
+            raise ValueError(f"channels must be seven positive numbers (strides 1 ... 64), got {tuple(channels)}.")
+        self.channels = tuple(channels)
+        self.stem = _conv_block(1, channels[0])
+        self.encoder = nn.ModuleList(_down_block(channels[i], channels[i + 1]) for i in range(6))
+        kernels = (2, 2, 2, 2, 2, 4)
+        self.decoder = nn.ModuleList(_up_block(channels[i + 1], channels[i], kernels[i]) for i in reversed(range(6)))
+        self.heads = nn.ModuleList(SparseConv3d(channels[i], 1, 1) for i in reversed(range(6)))
+        self.final = SparseConv3d(channels[0], 1, 1).requires_grad_(False)
+
+    def forward(
+        self, x: SparseTensor | Tensor, target: SparseTensor | Tensor | None = None
+    ) -> list[SparseTensor] | SparseTensor | Tensor:
+        """Complete a structure.
+
+        Args:
+            x: the incomplete structure (see the class).
+            target: the complete structure on the same grid, sparse or dense; required in training, ignored otherwise.
+
+        Raises:
+            ValueError: no target is given in training, or shapes do not fit.
+        """
+        if self.training and target is None:
+            raise ValueError("SparseCompletionNet prunes with the target in training: call network(x, target).")
+        present = occupied(x)
+        wanted = _target_keys(occupied(target)) if self.training and target is not None else None
+        levels = self._decode(self._encode(present), wanted)
+        if self.training:
+            return levels
+        return levels[-1] if isinstance(x, SparseTensor) else levels[-1].dense(-ABSENT_LOGIT)
+
+    def _encode(self, x: SparseTensor) -> list[SparseTensor]:
+        features = [self.stem(x.replace(torch.ones_like(x.features)))]
+        for block in self.encoder:
+            features.append(block(features[-1]))
+        return features
+
+    def _decode(self, features: list[SparseTensor], wanted: list[Tensor] | None) -> list[SparseTensor]:
+        x = features.pop()
+        levels: list[SparseTensor] = []
+        for number, (block, head) in enumerate(zip(self.decoder, self.heads, strict=True)):
+            x = block(x) + features.pop()
+            levels.append(head(x))
+            if number < len(self.heads) - 1:
+                keep = levels[-1].features[:, 0] > 0
+                if wanted is not None:
+                    keep |= voxels.find(wanted[number], x.voxels.keys) >= 0
+                x = x.prune(keep)
+        return levels
+
+
+class SparseUNet(UNet):
+    """MONAI's UNet computed on active voxels only.
+
+    Arguments, layers and ``state_dict`` are those of ``monai.networks.nets.UNet`` with ``spatial_dims=3``, so a dense
+    checkpoint loads strictly, and with every voxel active the outputs are equal. Where voxels are inactive, convolutions
+    are submanifold (Graham et al. 2018, arXiv 1711.10275), and norms see active voxels only. Extents need not be
+    divisible by the strides.
+
+    Args:
+        spatial_dims: 3.
+        in_channels: input channels.
+        out_channels: output channels.
+        channels: features per level.
+        strides: per level.
+        kernel_size: of convolutions.
+        up_kernel_size: of transposed convolutions.
+        num_res_units: residual sub-units per level.
+        act: activation, as in MONAI.
+        norm: "instance", "batch" or "group", as in MONAI.
+        dropout: probability.
+        bias: whether convolutions have one.
+        adn_ordering: order of activation, dropout and norm.
+        above: a voxel of a dense input is active where any channel is larger than this value; None: where any channel
+            differs from ``background``.
+        background: the value of inactive voxels, used when ``above`` is None.
+        inactive_logits: output of inactive voxels, one value per output channel; default 10 in channel 0 and 0 elsewhere
+            (background in channel 0), or -10 for a single channel.
+
+    Shape: dense (B, in_channels, H, W, D) -> dense (B, out_channels, H, W, D); SparseTensor -> SparseTensor.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        kernel_size: Sequence[int] | int = 3,
+        up_kernel_size: Sequence[int] | int = 3,
+        num_res_units: int = 0,
+        act: tuple | str = Act.PRELU,
+        norm: tuple | str = Norm.INSTANCE,
+        dropout: float = 0.0,
+        bias: bool = True,
+        adn_ordering: str = "NDA",
+        above: float | None = None,
+        background: float = 0.0,
+        inactive_logits: Sequence[float] | None = None,
+    ) -> None:
+        if spatial_dims != 3:
+            raise ValueError(f"SparseUNet works on volumes: spatial_dims must be 3, got {spatial_dims}.")
+        super().__init__(
+            spatial_dims,
+            in_channels,
+            out_channels,
+            channels,
+            strides,
+            kernel_size,
+            up_kernel_size,
+            num_res_units,
+            act,
+            norm,
+            dropout,
+            bias,
+            adn_ordering,
+        )
+        if inactive_logits is None:
+            inactive_logits = (ABSENT_LOGIT, *[0.0] * (out_channels - 1)) if out_channels > 1 else (-ABSENT_LOGIT,)
+        if len(inactive_logits) != out_channels:
+            raise ValueError(f"inactive_logits must have {out_channels} values (out_channels), got {inactive_logits}.")
+        self.above = above
+        self.background = background
+        self.inactive_logits = tuple(float(value) for value in inactive_logits)
+        to_sparse(self.model)
+
+    def forward(self, x: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
+        """Segment (see the class)."""
+        if isinstance(x, SparseTensor):
+            return self.model(x)
+        active = SparseTensor.from_dense(x, active_voxels(x, self.above, self.background))
+        return self.model(active).dense(self.inactive_logits)
+
+
+def _target_keys(target: SparseTensor) -> list[Tensor]:
+    """Keys of the target's cells at strides 32, 16, 8, 4, 2, 1."""
+    sets = [target.voxels]
+    for _ in range(5):
+        sets.append(sets[-1].coarsened((2, 2, 2)))
+    return [voxel_set.keys for voxel_set in reversed(sets)]
+
+
+def _conv_block(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
+    convolution = SparseConv3d(in_channels, out_channels, kernel_size, stride, bias=False)
+    return nn.Sequential(convolution, SparseBatchNorm3d(out_channels), SparseReLU())
+
+
+def _down_block(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(_conv_block(in_channels, out_channels, 2, 2), _conv_block(out_channels, out_channels))
+
+
+def _up_block(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    """The published engine's even kernels reach forward only, 0 ... kernel_size - 1: no padding."""
+    grow = SparseConvTranspose3d(in_channels, out_channels, kernel_size, 2, bias=False, generative=True, padding=0)
+    return nn.Sequential(
+        grow, SparseBatchNorm3d(out_channels), SparseReLU(), _conv_block(out_channels, out_channels)
+    )
