@@ -1,0 +1,1 @@
+"""What the wheel also puts beside the packages, so that nnU-Net finds the trainers; see docs/howto/nnunet.md."""

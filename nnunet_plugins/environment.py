@@ -1,0 +1,49 @@
+"""Where nnU-Net looks for trainers: the variable, our entry in it, and why the entry may be missing."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from nnunet_plugins._startup import _monai_memeff_nnunet as startup
+
+VARIABLE = startup.VARIABLE
+OPT_OUT = startup.OPT_OUT
+
+
+def ext_folder() -> str:
+    """Return the folder of the shim that nnU-Net searches, beside this file."""
+    return str(Path(__file__).resolve().parent / "_ext")
+
+
+def listed_folders() -> list[str]:
+    """Return the folders of the variable as nnU-Net reads it, empty entries left out."""
+    return [entry for entry in os.environ.get(VARIABLE, "").split(os.pathsep) if entry.strip()]
+
+
+def is_listed() -> bool:
+    """Return whether the variable of this process names our folder."""
+    return any(os.path.realpath(entry) == os.path.realpath(ext_folder()) for entry in listed_folders())
+
+
+def export_line(windows: bool = os.name == "nt") -> str:
+    """Return the shell line that names our folder after whatever the variable holds now (`set` on Windows)."""
+    value = startup.with_folder(os.environ.get(VARIABLE), ext_folder())
+    return f'set "{VARIABLE}={value}"' if windows else f"export {VARIABLE}={shlex.quote(value)}"
+
+
+def why_not_listed() -> str:
+    """Say in one sentence why the start-up file did not name our folder in this process."""
+    if os.environ.get(OPT_OUT, "0") not in ("", "0"):
+        return f"{OPT_OUT} is set, which switches the start-up file off: unset it"
+    if sys.flags.no_site:
+        return "Python runs with -S, so it skips start-up files"
+    module = find_spec(startup.__name__.rpartition(".")[2])
+    if module is None or module.origin is None:
+        return "the start-up file is not installed (this is a source tree on the path, not a pip install)"
+    if not Path(module.origin).with_name("monai_memeff_nnunet.pth").is_file():
+        return f"monai_memeff_nnunet.pth is missing beside {module.origin}: reinstall monai-memeff"
+    return f"{Path(module.origin).parent} is no site-packages folder of this Python, so its start-up files are not run"

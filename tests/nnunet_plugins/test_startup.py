@@ -1,0 +1,87 @@
+"""The start-up module: what it does to the variable, and that it never stops Python."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnunet_plugins._startup import _monai_memeff_nnunet as startup
+from nnunet_plugins.environment import ext_folder
+
+STARTUP_FOLDER = Path(startup.__file__).parent
+
+
+@pytest.fixture
+def variable(monkeypatch):
+    """The variable and the opt-out, both unset, restored afterwards."""
+    monkeypatch.delenv(startup.VARIABLE, raising=False)
+    monkeypatch.delenv(startup.OPT_OUT, raising=False)
+    return monkeypatch
+
+
+def test_register_names_the_folder_of_the_shim(variable):
+    startup.register()
+    assert os.environ[startup.VARIABLE] == ext_folder()
+    assert [file.name for file in Path(ext_folder()).glob("*.py")] == ["memeff_trainers.py"]
+
+
+def test_register_keeps_what_the_user_listed_first_and_adds_itself_once(variable):
+    variable.setenv(startup.VARIABLE, os.pathsep.join(["/one", "/two"]))
+    startup.register()
+    startup.register()
+    assert os.environ[startup.VARIABLE].split(os.pathsep) == ["/one", "/two", ext_folder()]
+
+
+def test_register_leaves_a_value_that_names_it_another_way_untouched(variable):
+    value = ext_folder() + os.sep
+    variable.setenv(startup.VARIABLE, value)
+    startup.register()
+    assert os.environ[startup.VARIABLE] == value
+
+
+@pytest.mark.parametrize(("value", "listed"), [("1", False), ("yes", False), ("0", True), ("", True)])
+def test_opt_out(variable, value, listed):
+    variable.setenv(startup.OPT_OUT, value)
+    startup.register()
+    assert (startup.VARIABLE in os.environ) is listed
+
+
+def test_register_never_raises(variable):
+    class Broken:
+        def find_spec(self, name, path):
+            raise RuntimeError("a broken import hook")
+
+    variable.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    startup.register()
+    assert startup.VARIABLE not in os.environ
+
+
+def test_register_does_nothing_without_the_package(variable):
+    variable.setattr(sys, "meta_path", [])
+    startup.register()
+    assert startup.VARIABLE not in os.environ
+
+
+def test_register_imports_no_package():
+    code = (
+        "import sys; before = set(sys.modules); import _monai_memeff_nnunet; _monai_memeff_nnunet.register();"
+        "import os; print(os.environ['nnUNet_extTrainer']); print(sorted(set(sys.modules) - before))"
+    )
+    path = os.pathsep.join([str(STARTUP_FOLDER), str(STARTUP_FOLDER.parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    environment.pop(startup.VARIABLE, None)
+    environment.pop(startup.OPT_OUT, None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    folder, imported = done.stdout.splitlines()
+    assert folder == ext_folder()
+    assert imported == "['__future__', '_monai_memeff_nnunet']" or imported == "['_monai_memeff_nnunet']"
+
+
+def test_the_two_start_up_files_name_the_same_function():
+    line = (STARTUP_FOLDER / "monai_memeff_nnunet.pth").read_text().strip()
+    assert line == "import _monai_memeff_nnunet; _monai_memeff_nnunet.register()"  # one readable line, no exec
+    assert (STARTUP_FOLDER / "monai_memeff_nnunet.start").read_text().strip() == "_monai_memeff_nnunet:register"
