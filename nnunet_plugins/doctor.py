@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
-import inspect
 import io
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
@@ -90,32 +90,40 @@ def host_problems() -> list[str]:
 
 def report(name: str) -> list[str]:
     """Let nnU-Net look the name up, print the file it comes from, and return what is wrong with it."""
-    trainer, reason = look_up(name)
+    trainer, text = look_up(name)
     if trainer is None:
-        return [f"{name}: {reason}"]
-    file = inspect.getfile(trainer)
+        return [f"{name}: {text}"]
     if name in TRAINERS and trainer.__module__ != TRAINERS[name]:
-        return [f"{name} is shadowed by {file}: nnU-Net takes the first file that has the name, so rename that one"]
+        return [f"{name} is shadowed by {text}: nnU-Net takes the first file that has the name, so rename that one"]
     if trainer.__name__ != name:
-        return [f"{name} in {file} is a class called {trainer.__name__}: nnU-Net needs both names to be the same"]
-    print(f"  {name}: {file}")
+        return [f"{name} in {text} is a class called {trainer.__name__}: nnU-Net needs both names to be the same"]
+    print(f"  {name}: {text}")
     return []
 
 
 def look_up(name: str) -> tuple[type | None, str]:
-    """Run nnU-Net's own search; returns the class, or None and the reason in one line."""
+    """Run nnU-Net's own search; returns the class and its file, or None and the reason in one line."""
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     chatter = io.StringIO()
     try:
         with redirect_stdout(chatter):
-            return recursive_find_trainer_class_by_name(name), ""
-    except RuntimeError as error:
-        if "Could not find requested" in str(error):
+            trainer = recursive_find_trainer_class_by_name(name)
+        return trainer, file_of(trainer, chatter.getvalue())
+    except Exception as error:  # whatever a file of another plugin raises when nnU-Net imports it
+        if isinstance(error, RuntimeError) and "Could not find requested" in str(error):
             return None, unknown(name)
         return None, f"nnU-Net stopped at {last_file(chatter.getvalue())}: {one_line(error)}"
-    except Exception as error:  # whatever a file of another plugin raises when nnU-Net imports it
-        return None, f"nnU-Net stopped at {last_file(chatter.getvalue())}: {one_line(error)}"
+
+
+def file_of(trainer: type, chatter: str) -> str:
+    """Return the file of a class; nnU-Net forgets the modules of external folders, so its own words name those."""
+    module = sys.modules.get(trainer.__module__)
+    if module is not None and module.__file__:
+        return module.__file__
+    folder = re.findall(r"Searching in: (.+)", chatter)[-1]
+    name = re.findall(r"Found class \S+ in (\S+)", chatter)[-1]
+    return str(Path(folder, *name.split(".")).with_suffix(".py"))
 
 
 def unknown(name: str) -> str:

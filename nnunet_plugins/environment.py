@@ -8,10 +8,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from nnunet_plugins._startup import _monai_memeff_nnunet as startup
-
-VARIABLE = startup.VARIABLE
-OPT_OUT = startup.OPT_OUT
+# the start-up file must stand alone, so it says these names for itself; a test holds both to the same behaviour
+VARIABLE = "nnUNet_extTrainer"
+OPT_OUT = "MEMEFF_NO_NNUNET"
+STARTUP = "_monai_memeff_nnunet"
 
 
 def ext_folder() -> str:
@@ -31,7 +31,7 @@ def is_listed() -> bool:
 
 def export_line(windows: bool = os.name == "nt") -> str:
     """Return the shell line that names our folder after whatever the variable holds now (`set` on Windows)."""
-    value = startup.with_folder(os.environ.get(VARIABLE), ext_folder())
+    value = os.environ[VARIABLE] if is_listed() else os.pathsep.join([*listed_folders(), ext_folder()])
     return f'set "{VARIABLE}={value}"' if windows else f"export {VARIABLE}={shlex.quote(value)}"
 
 
@@ -41,7 +41,7 @@ def why_not_listed() -> str:
         return f"{OPT_OUT} is set, which switches the start-up file off: unset it"
     if sys.flags.no_site:
         return "Python runs with -S, so it skips start-up files"
-    module = find_spec(startup.__name__.rpartition(".")[2])
+    module = find_spec(STARTUP)
     if module is None or module.origin is None:
         return "the start-up file is not installed (this is a source tree on the path, not a pip install)"
     if not Path(module.origin).with_name("monai_memeff_nnunet.pth").is_file():

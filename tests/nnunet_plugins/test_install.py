@@ -138,6 +138,7 @@ def test_wheel(tmp_path, wheel):
     assert environment.probe()["value"] is None
 
 
+@pytest.mark.skipif(find_spec("editables") is None, reason="hatchling builds no editable wheel without editables")
 def test_editable_beside_an_editable_nnunet(tmp_path):
     pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
     environment = Environment(tmp_path / "venv")

@@ -5,14 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
-from nnunet_plugins._startup import _monai_memeff_nnunet as startup
+from nnunet_plugins import environment
 from nnunet_plugins.environment import ext_folder
 
-STARTUP_FOLDER = Path(startup.__file__).parent
+STARTUP_FOLDER = Path(__file__).resolve().parents[2] / "nnunet_plugins" / "_startup"
+
+
+def load_startup():
+    """Import the start-up module from the source tree, whatever is installed."""
+    spec = spec_from_file_location("startup_under_test", STARTUP_FOLDER / "_monai_memeff_nnunet.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+startup = load_startup()
 
 
 @pytest.fixture
@@ -85,3 +97,13 @@ def test_the_two_start_up_files_name_the_same_function():
     line = (STARTUP_FOLDER / "monai_memeff_nnunet.pth").read_text().strip()
     assert line == "import _monai_memeff_nnunet; _monai_memeff_nnunet.register()"  # one readable line, no exec
     assert (STARTUP_FOLDER / "monai_memeff_nnunet.start").read_text().strip() == "_monai_memeff_nnunet:register"
+
+
+@pytest.mark.parametrize("value", [None, "", "/mine", os.pathsep.join(["/one", "", "/two"]), ext_folder()])
+def test_the_export_line_sets_what_the_start_up_file_sets(variable, value):
+    if value is not None:
+        variable.setenv(startup.VARIABLE, value)
+    line = environment.export_line()
+    startup.register()
+    assert (startup.VARIABLE, startup.OPT_OUT) == (environment.VARIABLE, environment.OPT_OUT)
+    assert line == f"export {startup.VARIABLE}={os.environ[startup.VARIABLE]}"
