@@ -89,7 +89,9 @@ def check_size(size: int) -> int:
         InputError: when it is below 64, above 512 or not a multiple of 16.
     """
     if size < STRIDE or size > 512 or size % 16:
-        raise InputError(f"size must be a multiple of 16 from {STRIDE} (the network's stride) to 512, got {size}: try 64")
+        raise InputError(
+            f"size must be a multiple of 16 from {STRIDE} (the network's stride) to 512, got {size}: try 64"
+        )
     return size
 
 
@@ -99,7 +101,11 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -134,10 +140,14 @@ def read_ct(path: str | Path) -> MetaTensor:
 
     try:
         with _quiet():
-            image = LoadImage(reader=_reader_for(path), image_only=True, ensure_channel_first=True, dtype=np.float32)(path)
+            image = LoadImage(reader=_reader_for(path), image_only=True, ensure_channel_first=True, dtype=np.float32)(
+                path
+            )
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
-        raise InputError(f"cannot read {path}: {reason}; check that it is a whole NIfTI, NRRD or DICOM image") from error
+        raise InputError(
+            f"cannot read {path}: {reason}; check that it is a whole NIfTI, NRRD or DICOM image"
+        ) from error
     return check_ct(image, str(path))
 
 
@@ -158,7 +168,9 @@ def check_ct(image: MetaTensor, name: str = "the image") -> MetaTensor:
     if image.ndim != 4:
         raise InputError(f"{name} is {image.ndim - 1}D, and one 3D volume is needed: give a whole series, not a slice")
     if image.shape[0] != 1:
-        raise InputError(f"{name} holds {image.shape[0]} volumes, and one is needed: split the 4D image and give one part")
+        raise InputError(
+            f"{name} holds {image.shape[0]} volumes, and one is needed: split the 4D image and give one part"
+        )
     shape = tuple(int(n) for n in image.shape[1:])
     if min(shape) < STRIDE:
         raise InputError(
@@ -167,7 +179,9 @@ def check_ct(image: MetaTensor, name: str = "the image") -> MetaTensor:
         )
     bad = int((~torch.isfinite(image)).sum())
     if bad:
-        raise InputError(f"{name} holds {bad} voxels that are NaN or infinite, and none may be: replace them by -1024 (air)")
+        raise InputError(
+            f"{name} holds {bad} voxels that are NaN or infinite, and none may be: replace them by -1024 (air)"
+        )
     _check_affine(np.asarray(image.affine, dtype=np.float64), name)
     return image
 
@@ -292,7 +306,12 @@ def grid_affine(corner: np.ndarray, step: float) -> np.ndarray:
 
 
 def resample(
-    image: np.ndarray, source: np.ndarray, target: np.ndarray, shape: tuple[int, ...], order: int = 1, outside: float = 0.0
+    image: np.ndarray,
+    source: np.ndarray,
+    target: np.ndarray,
+    shape: tuple[int, ...],
+    order: int = 1,
+    outside: float = 0.0,
 ) -> np.ndarray:
     """Sample a volume on another grid, through the two affines; oblique and anisotropic ones included.
 

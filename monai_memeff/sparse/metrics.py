@@ -74,7 +74,11 @@ def compute_border_dice(
         ValueError: when the shapes do not fit.
     """
     _check_pair(y_pred, y)
-    if defective.shape[0] != y.shape[0] or defective.shape[2:] != y.shape[2:] or defective.shape[1] not in (1, y.shape[1]):
+    if (
+        defective.shape[0] != y.shape[0]
+        or defective.shape[2:] != y.shape[2:]
+        or defective.shape[1] not in (1, y.shape[1])
+    ):
         raise ValueError(
             f"the defective skull must have the shape of the implants {tuple(y.shape)} (or one channel),"
             f" got {tuple(defective.shape)}"
@@ -210,7 +214,9 @@ class ImplantMetric(CumulativeIterationMetric):
             raise ValueError("ImplantMetric compares with a truth: pass y")
         wanted = 2 if self.score == "border_dice" else 1
         if y.shape[1] < wanted:
-            raise ValueError(f"{self.score} needs {wanted} channels in y (true implant, defective skull), got {y.shape[1]}")
+            raise ValueError(
+                f"{self.score} needs {wanted} channels in y (true implant, defective skull), got {y.shape[1]}"
+            )
         y_pred, truth = y_pred[:, :1], y[:, :1]
         if self.score == "dice":
             return compute_implant_dice(y_pred, truth)
