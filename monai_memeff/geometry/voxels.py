@@ -14,6 +14,10 @@ MAX_KEY = 2**63 - 1
 """Keys are signed 64-bit integers."""
 
 
+TABLE_SPAN = 16
+"""A dense table over the grid is used while it has at most this many entries per voxel."""
+
+
 def check_extent(spatial_shape: Sequence[int], batch_size: int) -> None:
     """Refuse a grid whose voxels cannot be numbered by 64-bit keys.
 
@@ -68,35 +72,65 @@ def is_strictly_increasing(keys: Tensor) -> bool:
     return bool((keys[1:] > keys[:-1]).all())
 
 
-def find(keys: Tensor, queries: Tensor) -> Tensor:
-    """Look queries up in a sorted list.
+class RowLookup:
+    """Row of a key in a sorted list: through a dense table while the grid is small, else by binary search.
 
     Args:
-        keys: (N,) int64, strictly increasing.
-        queries: (M,) int64 in any order.
-
-    Returns:
-        (M,) int64 positions in ``keys``, -1 where a query is absent.
+        keys: (N,) int64, strictly increasing, in 0 ... cells - 1.
+        cells: number of keys that the grid has.
     """
-    if keys.numel() == 0:
-        return torch.full_like(queries, -1)
-    position = torch.searchsorted(keys, queries)
-    candidate = position.clamp(max=keys.numel() - 1)
-    return torch.where(keys[candidate] == queries, candidate, -1)
+
+    def __init__(self, keys: Tensor, cells: int) -> None:
+        self.keys = keys
+        self.absent = keys.numel()
+        self.rows: Tensor | None = None
+        if is_small_grid(cells, self.absent):
+            self.rows = torch.full((cells,), self.absent, dtype=torch.int32, device=keys.device)
+            self.rows[keys] = torch.arange(self.absent, dtype=torch.int32, device=keys.device)
+
+    def __call__(self, queries: Tensor) -> Tensor:
+        """Keys of any shape, all in 0 ... cells - 1, to int32 rows; ``absent`` (= N) where a key is not in the list."""
+        if self.rows is not None:
+            return self.rows.index_select(0, queries.flatten()).view(queries.shape)
+        if self.absent == 0:
+            return torch.zeros_like(queries, dtype=torch.int32)
+        position = torch.searchsorted(self.keys, queries).clamp_(max=self.absent - 1)
+        return torch.where(self.keys[position] == queries, position, self.absent).int()
 
 
-def unite(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def is_small_grid(cells: int, count: int) -> bool:
+    """Whether a dense table over the grid costs little beside ``count`` voxels: at most TABLE_SPAN entries for each."""
+    return cells <= TABLE_SPAN * max(count, 2**14)
+
+
+def contains(keys: Tensor, queries: Tensor, cells: int) -> Tensor:
+    """Which queries are in a sorted key list: boolean, in the shape of ``queries``."""
+    return RowLookup(keys, cells)(queries) < keys.numel()
+
+
+def sorted_unique(keys: Tensor, cells: int) -> Tensor:
+    """Sorted unique values of keys in 0 ... cells - 1, through a bitmap of the grid while that is small."""
+    if not is_small_grid(cells, keys.numel()):
+        return torch.unique(keys)
+    present = torch.zeros(cells, dtype=torch.bool, device=keys.device)
+    present[keys] = True
+    return present.nonzero()[:, 0]
+
+
+def unite(first: Tensor, second: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
     """Unite two sorted key lists.
 
     Args:
         first: (N,) int64, strictly increasing.
         second: (M,) int64, strictly increasing.
+        cells: number of keys that the grid has.
 
     Returns:
-        The sorted union and the positions of the first and of the second list in it.
+        The sorted union and the int64 rows of the first and of the second list in it.
     """
-    union = torch.unique(torch.cat((first, second)))
-    return union, torch.searchsorted(union, first), torch.searchsorted(union, second)
+    union = sorted_unique(torch.cat((first, second)), cells)
+    look_up = RowLookup(union, cells)
+    return union, look_up(first).long(), look_up(second).long()
 
 
 def coarsen(coordinates: Tensor, stride: Sequence[int]) -> Tensor:

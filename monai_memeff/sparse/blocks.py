@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -36,8 +38,8 @@ class SparseBatchNorm3d(nn.BatchNorm3d):
 class SparseInstanceNorm3d(nn.InstanceNorm3d):
     """Instance norm: every channel of every batch item over that item's active voxels.
 
-    Arguments and ``state_dict`` of ``torch.nn.InstanceNorm3d`` without running statistics. An item with one active voxel
-    has no variance; its normalised value is zero.
+    Arguments and ``state_dict`` of ``torch.nn.InstanceNorm3d`` without running statistics. An item with one active
+    voxel has no variance; its normalised value is zero.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -67,7 +69,7 @@ class SparseGroupNorm(nn.GroupNorm):
 
 def _per_item(x: SparseTensor) -> list[Tensor]:
     bounds = x.voxels.batch_bounds()
-    return [x.features[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [x.features[start:stop] for start, stop in pairwise(bounds)]
 
 
 def _affine(normalised: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -159,8 +161,8 @@ class _SparsePool3d(nn.Module):
 class SparseMaxPool3d(_SparsePool3d):
     """Maximum over the active voxels of each window (inactive ones do not count as zero).
 
-    Equals ``torch.nn.MaxPool3d(kernel_size, stride, (kernel_size - 1) // 2)`` on a volume filled with -inf. Where several
-    voxels tie for the maximum they share the gradient.
+    Equals ``torch.nn.MaxPool3d(kernel_size, stride, (kernel_size - 1) // 2)`` on a volume filled with -inf. Where
+    several voxels tie for the maximum they share the gradient.
     """
 
     reduction = "amax"

@@ -59,8 +59,8 @@ class SparseConv3d(nn.Conv3d):
 class SparseConvTranspose3d(nn.ConvTranspose3d):
     """Transposed convolution from active voxels onto known finer voxels, or onto all voxels it can reach.
 
-    Values equal ``torch.nn.ConvTranspose3d`` with the same parameters on the zero-filled dense volume, read at the output
-    voxels. Voxel c reaches ``stride * c - padding + dilation * t``, t = 0 ... kernel_size - 1.
+    Values equal ``torch.nn.ConvTranspose3d`` with the same parameters on the zero-filled dense volume, read at the
+    output voxels. Voxel c reaches ``stride * c - padding + dilation * t``, t = 0 ... kernel_size - 1.
 
     Args:
         in_channels: features per input voxel.
@@ -165,6 +165,8 @@ def _triple(value: int | tuple[int, ...]) -> Triple:
 
 def _check_channels(layer: nn.Conv3d | nn.ConvTranspose3d, x: SparseTensor) -> None:
     if not isinstance(x, SparseTensor):
-        raise TypeError(f"{type(layer).__name__} takes a SparseTensor, got {type(x).__name__}; use SparseTensor.from_dense.")
+        raise TypeError(
+            f"{type(layer).__name__} takes a SparseTensor, got {type(x).__name__}; use SparseTensor.from_dense."
+        )
     if x.features.shape[1] != layer.in_channels:
         raise ValueError(f"{type(layer).__name__} expects {layer.in_channels} channels, got {x.features.shape[1]}.")

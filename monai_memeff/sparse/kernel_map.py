@@ -6,7 +6,6 @@ for ``t = 0 ... kernel_size - 1`` along each axis, and kernel offsets are number
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,9 +20,6 @@ Triple = tuple[int, int, int]
 
 PAIR_COST = 3
 """Measured cost of scattering one pair, in units of gathering one table entry: decides between the two layouts."""
-
-LOOKUP_SPAN = 16
-"""A dense look-up table is used while it has at most this many entries per voxel; else the keys are searched."""
 
 
 @dataclass(frozen=True)
@@ -112,24 +108,48 @@ def plan_kernel_map(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> 
     Returns:
         The map, in the cheaper of its two layouts.
     """
-    plane = shape.kernel_size[1] * shape.kernel_size[2]
-    symmetric = shape.is_symmetric and inputs is outputs
-    table = torch.full((shape.volume, len(outputs)), len(inputs), dtype=torch.int32, device=outputs.device)
-    own_rows = torch.arange(len(outputs), dtype=torch.int32, device=outputs.device) if symmetric else None
-    for offset, rows in _rows_per_offset(inputs, outputs, shape, half=symmetric):
-        table[offset] = rows
-        if own_rows is not None:
-            met = rows < len(inputs)
-            table[shape.volume - 1 - offset, rows[met].long()] = own_rows[met]
-    if own_rows is not None and shape.volume % 2:
-        table[shape.volume // 2] = own_rows
+    table = _neighbour_table(inputs, outputs, shape)
     num_pairs = int((table < len(inputs)).sum())
-    planes = table.view(shape.kernel_size[0], plane, -1)
-    if not symmetric and PAIR_COST * num_pairs < table.numel():
-        dense = KernelMap(len(inputs), len(outputs), shape.volume, num_pairs, planes.transpose(1, 2))
-        return KernelMap(len(inputs), len(outputs), shape.volume, num_pairs, pairs=list(dense.each_pair()))
-    planes = planes.transpose(1, 2).contiguous()
-    return KernelMap(len(inputs), len(outputs), shape.volume, num_pairs, planes, symmetric=symmetric)
+    symmetric = shape.is_symmetric and inputs is outputs
+    dense = KernelMap(len(inputs), len(outputs), shape.volume, num_pairs, table, symmetric=symmetric)
+    if symmetric or PAIR_COST * num_pairs >= table.numel():
+        return dense
+    return KernelMap(len(inputs), len(outputs), shape.volume, num_pairs, pairs=list(dense.each_pair()))
+
+
+def _neighbour_table(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> Tensor:
+    """(planes, num_out, offsets per plane) int32 input rows, ``len(inputs)`` where there is none.
+
+    Keys are taken on a grid grown by everything the kernel can reach, so that a step over the border meets an empty
+    cell instead of the next line, and every offset is one number added to a key.
+    """
+    extents, margins = _reachable_grid(inputs, outputs, shape)
+    grown = inputs.coordinates
+    grown[:, 1:] += torch.tensor(margins, device=inputs.device)
+    cells = inputs.batch_size * extents[0] * extents[1] * extents[2]
+    look_up = voxels.RowLookup(voxels.coordinates_to_keys(grown, extents), cells)
+    first = outputs.coordinates
+    first[:, 1:] *= torch.tensor(shape.stride, device=inputs.device)
+    first_keys = voxels.coordinates_to_keys(first, extents)[:, None]
+    table = []
+    for i in range(shape.kernel_size[0]):
+        j, k = (torch.arange(size, device=inputs.device) for size in shape.kernel_size[1:])
+        lines = (i * shape.dilation[0] * extents[1] + j * shape.dilation[1]) * extents[2]
+        steps = (lines[:, None] + k * shape.dilation[2]).flatten()
+        table.append(look_up(first_keys + steps))
+    return torch.stack(table)
+
+
+def _reachable_grid(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> tuple[Triple, Triple]:
+    """Extents that hold every voxel the kernel reads, and where the input grid starts in them."""
+    last = [
+        step * (extent - 1) + spread * (size - 1) + 1
+        for step, extent, spread, size in zip(
+            shape.stride, outputs.spatial_shape, shape.dilation, shape.kernel_size, strict=True
+        )
+    ]
+    i, j, k = (max(e, n + p) for e, n, p in zip(last, inputs.spatial_shape, shape.padding, strict=True))
+    return (i, j, k), shape.padding
 
 
 def _choose_layout(pairs: list[tuple[Tensor, Tensor]], num_in: int, num_out: int, plane: int) -> KernelMap:
@@ -141,55 +161,6 @@ def _choose_layout(pairs: list[tuple[Tensor, Tensor]], num_in: int, num_out: int
     for offset, (in_rows, out_rows) in enumerate(pairs):
         table[offset // plane, out_rows, offset % plane] = in_rows.int()
     return KernelMap(num_in, num_out, len(pairs), num_pairs, table)
-
-
-def _rows_per_offset(
-    inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape, half: bool
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (offset, input row of every output voxel or ``len(inputs)``), for the first half of the offsets or all."""
-    batch, *first = _first_reads(outputs, shape)
-    look_up = _Lookup(inputs)
-    _, width, depth = inputs.spatial_shape
-    stop = shape.volume // 2 if half else shape.volume
-    offsets = itertools.product(*(range(size) for size in shape.kernel_size))
-    line: tuple[int, int] | None = None
-    for number, (ti, tj, tk) in enumerate(itertools.islice(offsets, stop)):
-        if line != (ti, tj):
-            line = (ti, tj)
-            i, j = first[0] + shape.dilation[0] * ti, first[1] + shape.dilation[1] * tj
-            in_plane = (i >= 0) & (i < inputs.spatial_shape[0]) & (j >= 0) & (j < width)
-            line_keys = ((batch * inputs.spatial_shape[0] + i) * width + j) * depth + first[2]
-        k = first[2] + shape.dilation[2] * tk
-        valid = in_plane & (k >= 0) & (k < depth)
-        yield number, look_up(line_keys + shape.dilation[2] * tk, valid)
-
-
-def _first_reads(outputs: VoxelSet, shape: KernelShape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Batch index and the input coordinates that offset 0 reads, for every output voxel."""
-    batch, *spatial = outputs.coordinates.unbind(1)
-    i, j, k = (c * step - pad for c, step, pad in zip(spatial, shape.stride, shape.padding, strict=True))
-    return batch, i, j, k
-
-
-class _Lookup:
-    """Row of a key in a voxel set: through a dense table while that is small, else by binary search."""
-
-    def __init__(self, inputs: VoxelSet) -> None:
-        self.keys = inputs.keys
-        self.absent = len(inputs)
-        height, width, depth = inputs.spatial_shape
-        cells = inputs.batch_size * height * width * depth
-        self.rows: Tensor | None = None
-        if cells <= LOOKUP_SPAN * max(len(inputs), 2**16):
-            self.rows = torch.full((cells,), self.absent, dtype=torch.int32, device=self.keys.device)
-            self.rows[self.keys] = torch.arange(self.absent, dtype=torch.int32, device=self.keys.device)
-
-    def __call__(self, queries: Tensor, valid: Tensor) -> Tensor:
-        """(M,) keys and whether they are meant to (M,) int32 rows, ``absent`` where there is none."""
-        if self.rows is not None:
-            return torch.where(valid, self.rows[queries * valid], self.absent)
-        found = voxels.find(self.keys, queries)
-        return torch.where(valid & (found >= 0), found, self.absent).int()
 
 
 def kernel_map_between(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> KernelMap:
@@ -215,17 +186,15 @@ def generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
         shape: geometry of the transposed convolution; voxel c reaches ``stride * c - padding + dilation * t``.
     """
     grid = _finer_grid(coarse, shape.stride)
-    steps = [torch.arange(size, device=coarse.device) for size in shape.kernel_size]
-    kernel = torch.cartesian_prod(*steps).view(-1, 3)
-    geometry = [torch.tensor(values, device=coarse.device) for values in (shape.dilation, shape.padding, shape.stride)]
-    reach = kernel * geometry[0] - geometry[1]
-    keys = []
-    for offset in reach:
-        reached = coarse.coordinates
-        reached[:, 1:] = reached[:, 1:] * geometry[2] + offset
-        reached = reached[voxels.inside(reached, grid.spatial_shape)]
-        keys.append(voxels.coordinates_to_keys(reached, grid.spatial_shape))
-    return grid.with_keys(torch.unique(torch.cat(keys)))
+    kernel = torch.cartesian_prod(*(torch.arange(size, device=coarse.device) for size in shape.kernel_size)).view(-1, 3)
+    dilation, padding, stride = (
+        torch.tensor(values, device=coarse.device) for values in (shape.dilation, shape.padding, shape.stride)
+    )
+    reached = coarse.coordinates[:, None].repeat(1, len(kernel), 1)
+    reached[..., 1:] = reached[..., 1:] * stride + (kernel * dilation - padding)
+    reached = reached.flatten(0, 1)
+    reached = reached[voxels.inside(reached, grid.spatial_shape)]
+    return grid.with_keys(voxels.sorted_unique(voxels.coordinates_to_keys(reached, grid.spatial_shape), grid.cells))
 
 
 def _finer_grid(coarse: VoxelSet, stride: Triple) -> VoxelSet:

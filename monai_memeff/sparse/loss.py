@@ -39,5 +39,5 @@ class SparseCompletionLoss(nn.Module):
         if len(logits) == 0:
             return values.sum()
         cells = complete.voxels.coarsened(logits.stride) if logits.stride != (1, 1, 1) else complete.voxels
-        wanted = voxels.find(cells.keys, logits.voxels.keys) >= 0
+        wanted = voxels.contains(cells.keys, logits.voxels.keys, logits.voxels.cells)
         return functional.binary_cross_entropy_with_logits(values, wanted.to(values.dtype))

@@ -23,22 +23,22 @@ ABSENT_LOGIT = 10.0
 class SparseCompletionNet(nn.Module):
     """Generative sparse auto-encoder that completes a binary structure such as a skull.
 
-    Kroviakov, Li and Egger, "Sparse convolutional neural network for skull reconstruction", AutoImplant 2021; Li et al.,
-    Sci Rep 13:20229 (2023), doi 10.1038/s41598-023-47437-6, table of layers. Encoder: a 3^3 convolution, then six times a
-    2^3 convolution of stride 2 and a 3^3 convolution. Decoder: six times a generative transposed convolution of stride 2
-    (kernel 4 first, then 2), a 3^3 convolution, the sum with the encoder's features over the union of both voxel sets, and
-    a 1^3 convolution to one occupancy logit per candidate voxel; candidates with a logit above 0 go on to the next level,
-    in training also those of the target. Every convolution but the heads is followed by batch norm and ReLU. Candidates
-    beyond the border are clipped.
+    Kroviakov, Li and Egger, "Sparse convolutional neural network for skull reconstruction", AutoImplant 2021; Li et
+    al., Sci Rep 13:20229 (2023), doi 10.1038/s41598-023-47437-6, table of layers. Encoder: a 3^3 convolution, then
+    six times a 2^3 convolution of stride 2 and a 3^3 convolution. Decoder: six times a generative transposed
+    convolution of stride 2 (kernel 4 first, then 2), a 3^3 convolution, the sum with the encoder's features over the
+    union of both voxel sets, and a 1^3 convolution to one occupancy logit per candidate voxel; candidates with a
+    logit above 0 go on to the next level, in training also those of the target. Every convolution but the heads is
+    followed by batch norm and ReLU. Candidates beyond the border are clipped.
 
     Args:
-        channels: features at strides 1, 2, 4, 8, 16, 32, 64. Published lists and their parameters: (8, 8, 16, 16, 32, 32,
-            64) 434,695; (22, 32, 32, 128, 156, 256, 388) 18,137,201; (2, 2, 4, 4, 4, 4, 16) 16,563.
+        channels: features at strides 1, 2, 4, 8, 16, 32, 64. Published lists and their parameters: (8, 8, 16, 16, 32,
+            32, 64) 434,695; (22, 32, 32, 128, 156, 256, 388) 18,137,201; (2, 2, 4, 4, 4, 4, 16) 16,563.
 
-    Shape: the input is a SparseTensor with one channel, or a dense (B, 1, H, W, D) volume that is non-zero where there is
-    something. In training mode the output is a list of six SparseTensors of candidate logits, coarsest first, for
-    :class:`SparseCompletionLoss`. In evaluation mode it is the logits at full resolution: dense (B, 1, H, W, D) for a
-    dense input, with -10 where no candidate was generated, or a SparseTensor for a sparse one.
+    Shape: the input is a SparseTensor with one channel, or a dense (B, 1, H, W, D) volume that is non-zero where
+    there is something. In training mode the output is a list of six SparseTensors of candidate logits, coarsest
+    first, for :class:`SparseCompletionLoss`. In evaluation mode it is the logits at full resolution: dense (B, 1, H,
+    W, D) for a dense input, with -10 where no candidate was generated, or a SparseTensor for a sparse one.
 
     The published network has a last 1^3 convolution after the final pruning that is never in the loss; it is kept as
     ``final``, frozen and not computed, so that parameter counts and checkpoints agree.
@@ -92,7 +92,7 @@ class SparseCompletionNet(nn.Module):
             if number < len(self.heads) - 1:
                 keep = levels[-1].features[:, 0] > 0
                 if wanted is not None:
-                    keep |= voxels.find(wanted[number], x.voxels.keys) >= 0
+                    keep |= voxels.contains(wanted[number], x.voxels.keys, x.voxels.cells)
                 x = x.prune(keep)
         return levels
 
@@ -101,9 +101,9 @@ class SparseUNet(UNet):
     """MONAI's UNet computed on active voxels only.
 
     Arguments, layers and ``state_dict`` are those of ``monai.networks.nets.UNet`` with ``spatial_dims=3``, so a dense
-    checkpoint loads strictly, and with every voxel active the outputs are equal. Where voxels are inactive, convolutions
-    are submanifold (Graham et al. 2018, arXiv 1711.10275), and norms see active voxels only. Extents need not be
-    divisible by the strides.
+    checkpoint loads strictly, and with every voxel active the outputs are equal. Where voxels are inactive,
+    convolutions are submanifold (Graham et al. 2018, arXiv 1711.10275), and norms see active voxels only. Extents
+    need not be divisible by the strides.
 
     Args:
         spatial_dims: 3.
@@ -122,8 +122,8 @@ class SparseUNet(UNet):
         above: a voxel of a dense input is active where any channel is larger than this value; None: where any channel
             differs from ``background``.
         background: the value of inactive voxels, used when ``above`` is None.
-        inactive_logits: output of inactive voxels, one value per output channel; default 10 in channel 0 and 0 elsewhere
-            (background in channel 0), or -10 for a single channel.
+        inactive_logits: output of inactive voxels, one value per output channel; default 10 in channel 0 and 0
+            elsewhere (background in channel 0), or -10 for a single channel.
 
     Shape: dense (B, in_channels, H, W, D) -> dense (B, out_channels, H, W, D); SparseTensor -> SparseTensor.
     """
@@ -201,6 +201,4 @@ def _down_block(in_channels: int, out_channels: int) -> nn.Sequential:
 def _up_block(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
     """The published engine's even kernels reach forward only, 0 ... kernel_size - 1: no padding."""
     grow = SparseConvTranspose3d(in_channels, out_channels, kernel_size, 2, bias=False, generative=True, padding=0)
-    return nn.Sequential(
-        grow, SparseBatchNorm3d(out_channels), SparseReLU(), _conv_block(out_channels, out_channels)
-    )
+    return nn.Sequential(grow, SparseBatchNorm3d(out_channels), SparseReLU(), _conv_block(out_channels, out_channels))

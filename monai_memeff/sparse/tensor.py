@@ -117,9 +117,7 @@ class SparseTensor:
         features = self.features.to(device=device, dtype=dtype)
         if features.device == self.voxels.device:
             return self.replace(features)
-        moved = VoxelSet(
-            self.voxels.keys.to(features.device), self.spatial_shape, self.batch_size, self.voxels.stride
-        )
+        moved = VoxelSet(self.voxels.keys.to(features.device), self.spatial_shape, self.batch_size, self.voxels.stride)
         return SparseTensor.on(moved, features)
 
     @property
@@ -239,13 +237,12 @@ def _same_voxels(first: SparseTensor, second: SparseTensor) -> bool:
 
 
 def _unite(first: SparseTensor, second: SparseTensor) -> tuple[VoxelSet, Tensor, Tensor]:
-    keys, first_rows, second_rows = voxels.unite(first.voxels.keys, second.voxels.keys)
+    keys, first_rows, second_rows = voxels.unite(first.voxels.keys, second.voxels.keys, first.voxels.cells)
     return first.voxels.with_keys(keys), first_rows, second_rows
 
 
 def _batch_and_position(voxel_set: VoxelSet) -> tuple[Tensor, Tensor]:
-    height, width, depth = voxel_set.spatial_shape
-    cells = height * width * depth
+    cells = voxel_set.cells // voxel_set.batch_size
     batch = voxel_set.keys.div(cells, rounding_mode="floor")
     return batch, voxel_set.keys - batch * cells
 

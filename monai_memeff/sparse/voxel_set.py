@@ -18,8 +18,8 @@ class VoxelSet:
     """A set of active voxels on a regular grid; the geometry that many sparse tensors share.
 
     Invariant: ``keys`` is strictly increasing, so rows of every tensor on this set are in lexicographic order of
-    (batch, i, j, k). Kernel maps are planned once per set and kept here for as long as the set lives. A coarse set holds
-    the fine set it came from; the fine set refers to the coarse one weakly, so nothing is kept alive in a circle.
+    (batch, i, j, k). Kernel maps are planned once per set and kept here for as long as the set lives. A coarse set
+    holds the fine set it came from; the fine set refers to the coarse one weakly, so nothing is kept alive in a circle.
 
     Args:
         keys: (N,) int64, strictly increasing, see :func:`monai_memeff.geometry.voxels.coordinates_to_keys`.
@@ -58,6 +58,12 @@ class VoxelSet:
         """(N, 4) int64 [batch, i, j, k] in voxels of this level."""
         return voxels.keys_to_coordinates(self.keys, self.spatial_shape)
 
+    @property
+    def cells(self) -> int:
+        """Voxels of the whole grid, active or not, over the batch: keys run from 0 to cells - 1."""
+        height, width, depth = self.spatial_shape
+        return self.batch_size * height * width * depth
+
     def planned(self, name: Hashable, plan: Callable[[], Plan]) -> Plan:
         """Return what was planned under ``name``, planning it at the first call."""
         if name not in self._plans:
@@ -87,7 +93,8 @@ class VoxelSet:
             shape = tuple(-(-extent // step) for extent, step in zip(self.spatial_shape, stride, strict=True))
             cells = voxels.coordinates_to_keys(voxels.coarsen(self.coordinates, stride), shape)
             scale = tuple(mine * step for mine, step in zip(self.stride, stride, strict=True))
-            known = VoxelSet(torch.unique(cells), shape, self.batch_size, scale, finer=self)
+            known = VoxelSet(cells[:0], shape, self.batch_size, scale, finer=self)
+            known.keys = voxels.sorted_unique(cells, known.cells)
             self._coarser[stride] = known
         return known
 
@@ -96,6 +103,5 @@ class VoxelSet:
         return self.planned("batch_bounds", self._find_batch_bounds)
 
     def _find_batch_bounds(self) -> list[int]:
-        height, width, depth = self.spatial_shape
-        first_keys = torch.arange(self.batch_size + 1, device=self.device) * (height * width * depth)
+        first_keys = torch.arange(self.batch_size + 1, device=self.device) * (self.cells // self.batch_size)
         return torch.searchsorted(self.keys, first_keys).tolist()

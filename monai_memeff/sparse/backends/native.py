@@ -1,9 +1,9 @@
 """The plain PyTorch engine, on any device: blocks of output rows, gathered, multiplied and accumulated.
 
 A block of output rows is finished while it is in cache: for every plane of kernel offsets its input rows are gathered
-through the neighbour table into one (rows, offsets * channels) matrix and multiplied by that plane's weights. Nothing is
-scattered, so the result does not depend on the order in which threads run. Maps with few pairs per offset (transposed
-convolutions) go offset by offset through pairs instead: gather, multiply, index_add.
+through the neighbour table into one (rows, offsets * channels) matrix and multiplied by that plane's weights. Nothing
+is scattered, so the result does not depend on the order in which threads run. Maps with few pairs per offset
+(transposed convolutions) go offset by offset through pairs instead: gather, multiply, index_add.
 """
 
 from __future__ import annotations
