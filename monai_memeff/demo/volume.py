@@ -1,12 +1,7 @@
-"""A head CT in, a cubic skull grid out: reading, refusing, cropping to the vault and pooling, with every affine kept."""
+"""A head CT in, a cubic skull grid out: cropped to the vault and pooled, with the way back to the CT's own grid."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,17 +9,14 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-STRIDE = 64  # the completion network halves the grid six times
+from monai_memeff.demo.intake import FULL, InputError, check_bone, check_ct, check_size, millimetres, read_ct
+
+__all__ = ["HeadVolume", "InputError", "load_head", "prepare_head"]
+
 MARGIN = 0.05  # air kept on each side of the skull, as a fraction of its extent
 FINEST = 256  # edge of the finest grid on which bone is thresholded before pooling
-MAX_SPACING_MM = 8.0
 EXTENT_MM = (60.0, 400.0)
-FULL = 0.5
 UPPER_MM = 110.0  # below the vertex, still above the jaw and the shoulders
-
-
-class InputError(ValueError):
-    """An image that the job cannot use: one line that says the limit, the value and the way out."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +24,8 @@ class HeadVolume:
     """One head on the network's grid, and the way back to the image it came from.
 
     Attributes:
-        skull: bool (S, S, S), True where any bone lies in the cell; axes run to the right-to-left, back-to-front and
-            foot-to-head ends of the world (RAS+).
+        skull: bool (S, S, S), True where any bone lies in the cell; indices grow towards the
+            right, the front and the top of the head (RAS+).
         affine: float64 (4, 4), index of a cell -> millimetres (RAS+).
         grey: int16 (S * k, S * k, S * k), the CT in HU on the finer grid that was thresholded; for pictures.
         grey_affine: float64 (4, 4), index of a voxel of ``grey`` -> millimetres (RAS+).
@@ -76,131 +68,6 @@ class HeadVolume:
         return MetaTensor(torch.from_numpy(self.skull[None].astype(np.float32)), affine=torch.from_numpy(self.affine))
 
 
-def check_size(size: int) -> int:
-    """Refuse a grid edge that the network cannot use.
-
-    Args:
-        size: edge of the grid in cells.
-
-    Returns:
-        The same number.
-
-    Raises:
-        InputError: when it is below 64, above 512 or not a multiple of 16.
-    """
-    if size < STRIDE or size > 512 or size % 16:
-        raise InputError(
-            f"size must be a multiple of 16 from {STRIDE} (the network's stride) to 512, got {size}: try 64"
-        )
-    return size
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what image readers print: one failure is reported once, in our own words."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _reader_for(path: Path) -> str | None:
-    if path.is_dir() or path.suffix.lower() in (".dcm", ".ima"):
-        return "PydicomReader"
-    return "NibabelReader" if path.name.lower().endswith((".nii", ".nii.gz")) else None
-
-
-def read_ct(path: str | Path) -> MetaTensor:
-    """Read one CT through MONAI's readers.
-
-    Args:
-        path: a NIfTI file, an NRRD or MetaImage file (with ITK or pynrrd installed), or a folder of one DICOM series
-            (with pydicom installed).
-
-    Returns:
-        float32 (1, H, W, D) in Hounsfield units, with the affine in RAS+ millimetres.
-
-    Raises:
-        InputError: when the file is missing, empty, unreadable or truncated, or is not one 3D image.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"no such image: {path}: give a NIfTI, NRRD or MetaImage file, or a DICOM folder")
-    if (path.is_dir() and not any(path.iterdir())) or (path.is_file() and path.stat().st_size == 0):
-        raise InputError(f"{path} is empty: copy the image again, or give another one")
-    from monai.transforms import LoadImage
-
-    try:
-        with _quiet():
-            image = LoadImage(reader=_reader_for(path), image_only=True, ensure_channel_first=True, dtype=np.float32)(
-                path
-            )
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
-        raise InputError(
-            f"cannot read {path}: {reason}; check that it is a whole NIfTI, NRRD or DICOM image"
-        ) from error
-    return check_ct(image, str(path))
-
-
-def check_ct(image: MetaTensor, name: str = "the image") -> MetaTensor:
-    """Refuse what cannot be a head CT before any work starts.
-
-    Args:
-        image: (1, H, W, D) with an affine in RAS+ millimetres.
-        name: how to call it in the message.
-
-    Returns:
-        The same image.
-
-    Raises:
-        InputError: on 2D, 4D or multi-channel images, fewer than 64 voxels along an axis, NaN or infinity, a singular
-            affine, or a spacing above 8 mm.
-    """
-    if image.ndim != 4:
-        raise InputError(f"{name} is {image.ndim - 1}D, and one 3D volume is needed: give a whole series, not a slice")
-    if image.shape[0] != 1:
-        raise InputError(
-            f"{name} holds {image.shape[0]} volumes, and one is needed: split the 4D image and give one part"
-        )
-    shape = tuple(int(n) for n in image.shape[1:])
-    if min(shape) < STRIDE:
-        raise InputError(
-            f"{name} has {' x '.join(map(str, shape))} voxels, and at least {STRIDE} along every axis are needed"
-            " (the network's stride): give a finer or larger image"
-        )
-    bad = int((~torch.isfinite(image)).sum())
-    if bad:
-        raise InputError(
-            f"{name} holds {bad} voxels that are NaN or infinite, and none may be: replace them by -1024 (air)"
-        )
-    _check_affine(np.asarray(image.affine, dtype=np.float64), name)
-    return image
-
-
-def _check_affine(affine: np.ndarray, name: str) -> None:
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or spacing.min() < 1e-3 or abs(np.linalg.det(affine[:3, :3] / spacing)) < 0.1:
-        raise InputError(f"{name} has a singular affine (spacing {_mm(spacing)}): repair its header (qform and sform)")
-    if spacing.max() > MAX_SPACING_MM:
-        raise InputError(
-            f"{name} has a spacing of {_mm(spacing)}, and at most {MAX_SPACING_MM:g} mm can show a skull:"
-            " give a series with thinner slices, or repair the header"
-        )
-
-
-def _mm(spacing: np.ndarray) -> str:
-    return " x ".join(f"{s:.4g}" for s in spacing) + " mm"
-
-
 def largest_component(mask: np.ndarray) -> np.ndarray:
     """The largest 26-connected piece of a mask.
 
@@ -232,35 +99,6 @@ def bounding_box(mask: np.ndarray, grow: int = 0) -> tuple[slice, slice, slice] 
         hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
         box.append(slice(max(int(hit[0]) - grow, 0), min(int(hit[-1]) + 1 + grow, mask.shape[axis])))
     return box[0], box[1], box[2]
-
-
-def find_bone(image: np.ndarray, threshold: float, name: str = "the image") -> tuple[np.ndarray, np.ndarray]:
-    """Threshold bone and keep its largest piece, so that table and head-holder go.
-
-    Args:
-        image: (H, W, D) in Hounsfield units.
-        threshold: voxels above it count.
-        name: how to call it in the message.
-
-    Returns:
-        bool (H, W, D) all bone-dense voxels, and bool (H, W, D) the largest piece.
-
-    Raises:
-        InputError: when no voxel, or half of all voxels or more, lie above the threshold.
-    """
-    dense = image > threshold
-    share = float(dense.mean())
-    if share == 0:
-        raise InputError(
-            f"{name} has no bone: no voxel above {threshold:g} HU (largest value {float(image.max()):g});"
-            " give a CT in Hounsfield units, or lower --threshold"
-        )
-    if share >= FULL:
-        raise InputError(
-            f"{name} is full: {share:.0%} of its voxels lie above {threshold:g} HU, and less than {FULL:.0%} may;"
-            " give a CT in Hounsfield units, or raise --threshold"
-        )
-    return dense, largest_component(dense)
 
 
 def skull_cube(bone: np.ndarray, affine: np.ndarray, name: str = "the image") -> tuple[np.ndarray, float]:
@@ -357,14 +195,15 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
         The head on the grid.
 
     Raises:
-        InputError: on every input that :func:`check_size`, :func:`check_ct`, :func:`find_bone` or :func:`skull_cube`
+        InputError: on every input that :func:`check_size`, :func:`check_ct`, :func:`check_bone` or :func:`skull_cube`
             refuse, and when the pooled grid is half full or more.
     """
     check_size(size)
     check_ct(image, name)
     values = np.array(image[0].as_tensor().cpu().numpy(), dtype=np.float32)
     ct_affine = np.asarray(image.affine, dtype=np.float64)
-    dense, bone = find_bone(values, threshold, name)
+    dense = check_bone(values, threshold, name)
+    bone = largest_component(dense)
     corner, edge = skull_cube(bone, ct_affine, name)
     notes = _notes(bone, dense, ct_affine)
     values[dense & ~bone] = min(threshold, 0.0)
@@ -395,7 +234,7 @@ def _notes(bone: np.ndarray, dense: np.ndarray, affine: np.ndarray) -> tuple[str
     linear = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if spacing.max() / spacing.min() > 1.05:
-        notes.append(f"anisotropic voxels ({_mm(spacing)}) were resampled to cubes")
+        notes.append(f"anisotropic voxels ({millimetres(spacing)}) were resampled to cubes")
     if np.abs(linear).max(axis=0).min() < 0.999:
         notes.append("oblique axes were resampled to the axes of the body")
     axis = int(np.abs(linear[2]).argmax())

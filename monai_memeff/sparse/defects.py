@@ -25,7 +25,7 @@ TRIES = 20
 def vault_mask(skull: torch.Tensor) -> torch.Tensor:
     """The part of a skull above the face: within 0.45 of its horizontal extent below its highest point.
 
-    Up is the axis (and its direction) nearest to the world's, from the affine of a MetaTensor, else the end of the last axis.
+    Up is the axis (and its direction) nearest to the world's, from the affine of a MetaTensor, else the last axis.
     For an adult, whose skull is about 185 mm long, this is the cap 83 mm deep: down to the brow.
 
     Args:
@@ -181,7 +181,7 @@ class RandSkullDefect(RandomizableTransform):
             randomize: whether to draw a new defect, or cut the last one again (the shape must be the same).
 
         Returns:
-            The defective skull and the implant: disjoint, their union is the skull; type, dtype and metadata of ``img``.
+            The defective skull and the implant: disjoint, their union is the skull; type and metadata of ``img``.
 
         Raises:
             ValueError: when ``img`` is not (C, H, W, D), is empty, or is too small for the wanted size.

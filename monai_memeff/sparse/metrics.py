@@ -1,4 +1,4 @@
-"""The skull-completion challenge's scores in millimetres: implant Dice, Dice near the border, 95 % Hausdorff distance."""
+"""The skull-completion challenge's scores in millimetres: implant Dice, border Dice, 95 % Hausdorff distance."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def compute_border_dice(
         distance_mm: width of the border.
 
     Returns:
-        (B, C). Two implants that are empty there score 1, one that is empty there 0; without a skull nothing is near it.
+        (B, C). Two implants empty there score 1, one empty there 0; without a skull nothing is near it.
 
     Raises:
         ValueError: when the shapes do not fit.

@@ -13,8 +13,8 @@ from scipy import ndimage
 
 from monai_memeff.sparse.defects import (
     RandSkullDefect,
-    RandSkullDefectd,
     RandSkullDefectD,
+    RandSkullDefectd,
     RandSkullDefectDict,
     vault_mask,
 )
