@@ -16,20 +16,44 @@ from monai_memeff.sparse.blocks import (
 )
 from monai_memeff.sparse.conv import SparseConv3d, SparseConvTranspose3d
 from monai_memeff.sparse.convert import to_sparse
+from monai_memeff.sparse.defects import RandSkullDefect, RandSkullDefectD, RandSkullDefectd, RandSkullDefectDict
+from monai_memeff.sparse.engine import PrepareBatchSparse
+from monai_memeff.sparse.inferer import SparseInferer
 from monai_memeff.sparse.loss import SparseCompletionLoss
+from monai_memeff.sparse.metrics import ImplantMetric
 from monai_memeff.sparse.network import SparseCompletionNet, SparseUNet
 from monai_memeff.sparse.tensor import SparseTensor, concatenate, union_add
+from monai_memeff.sparse.transforms import (
+    SparseCollate,
+    SparseCoordinates,
+    SparseCoordinatesD,
+    SparseCoordinatesd,
+    SparseCoordinatesDict,
+    sparse_collate,
+)
 
 __all__ = [
+    "ImplantMetric",
+    "PrepareBatchSparse",
+    "RandSkullDefect",
+    "RandSkullDefectD",
+    "RandSkullDefectDict",
+    "RandSkullDefectd",
     "SparseAvgPool3d",
     "SparseBatchNorm3d",
+    "SparseCollate",
     "SparseCompletionLoss",
     "SparseCompletionNet",
     "SparseConv3d",
     "SparseConvTranspose3d",
+    "SparseCoordinates",
+    "SparseCoordinatesD",
+    "SparseCoordinatesDict",
+    "SparseCoordinatesd",
     "SparseDropout3d",
     "SparseGlobalAvgPool3d",
     "SparseGroupNorm",
+    "SparseInferer",
     "SparseInstanceNorm3d",
     "SparseLeakyReLU",
     "SparseMaxPool3d",
@@ -40,6 +64,7 @@ __all__ = [
     "active_voxels",
     "backends",
     "concatenate",
+    "sparse_collate",
     "to_sparse",
     "union_add",
 ]

@@ -23,7 +23,7 @@ class SparseBatchNorm3d(nn.BatchNorm3d):
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # rows (N, C) instead of a volume
 
-    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
+    def forward(self, x: SparseTensor) -> SparseTensor:
         """Normalise (N, C) features."""
         if self.training and len(x) < 2:
             return x.replace(self._with_running_statistics(x.features))
@@ -45,7 +45,7 @@ class SparseInstanceNorm3d(nn.InstanceNorm3d):
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # rows (N, C) instead of a volume
 
-    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
+    def forward(self, x: SparseTensor) -> SparseTensor:
         """Normalise (N, C) features."""
         if self.track_running_stats:
             raise ValueError("SparseInstanceNorm3d keeps no running statistics; set track_running_stats=False.")
@@ -61,7 +61,7 @@ class SparseInstanceNorm3d(nn.InstanceNorm3d):
 class SparseGroupNorm(nn.GroupNorm):
     """Group norm: groups of channels of every batch item over that item's active voxels, as ``torch.nn.GroupNorm``."""
 
-    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
+    def forward(self, x: SparseTensor) -> SparseTensor:
         """Normalise (N, C) features."""
         parts = [super(SparseGroupNorm, self).forward(f.t()[None])[0].t() if len(f) else f for f in _per_item(x)]
         return x.replace(torch.cat(parts))
@@ -83,7 +83,7 @@ class _Featurewise(nn.Module):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Apply to (N, C) features."""
-        return x.replace(super().forward(x.features))  # type: ignore[misc]
+        return x.replace(super().forward(x.features))
 
 
 class SparseReLU(_Featurewise, nn.ReLU):
@@ -125,7 +125,7 @@ class SparseDropout(_Featurewise, nn.Dropout):
 class SparseDropout3d(nn.Dropout3d):
     """Drop whole channels of a batch item, as ``torch.nn.Dropout3d`` does on volumes."""
 
-    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
+    def forward(self, x: SparseTensor) -> SparseTensor:
         """Apply to (N, C) features."""
         if not self.training or self.p == 0:
             return x

@@ -46,7 +46,7 @@ class SparseConv3d(nn.Conv3d):
         padding = _default_padding(_triple(kernel_size), _triple(dilation))
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias)
 
-    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
+    def forward(self, x: SparseTensor) -> SparseTensor:
         """Convolve (see the class)."""
         _check_channels(self, x)
         shape = _shape_of(self)
@@ -95,7 +95,7 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias, dilation=dilation)
         self.generative = generative
 
-    def forward(self, x: SparseTensor, target: SparseTensor | None = None) -> SparseTensor:  # type: ignore[override]
+    def forward(self, x: SparseTensor, target: SparseTensor | None = None) -> SparseTensor:
         """Convolve back to a finer level.
 
         Args:

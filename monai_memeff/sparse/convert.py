@@ -18,7 +18,7 @@ Network = TypeVar("Network", bound=nn.Module)
 class SparseSkipConnection(SkipConnection):
     """MONAI's skip connection on sparse tensors: concatenation or sum over the union of the active voxels."""
 
-    def forward(self, x: SparseTensor) -> SparseTensor:  # type: ignore[override]
+    def forward(self, x: SparseTensor) -> SparseTensor:
         """Run the branch and join it with its input."""
         branch = self.submodule(x)
         return concatenate([x, branch]) if self.mode == "cat" else x + branch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from monai.data import MetaTensor
 from monai.networks.layers.factories import Act, Norm
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
@@ -75,7 +76,15 @@ class SparseCompletionNet(nn.Module):
         levels = self._decode(self._encode(present), wanted)
         if self.training:
             return levels
-        return levels[-1] if isinstance(x, SparseTensor) else levels[-1].dense(-ABSENT_LOGIT)
+        return levels[-1] if isinstance(x, SparseTensor) else like_input(self.densify(levels[-1]), x)
+
+    def sparsify(self, volume: Tensor) -> SparseTensor:
+        """The non-zero voxels of (B, 1, H, W, D)."""
+        return occupied(volume)
+
+    def densify(self, logits: SparseTensor) -> Tensor:
+        """Logits (B, 1, H, W, D), -10 where no candidate was generated."""
+        return logits.dense(-ABSENT_LOGIT)
 
     def _encode(self, x: SparseTensor) -> list[SparseTensor]:
         features = [self.stem(x.replace(torch.ones_like(x.features)))]
@@ -173,12 +182,28 @@ class SparseUNet(UNet):
         self.inactive_logits = tuple(float(value) for value in inactive_logits)
         to_sparse(self.model)
 
-    def forward(self, x: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
+    def forward(self, x: SparseTensor | Tensor) -> SparseTensor | Tensor:
         """Segment (see the class)."""
         if isinstance(x, SparseTensor):
             return self.model(x)
-        active = SparseTensor.from_dense(x, active_voxels(x, self.above, self.background))
-        return self.model(active).dense(self.inactive_logits)
+        return like_input(self.densify(self.model(self.sparsify(x))), x)
+
+    def sparsify(self, image: Tensor) -> SparseTensor:
+        """The active voxels of (B, in_channels, H, W, D) by this network's rule."""
+        return SparseTensor.from_dense(image, active_voxels(image, self.above, self.background))
+
+    def densify(self, logits: SparseTensor) -> Tensor:
+        """Logits (B, out_channels, H, W, D) with ``inactive_logits`` where nothing was computed."""
+        return logits.dense(self.inactive_logits)
+
+
+def like_input(output: Tensor, image: Tensor) -> Tensor:
+    """Carry the metadata of a MetaTensor input over to an output of the same grid."""
+    if not isinstance(image, MetaTensor):
+        return output
+    result = MetaTensor(output).copy_meta_from(image)
+    result.is_batch = image.is_batch
+    return result
 
 
 def _target_keys(target: SparseTensor) -> list[Tensor]:

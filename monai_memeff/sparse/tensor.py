@@ -70,6 +70,7 @@ class SparseTensor:
         Raises:
             ValueError: the shapes do not fit or the mask is not boolean.
         """
+        image, mask = image.as_subclass(Tensor), mask.as_subclass(Tensor)  # MONAI's metadata does not travel along
         if image.ndim != 5:
             raise ValueError(f"image must have shape (B, C, H, W, D), got {tuple(image.shape)}; add the missing axes.")
         expected = (image.shape[0], 1, *image.shape[2:])

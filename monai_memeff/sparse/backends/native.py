@@ -36,14 +36,14 @@ def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: 
     Returns:
         (num_out, out_channels), in the dtype of ``features``.
     """
-    return _Convolution.apply(features, weight, bias, kernel_map)  # type: ignore[no-untyped-call]
+    return _Convolution.apply(features, weight, bias, kernel_map)
 
 
 class _Convolution(torch.autograd.Function):
     """Forward and its adjoint; the input gradient is the same computation on the transposed map."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         features: Tensor,
         weight: Tensor,
@@ -51,11 +51,11 @@ class _Convolution(torch.autograd.Function):
         kernel_map: KernelMap,
     ) -> Tensor:
         ctx.save_for_backward(features, weight)
-        ctx.kernel_map = kernel_map  # type: ignore[attr-defined]
+        ctx.kernel_map = kernel_map
         return gather_multiply(features, weight, bias, kernel_map)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, weight = ctx.saved_tensors
         needs_features, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad = grad.contiguous()
