@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import cache
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -113,27 +114,27 @@ class Watcher(TorchDispatchMode):
 
 
 @cache
-def _mutates(func: Any) -> bool:
+def _mutates(func: Hashable) -> bool:
     schema = getattr(func, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """The storages behind a tensor: one if it is dense, several if it is sparse or wraps other tensors."""
-    if tensor.layout == torch.strided and not _is_wrapper(type(tensor)):
+    if tensor.layout == torch.strided and not _is_wrapper(tensor):
         yield tensor.untyped_storage()
         return
     for part in _parts(tensor):
         yield from _storages(part)
 
 
-@cache
-def _is_wrapper(kind: Any) -> bool:
-    return kind not in (Tensor, torch.nn.Parameter) and hasattr(kind, "__tensor_flatten__")
+def _is_wrapper(tensor: Tensor) -> bool:
+    kind = type(tensor)
+    return kind is not Tensor and kind is not Parameter and hasattr(kind, "__tensor_flatten__")
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    if _is_wrapper(type(tensor)):
+    if _is_wrapper(tensor):
         return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
     if tensor.layout == torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
@@ -144,19 +145,19 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     return []  # an opaque layout has no storage to count
 
 
-def tensors_alive() -> Iterator[Tensor]:
+def tensors_alive() -> list[Tensor]:
     """Every tensor that Python's garbage collector knows, and the gradients of the leaves."""
     objects = gc.get_objects()
+    tensors = list(compress(objects, map(_subclasses(Tensor).__contains__, map(type, objects))))
+    del objects  # in Python 3.10 it holds the frame of this call: a circle that would keep every object alive
     with torch._C.DisableTorchFunctionSubclass():
-        for tensor in compress(objects, map(_subclasses(Tensor).__contains__, map(type, objects))):
-            yield tensor
-            if tensor.is_leaf and tensor.grad is not None:
-                yield tensor.grad
+        gradients = [tensor.grad for tensor in tensors if tensor.is_leaf]
+    return tensors + [gradient for gradient in gradients if gradient is not None]
 
 
 def _subclasses(kind: type) -> set[type]:
-    found = {kind}
-    return found.union(*(_subclasses(subclass) for subclass in type.__subclasses__(kind)))
+    below: list[type] = type.__subclasses__(kind)
+    return {kind}.union(*map(_subclasses, below))
 
 
 def watch_resize(ledger: Ledger) -> Callable[[], None]:

@@ -68,8 +68,8 @@ def measure_peak(device: str | torch.device | None = None) -> PeakMeter:
     kernels counts too, as do all threads. Nested meters restore each other's peaks; a foreign call of
     ``torch.cuda.reset_peak_memory_stats`` inside the block hides what came before it.
 
-    Cost on the CPU: about 25 microseconds for each operation, and once at entry a walk over the objects that Python's
-    garbage collector knows (50 ms for half a million of them).
+    Cost on the CPU: about 25 microseconds for each operation (a training step of 100 ms takes 1.15 to 1.25 times as
+    long), and once at entry a walk over the objects that Python's garbage collector knows (60 ms for half a million).
 
     Args:
         device: ``None`` or a CPU device for the CPU; a CUDA device for that GPU. CUDA is never started for the CPU.
@@ -129,7 +129,7 @@ class CPUPeakMeter(PeakMeter):
 class CUDAPeakMeter(PeakMeter):
     """Reads the statistics of torch's caching allocator on one CUDA device; see :func:`measure_peak`."""
 
-    _running: list[CUDAPeakMeter] = []  # noqa: RUF012 - shared on purpose: the allocator has one peak for all meters
+    _running: list[CUDAPeakMeter] = []  # shared on purpose: the allocator has one peak for all meters
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

@@ -1,0 +1,355 @@
+"""measure_peak against allocations counted by hand, and against the allocator's own log."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from monai_memeff.memory import measure_peak
+
+KIB = 1024
+
+
+def kib(count: int) -> Tensor:
+    """A new tensor of ``count`` KiB."""
+    return torch.zeros(count * KIB // 4)
+
+
+def test_nothing_counts_nothing() -> None:
+    with measure_peak() as meter:
+        pass
+    assert (meter.peak_bytes, meter.live_bytes) == (0, 0)
+
+
+def test_a_sequence_counted_by_hand() -> None:
+    with measure_peak() as meter:
+        first = kib(8)
+        second = kib(4)  # 12
+        del first  # 4
+        third = kib(6)  # 10
+        assert meter.live_bytes == 10 * KIB
+        third = torch.cat((second, third))  # 20 while the old third lives, then 14
+        assert meter.live_bytes == 14 * KIB
+    assert meter.peak_bytes == 20 * KIB
+    assert meter.live_bytes == 14 * KIB
+    del second, third
+    assert meter.live_bytes == 14 * KIB, "the numbers stand still after exit"
+
+
+def test_freed_temporaries_do_not_add_up() -> None:
+    x = kib(4)
+    with measure_peak() as meter:
+        for _ in range(5):
+            (x + 1).mul(2).sum().item()
+    assert meter.peak_bytes == 8 * KIB
+    assert meter.live_bytes == 0
+
+
+def test_views_and_in_place_operations_count_nothing() -> None:
+    x = kib(4)
+    with measure_peak() as meter:
+        kept = [x[3:], x.view(2, -1).T, x.unfold(0, 5, 1), x.detach(), x.expand(7, -1)]
+        x.add_(1).relu_()
+        x[::2] = 3
+        torch.mul(x, 2, out=x)
+    assert len(kept) == 5
+    assert meter.peak_bytes <= 4, "at most the number 3 as a tensor"
+
+
+def test_a_view_keeps_its_whole_storage_alive() -> None:
+    with measure_peak() as meter:
+        last = kib(4)[-1:]
+        assert meter.live_bytes == 4 * KIB
+        del last
+    assert meter.live_bytes == 0
+
+
+@pytest.mark.parametrize("touched", [True, False], ids=["used inside", "never used inside"])
+def test_freeing_an_older_tensor_lowers_the_level(touched: bool) -> None:
+    older = kib(8)
+    with measure_peak() as meter:
+        if touched:
+            older.add_(1)
+        del older
+        assert meter.live_bytes == -8 * KIB
+        newer = kib(6)
+    assert newer.numel()
+    assert (meter.peak_bytes, meter.live_bytes) == (0, -2 * KIB)
+
+
+def test_gradients_of_an_earlier_step_are_older_tensors() -> None:
+    layer = nn.Linear(32, 32, bias=False)
+    layer(torch.ones(1, 32)).sum().backward()
+    with measure_peak() as meter:
+        layer.weight.grad = None
+    assert meter.live_bytes == -4 * KIB
+
+
+def test_activations_of_an_earlier_forward_pass_are_older_tensors() -> None:
+    x = kib(4).requires_grad_()
+    loss = x.exp().sin().sum()  # the graph holds exp's result twice over: 4 KiB once
+    with measure_peak() as meter:
+        loss.backward()
+    # Gradients of sum (expanded, no bytes), sin, exp: sin's result is cos(u) and its product; what remains is x.grad.
+    assert meter.live_bytes == x.grad.nbytes - 4 * KIB
+
+
+def test_resized_storages() -> None:
+    with measure_peak() as meter:
+        x = kib(4)
+        x.resize_(2 * KIB)  # 8 KiB
+        assert meter.live_bytes == 8 * KIB
+        x.untyped_storage().resize_(0)
+        assert meter.live_bytes == 0
+        x.untyped_storage().resize_(8 * KIB)
+        torch.add(kib(1), 1, out=(y := torch.empty(0)))
+        assert meter.live_bytes == 9 * KIB
+        del x, y
+    assert meter.live_bytes == 0
+    assert "resize_" not in vars(torch.UntypedStorage), "torch is left as it was found"
+
+
+def test_tensors_that_no_operation_makes() -> None:
+    with measure_peak() as meter:
+        listed = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        assert meter.live_bytes == 24
+        copied = copy.deepcopy(listed)
+        assert meter.live_bytes == 48
+        shared = torch.from_numpy(np.zeros(KIB)) + 0  # numpy's own memory does not count, the sum does
+        assert meter.live_bytes == 48 + 8 * KIB
+        del copied, shared
+    assert meter.live_bytes == 24
+
+
+def test_sparse_tensors_count_indices_and_values() -> None:
+    with measure_peak() as meter:
+        sparse = torch.eye(16).to_sparse()
+        assert meter.live_bytes == 16 * 4 + 2 * 16 * 8
+        rows = sparse.to_sparse_csr()
+        del sparse
+    parts = (rows.crow_indices(), rows.col_indices(), rows.values())  # the columns are a view of both index rows
+    assert meter.live_bytes == sum(part.untyped_storage().nbytes() for part in parts)
+
+
+def test_a_matmul_chain_forward_and_backward() -> None:
+    size = 32  # one matrix of 32 x 32 float32 is 4 KiB
+    x, a, b = (torch.rand(size, size) for _ in range(3))
+    a.requires_grad_()
+    b.requires_grad_()
+    with measure_peak() as meter:
+        hidden = x @ a  # 1, saved for b's gradient
+        out = hidden @ b  # 2
+        out.backward(torch.ones_like(out))  # 3 with ones; + b.grad = 4; + gradient of hidden = 5; + a.grad = 6
+    assert meter.peak_bytes == 6 * 4 * KIB
+    assert meter.live_bytes == 4 * 4 * KIB  # hidden, out and two gradients; the ones and the inner gradient are gone
+
+
+class SquareByHand(torch.autograd.Function):
+    """x^2 with a wasteful backward pass that the meter must see."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        waste = torch.zeros(16 * KIB // 4)
+        return 2 * x * gradient + waste.sum()
+
+
+def test_temporaries_of_a_custom_backward_pass() -> None:
+    x = kib(1).requires_grad_()
+    y = SquareByHand.apply(x)
+    seed = torch.ones_like(y)
+    with measure_peak() as meter:
+        y.backward(seed)
+    # The waste, 2 x, 2 x g, the sum of the waste (4 bytes) and the result.
+    assert 16 * KIB < meter.peak_bytes <= (16 + 3) * KIB + 4
+    assert meter.live_bytes == 1 * KIB
+
+
+def test_nested_meters() -> None:
+    with measure_peak() as outer:
+        first = kib(4)
+        with measure_peak() as inner:
+            second = kib(2)
+            del first
+            third = kib(1)
+        assert (inner.peak_bytes, inner.live_bytes) == (2 * KIB, -1 * KIB)
+        fourth = kib(1)
+    assert outer.peak_bytes == 6 * KIB
+    assert outer.live_bytes == second.nbytes + third.nbytes + fourth.nbytes
+
+
+def test_an_exception_leaves_nothing_broken() -> None:
+    meter = measure_peak()
+
+    def fail_inside() -> None:
+        with meter:
+            kib(4)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
+    assert meter.peak_bytes == 4 * KIB
+    assert "resize_" not in vars(torch.UntypedStorage)
+    with meter:  # the same meter starts afresh
+        kib(1)
+    assert meter.peak_bytes == 1 * KIB
+
+
+def test_one_meter_cannot_run_twice_at_once() -> None:
+    with measure_peak() as meter, pytest.raises(RuntimeError, match="nest a second"), meter:
+        pass
+
+
+class Recorder(TorchDispatchMode):
+    """Another dispatch mode, which counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_beside_another_dispatch_mode() -> None:
+    with Recorder() as around, measure_peak() as meter, Recorder() as within:
+        kept = kib(4) + kib(4)
+    assert kept.nbytes == 4 * KIB
+    assert meter.peak_bytes == 12 * KIB
+    assert around.count == within.count == 3
+
+
+def test_recomputation_is_seen() -> None:
+    x = kib(4).requires_grad_()
+    chain = nn.Sequential(nn.Sigmoid(), nn.Sigmoid(), nn.Sigmoid(), nn.Sigmoid())
+    peaks = []
+    for call in (chain, lambda x: checkpoint(chain, x, use_reentrant=False)):
+        x.grad = None
+        with measure_peak() as meter:
+            out = call(x)
+            held = meter.live_bytes
+            out.sum().backward()
+        peaks.append((held, meter.peak_bytes))
+        del out
+    assert peaks[0][0] == 4 * 4 * KIB
+    # The meter sees the last activation alone after the forward pass, and the others come back in the backward pass.
+    assert 4 * KIB <= peaks[1][0] < 5 * KIB + torch.get_rng_state().nbytes
+    assert peaks[1][1] >= 4 * 4 * KIB
+
+
+def test_int_and_half_types_count_their_own_bytes() -> None:
+    with measure_peak() as meter:
+        kept = [torch.zeros(1000, dtype=dtype) for dtype in (torch.bool, torch.float16, torch.int64)]
+    assert meter.live_bytes == sum(tensor.nbytes for tensor in kept) == 1000 * (1 + 2 + 8)
+
+
+def test_wrapper_subclasses_count_what_they_wrap() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    with measure_peak() as meter:
+        pair = TwoTensor(kib(1), kib(1)) * 2
+    assert meter.live_bytes == 2 * KIB
+    assert pair.shape == (256,)
+
+
+def test_agrees_with_the_log_of_the_allocator() -> None:
+    """Operations without inner workspace: the profiler's record of every allocation gives the same peak."""
+    x = kib(64).view(128, 128).requires_grad_()
+
+    def step() -> None:
+        y = (x @ x).relu().softmax(1)
+        (y * y.exp()).mean().backward()
+
+    step()
+    x.grad = None
+    with measure_peak() as meter:
+        step()
+    x.grad = None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as log:
+        step()
+    assert meter.peak_bytes == max(_levels(log))
+
+
+def _levels(log: torch.profiler.profile) -> Iterator[int]:
+    live, events = 0, list(log.profiler.kineto_results.experimental_event_tree())
+    allocations = []
+    while events:
+        event = events.pop()
+        events.extend(event.children)
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            allocations.append(event)
+    for event in sorted(allocations, key=lambda event: event.start_time_ns):
+        live += event.extra_fields.alloc_size
+        yield live
+
+
+def test_the_cpu_meter_starts_no_cuda() -> None:
+    was_started = torch.cuda.is_initialized()
+    with measure_peak("cpu"):
+        kib(1)
+    assert torch.cuda.is_initialized() == was_started
+
+
+def test_unknown_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="'cpu' and 'cuda', got 'meta'"):
+        measure_peak("meta")
+
+
+def test_absent_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="sees no CUDA device"):
+        measure_peak("cuda:0")
+
+
+class PretendAllocator:
+    """The three numbers of CUDA's allocator that a meter uses."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.highest = 0
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.now)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.highest)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(self, "highest", self.now))
+
+    def take(self, count: int) -> None:
+        self.now += count
+        self.highest = max(self.highest, self.now)
+
+
+def test_the_cuda_meters_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = PretendAllocator(monkeypatch)
+    allocator.take(100)
+    with measure_peak("cuda") as outer:
+        allocator.take(50)
+        allocator.take(-40)
+        with measure_peak("cuda") as inner:
+            allocator.take(20)
+            allocator.take(-30)
+            assert inner.peak_bytes == 20
+        assert outer.live_bytes == 0
+        assert outer.peak_bytes == 50
+    allocator.take(1000)
+    assert (outer.peak_bytes, inner.peak_bytes, inner.live_bytes) == (50, 20, -10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_counts_blocks_of_its_allocator() -> None:
+    with measure_peak("cuda") as meter:
+        first = torch.zeros(1 << 20, device="cuda")
+        with measure_peak("cuda") as inner:
+            second = first + 1
+            del first
+    assert inner.peak_bytes == second.nbytes
+    assert (meter.peak_bytes, meter.live_bytes) == (8 << 20, 4 << 20)
