@@ -29,7 +29,9 @@ def checkpoint(
     restored for the second pass.
 
     A second forward pass would also update the running statistics of batch normalisation twice. It does not here: in
-    the recomputation every normalisation layer called as a module works on copies of its running buffers.
+    the recomputation every normalisation layer called as a module works on copies of its running buffers. Inside
+    ``torch.compile`` the compiler does the same by itself, in torch releases that trace checkpoints with buffer updates
+    (2.13 does; 2.6 runs them uncompiled and updates twice).
 
     Method: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174, section 3.
 
@@ -50,7 +52,7 @@ def checkpoint(
     if not torch.is_grad_enabled():
         return function(*args)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng}
-    # A compiled graph applies buffer updates once anyway, and accepts no Python context here.
+    # The compiler accepts no Python context here.
     if batch_norm_once and not torch.compiler.is_compiling():
         options["context_fn"] = _plain_then_recompute
     return torch_checkpoint(function, *args, **options)
