@@ -1,9 +1,9 @@
 """One convention for positions: voxel index <-> unit cube at cell centres <-> millimetres through a 4x4 affine.
 
 Index: voxel ``i`` of an axis with ``n`` voxels has its centre at ``i`` and covers ``[i - 1/2, i + 1/2)``; the axes are
-(i, j, k), as in the image array (H, W, D). Unit cube: the whole volume, outer faces included, is ``[-1, 1]`` along every
-axis, so that centre is ``(2 i + 1) / n - 1``; this is torch's ``align_corners=False``. Millimetres: ``affine @ (i, j, k,
-1)`` with the image's own 4x4 affine (MONAI: RAS). The components of a point are the last axis of a tensor, (..., 3).
+(i, j, k), as in the image array (H, W, D). Unit cube: the whole volume, outer faces included, is ``[-1, 1]`` along
+every axis, so that centre is ``(2 i + 1) / n - 1``; this is torch's ``align_corners=False``. Millimetres: ``affine @
+(i, j, k, 1)`` with the image's own 4x4 affine (MONAI: RAS). Points are tensors (..., 3), components in the last axis.
 """
 
 from __future__ import annotations
