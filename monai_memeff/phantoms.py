@@ -175,11 +175,9 @@ def _cranium(c: _Canvas) -> None:
     slope = ((u / width**2) ** 2 + (v / back**2) ** 2 + (z / below**2) ** 2).sqrt().clamp(min=1e-4)
     bumps = c.field(6)
     depth = 2.5 * bumps - (r - 1) * r / slope  # millimetres below the outer table
-    del slope, r
     rise = 1 / (1 + ((u.abs() - 66) / 12) ** 2 + ((y - 15) / 25) ** 2 + ((z + 5) / 22) ** 2)
     bun = 1 / (1 + (u / 25) ** 2 + ((y + 92) / 18) ** 2 + ((z + 8) / 15) ** 2)
     thick = 6.2 + 1.6 * c.field(8) - 2.6 * rise + 4.0 * bun + torch.where(z > 60, 0.8, 0.0)
-    del rise, bun
     c.paint((depth > -6.5) & (z > -60), SKIN, 1)
     c.paint((depth > -4.5) & (z > -60), FAT, 1)
     c.paint(depth > 0, CORTICAL, 4)
@@ -234,9 +232,7 @@ def _jaw(c: _Canvas) -> None:
         c.tube([(side * 50, 14, -76), (side * 49, 28, -58)], 3.5, CORTICAL, 5)
     c.tube(arch, 9, CORTICAL, 5)
     c.tube(arch, 6, 420.0, 5)
-    for tooth in range(-7, 8):
-        if tooth == 5:  # one is missing on the right
-            continue
+    for tooth in (*range(-7, 5), 6, 7):  # one is missing on the right
         x, y = 4.1 * tooth, 84 - 0.72 * tooth * tooth
         c.tube([(x, y - 2, -78), (x, y, -89)], 2.6, TOOTH, 5)
         c.tube([(x * 0.97, y - 3, -106), (x * 0.97, y - 2, -93)], 2.5, TOOTH, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,7 +127,9 @@ def _pooled(pred: torch.Tensor, truth: torch.Tensor, spacing: Any, percentile: f
     some_pred, some_truth = bool(pred.any()), bool(truth.any())
     if not (some_pred and some_truth):
         return float("inf") if some_pred or some_truth else 0.0
-    _, distances, _ = get_edge_surface_distance(pred, truth, spacing=spacing, symmetric=True)
+    with warnings.catch_warnings():  # MONAI 1.5 and later warn of their own use of an argument
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy")
+        _, distances, _ = get_edge_surface_distance(pred, truth, spacing=spacing, symmetric=True)
     pooled = torch.cat([d.double().flatten() for d in distances])
     return _percentile(pooled, percentile)
 
