@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_memeff.memory import checkpoint
-from monai_memeff.sparse.cells import cell_sizes, cells_to_voxels, choose_cells, enlarged, interpolated_at
+from monai_memeff.sparse.cells import added_at, cell_sizes, cells_to_voxels, choose_cells, enlarged, interpolated_at
 from monai_memeff.sparse.network import SparseUNet
 from monai_memeff.sparse.tensor import SparseTensor
 
@@ -61,7 +61,8 @@ class CoarseToSparseUNet(nn.Module):
         sigmoid: classes overlap, each logit stands for itself; always so with one class.
         deep_supervision: in training, return ``[logits, coarse_logits]`` for a loss on both, as
             ``monai.losses.DeepSupervisionLoss`` takes them (its default weights are 1 and 0.5).
-        use_checkpoint: recompute the inside of every level in the backward pass instead of keeping it.
+        use_checkpoint: recompute in the backward pass, instead of keeping, the inside of every coarse level and the
+            whole sparse network.
 
     Shape: (B, in_channels, H, W, D), any extents, -> (B, out_channels, H, W, D); ``coarse_logits`` is (B, out_channels,
     h, w, d) with h = ceil(H / coarse_factor).
@@ -113,9 +114,9 @@ class CoarseToSparseUNet(nn.Module):
         given = out_channels + context_channels
         self.coarse = UNet(3, in_channels, given, channels, strides, *shared)
         self.refine = SparseUNet(3, in_channels + given, out_channels, refine_channels, refine_strides, *shared)  # type: ignore[arg-type]
+        self.use_checkpoint = use_checkpoint
         if use_checkpoint:
             recompute_levels(self.coarse)
-            recompute_levels(self.refine)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Segment (see the class)."""
@@ -138,8 +139,7 @@ class CoarseToSparseUNet(nn.Module):
         shape = x.shape[2:]
         cells = self.active_cells(coarse_logits, shape)
         refined = self._refined(x, given, cells_to_voxels(cells, self.coarse_factor, shape))
-        logits = enlarged(coarse_logits, self.coarse_factor, shape)
-        return logits + refined.dense().to(logits.dtype), coarse_logits
+        return added_at(enlarged(coarse_logits, self.coarse_factor, shape), refined), coarse_logits
 
     def active_cells(self, coarse_logits: Tensor, shape: Sequence[int]) -> Tensor:
         """Mark the cells that are computed at full resolution.
@@ -169,7 +169,8 @@ class CoarseToSparseUNet(nn.Module):
         """What the sparse network adds on the active voxels."""
         intensities = SparseTensor.from_dense(x, active)
         context = interpolated_at(given, intensities, self.coarse_factor)
-        return self.refine(intensities.replace(torch.cat((intensities.features, context.to(x.dtype)), dim=1)))
+        features = intensities.replace(torch.cat((intensities.features, context.to(x.dtype)), dim=1))
+        return checkpoint(self.refine, features) if self.use_checkpoint else self.refine(features)
 
 
 class RecomputedLevel(nn.Sequential):
@@ -178,11 +179,17 @@ class RecomputedLevel(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Run the level."""
         down, below, up = self
-        return checkpoint(up, below(checkpoint(down, x)))
+        kept = checkpoint(down, x)
+        return checkpoint(_join_and_run, up, kept, below.submodule(kept))
+
+
+def _join_and_run(up: nn.Module, first: Tensor, second: Tensor) -> Tensor:
+    """What MONAI's skip connection does before the way up, so that the joined channels need not be kept."""
+    return up(torch.cat((first, second), dim=1))
 
 
 def recompute_levels(network: UNet) -> None:
-    """Let every level of a MONAI UNet, dense or sparse, recompute its inside in the backward pass, in place."""
+    """Let every level of a dense MONAI UNet recompute its inside in the backward pass, in place; keys stay the same."""
     for module in network.modules():
         if type(module) is nn.Sequential and len(module) == 3 and isinstance(module[1], SkipConnection):
             module.__class__ = RecomputedLevel
