@@ -1,0 +1,1 @@
+"""Tests: the rooms of the package mirrored, with the oracles and phantoms they share."""

@@ -1,0 +1,46 @@
+"""What every test may rely on: fixed seeds, exact float32, a chosen number of threads, and the folder of real data."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_every_time() -> None:
+    random.seed(0)
+    np.random.seed(0)  # libraries under test draw from numpy's global state
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32() -> Iterator[None]:
+    """Float32 means float32 on a GPU too. Setting the flags does not start CUDA."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """``threads(2)`` sets torch's number of threads for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real images: ``MEMEFF_DATA``, or ``shared/data`` beside the checkout."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MEMEFF_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set MEMEFF_DATA to the folder that holds it")
+    return folder
