@@ -60,10 +60,14 @@ class _Convolution(torch.autograd.Function):
         needs_features, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_features = grad_weight = grad_bias = None
-        if needs_features:
+        if needs_features and needs_weight:
+            grad_features, grad_weight = both_gradients(features, grad, weight, ctx.kernel_map.transposed)
+        elif needs_features:
             grad_features = gather_multiply(grad, weight.transpose(1, 2), None, ctx.kernel_map.transposed)
+        elif needs_weight:
+            grad_weight = weight_gradient(features, grad, ctx.kernel_map)
         if needs_weight:
-            grad_weight = weight_gradient(features, grad, ctx.kernel_map).to(weight.dtype)
+            grad_weight = grad_weight.to(weight.dtype)
         if needs_bias:
             grad_bias = grad.sum(0)
         return grad_features, grad_weight, grad_bias, None
@@ -105,6 +109,31 @@ def weight_gradient(features: Tensor, grad: Tensor, kernel_map: KernelMap) -> Te
             for rows in _blocks(in_rows.numel(), features.shape[1], features.device):
                 result[offset] += features[in_rows[rows]].t() @ grad[out_rows[rows]]
     return result.flip(0) if kernel_map.flipped else result
+
+
+def both_gradients(features: Tensor, grad: Tensor, weight: Tensor, transposed: KernelMap) -> tuple[Tensor, Tensor]:
+    """Gradients of features and weights in one pass: rows of ``grad`` that are gathered once serve both.
+
+    Args:
+        features: (num_in, in_channels).
+        grad: (num_out, out_channels), gradient of the output.
+        weight: (num_offsets, in_channels, out_channels).
+        transposed: the map from the outputs back to the inputs.
+
+    Returns:
+        (num_in, in_channels), and (num_offsets, in_channels, out_channels) accumulated in float32 at least.
+    """
+    grad_features = torch.zeros_like(features)
+    grad_weight = torch.zeros(weight.shape, dtype=_accumulator(features.dtype), device=features.device)
+    if transposed.num_pairs == 0:
+        return grad_features, grad_weight
+    if transposed.flipped:
+        weight = weight.flip(0)
+    if transposed.table is not None:
+        _both_by_table(features, grad, weight, transposed.table, grad_features, grad_weight)
+    else:
+        _both_by_pairs(features, grad, weight, transposed, grad_features, grad_weight)
+    return grad_features, grad_weight.flip(0) if transposed.flipped else grad_weight
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -164,3 +193,44 @@ def _by_pairs(features: Tensor, weight: Tensor, kernel_map: KernelMap, out: Tens
             total.index_add_(0, out_rows[rows], product.to(total.dtype))
     if not exact:
         out.copy_(total)
+
+
+def _both_by_table(
+    features: Tensor, grad: Tensor, weight: Tensor, table: Tensor, grad_features: Tensor, grad_weight: Tensor
+) -> None:
+    planes, num_in, per_plane = table.shape
+    channels, out_channels = weight.shape[1:]
+    padded = _with_absent_row(grad)
+    plane_weights = weight.transpose(1, 2).reshape(planes, per_plane * out_channels, channels)
+    plane_results = grad_weight.new_zeros(planes, channels, per_plane * out_channels)
+    exact = grad_weight.dtype == grad_features.dtype
+    for rows in _blocks(num_in, per_plane * out_channels, features.device):
+        block = grad_features[rows] if exact else grad_features[rows].float()
+        turned = features[rows].t()
+        for plane in range(planes):
+            gathered = padded.index_select(0, table[plane, rows].flatten()).view(block.shape[0], -1)
+            if exact:
+                block.addmm_(gathered, plane_weights[plane])
+                plane_results[plane].addmm_(turned, gathered)
+            else:
+                block += gathered @ plane_weights[plane]
+                plane_results[plane] += turned @ gathered
+        if not exact:
+            grad_features[rows] = block
+    by_offset = plane_results.view(planes, channels, per_plane, out_channels).transpose(1, 2)
+    grad_weight.copy_(by_offset.reshape(grad_weight.shape))
+
+
+def _both_by_pairs(
+    features: Tensor, grad: Tensor, weight: Tensor, transposed: KernelMap, grad_features: Tensor, grad_weight: Tensor
+) -> None:
+    exact = grad_weight.dtype == grad_features.dtype
+    total = grad_features if exact else grad_features.float()
+    for offset, (out_rows, in_rows) in enumerate(transposed.each_pair()):
+        for rows in _blocks(in_rows.numel(), max(weight.shape[1:]), features.device):
+            gathered = grad.index_select(0, out_rows[rows])
+            product = gathered @ weight[offset].t()
+            total.index_add_(0, in_rows[rows], product.to(total.dtype))
+            grad_weight[offset] += features.index_select(0, in_rows[rows]).t() @ gathered
+    if not exact:
+        grad_features.copy_(total)
