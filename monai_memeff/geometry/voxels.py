@@ -88,14 +88,26 @@ class RowLookup:
             self.rows = torch.full((cells,), self.absent, dtype=torch.int32, device=keys.device)
             self.rows[keys] = torch.arange(self.absent, dtype=torch.int32, device=keys.device)
 
-    def __call__(self, queries: Tensor) -> Tensor:
-        """Keys of any shape, all in 0 ... cells - 1, to int32 rows; ``absent`` (= N) where a key is not in the list."""
+    def __call__(self, queries: Tensor, out: Tensor | None = None) -> Tensor:
+        """Look keys up.
+
+        Args:
+            queries: integers of any shape, all in 0 ... cells - 1.
+            out: contiguous int32 of the same shape to write into; default a new tensor.
+
+        Returns:
+            int32 rows, ``absent`` (= N) where a key is not in the list.
+        """
+        out = torch.empty(queries.shape, dtype=torch.int32, device=queries.device) if out is None else out
         if self.rows is not None:
-            return self.rows.index_select(0, queries.flatten()).view(queries.shape)
-        if self.absent == 0:
-            return torch.zeros_like(queries, dtype=torch.int32)
-        position = torch.searchsorted(self.keys, queries).clamp_(max=self.absent - 1)
-        return torch.where(self.keys[position] == queries, position, self.absent).int()
+            torch.index_select(self.rows, 0, queries.flatten(), out=out.view(-1))
+        elif self.absent == 0:
+            out.zero_()
+        else:
+            position = torch.searchsorted(self.keys, queries).clamp_(max=self.absent - 1)
+            found = self.keys.index_select(0, position.flatten()).view(queries.shape) == queries
+            out.copy_(position.masked_fill_(~found, self.absent))
+        return out
 
 
 def is_small_grid(cells: int, count: int) -> bool:
@@ -133,14 +145,32 @@ def unite(first: Tensor, second: Tensor, cells: int) -> tuple[Tensor, Tensor, Te
     return union, look_up(first).long(), look_up(second).long()
 
 
-def coarsen(coordinates: Tensor, stride: Sequence[int]) -> Tensor:
-    """Map (N, 4) coordinates [batch, i, j, k] to the cells of size ``stride`` that hold them: floor(c / stride)."""
-    divisor = torch.tensor((1, *stride), device=coordinates.device, dtype=coordinates.dtype)
-    return coordinates.div(divisor, rounding_mode="floor")
+def regrid(
+    keys: Tensor,
+    spatial_shape: Sequence[int],
+    new_shape: Sequence[int],
+    scale: Sequence[int] = (1, 1, 1),
+    shift: Sequence[int] = (0, 0, 0),
+    shrink: bool = False,
+) -> Tensor:
+    """Keys of the same voxels on another grid: ``scale * c + shift``, or ``floor(c / scale)`` with ``shrink``.
 
+    Args:
+        keys: (N,) int64 on the grid ``spatial_shape``.
+        spatial_shape: (H, W, D) of the old grid.
+        new_shape: (H', W', D') of the new grid, which must hold every new coordinate.
+        scale: factor or divisor per axis.
+        shift: added per axis after scaling.
+        shrink: divide instead of multiplying.
 
-def inside(coordinates: Tensor, spatial_shape: Sequence[int]) -> Tensor:
-    """Which of (N, 4) coordinates [batch, i, j, k] lie in the grid: (N,) boolean."""
-    spatial = coordinates[:, 1:]
-    limit = torch.tensor(tuple(spatial_shape), device=coordinates.device, dtype=coordinates.dtype)
-    return ((spatial >= 0) & (spatial < limit)).all(dim=1)
+    Returns:
+        (N,) int64 keys, in the order of the old ones.
+    """
+    rest, pitch, new_keys = keys, 1, torch.zeros_like(keys)
+    for axis in (2, 1, 0):
+        higher = rest.div(spatial_shape[axis], rounding_mode="floor")
+        coordinate = rest - higher * spatial_shape[axis]
+        moved = coordinate.div_(scale[axis], rounding_mode="floor") if shrink else coordinate.mul_(scale[axis])
+        new_keys += moved.add_(shift[axis]).mul_(pitch)
+        rest, pitch = higher, pitch * new_shape[axis]
+    return new_keys.add_(rest.mul(pitch))

@@ -6,6 +6,7 @@ for ``t = 0 ... kernel_size - 1`` along each axis, and kernel offsets are number
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +21,10 @@ Triple = tuple[int, int, int]
 
 PAIR_COST = 3
 """Measured cost of scattering one pair, in units of gathering one table entry: decides between the two layouts."""
+
+
+PLANNING_ROWS = 2**15
+"""Output rows whose neighbours are looked up at a time: bounds what planning needs beside the map itself."""
 
 
 @dataclass(frozen=True)
@@ -124,20 +129,20 @@ def _neighbour_table(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) ->
     cell instead of the next line, and every offset is one number added to a key.
     """
     extents, margins = _reachable_grid(inputs, outputs, shape)
-    grown = inputs.coordinates
-    grown[:, 1:] += torch.tensor(margins, device=inputs.device)
     cells = inputs.batch_size * extents[0] * extents[1] * extents[2]
-    look_up = voxels.RowLookup(voxels.coordinates_to_keys(grown, extents), cells)
-    first = outputs.coordinates
-    first[:, 1:] *= torch.tensor(shape.stride, device=inputs.device)
-    first_keys = voxels.coordinates_to_keys(first, extents)[:, None]
-    table = []
-    for i in range(shape.kernel_size[0]):
-        j, k = (torch.arange(size, device=inputs.device) for size in shape.kernel_size[1:])
-        lines = (i * shape.dilation[0] * extents[1] + j * shape.dilation[1]) * extents[2]
-        steps = (lines[:, None] + k * shape.dilation[2]).flatten()
-        table.append(look_up(first_keys + steps))
-    return torch.stack(table)
+    grown = voxels.regrid(inputs.keys, inputs.spatial_shape, extents, shift=margins)
+    look_up = voxels.RowLookup(grown, cells)
+    first = voxels.regrid(outputs.keys, outputs.spatial_shape, extents, shape.stride)[:, None]
+    j, k = (torch.arange(size, device=inputs.device) for size in shape.kernel_size[1:])
+    plane_steps = (j[:, None] * shape.dilation[1] * extents[2] + k * shape.dilation[2]).flatten()
+    planes, per_plane = shape.kernel_size[0], len(plane_steps)
+    table = torch.empty((planes, len(outputs), per_plane), dtype=torch.int32, device=inputs.device)
+    for plane in range(planes):
+        steps = plane_steps + plane * shape.dilation[0] * extents[1] * extents[2]
+        for start in range(0, len(outputs), PLANNING_ROWS):
+            rows = slice(start, start + PLANNING_ROWS)
+            look_up(first[rows] + steps, out=table[plane, rows])
+    return table
 
 
 def _reachable_grid(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> tuple[Triple, Triple]:
@@ -186,15 +191,23 @@ def generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
         shape: geometry of the transposed convolution; voxel c reaches ``stride * c - padding + dilation * t``.
     """
     grid = _finer_grid(coarse, shape.stride)
-    kernel = torch.cartesian_prod(*(torch.arange(size, device=coarse.device) for size in shape.kernel_size)).view(-1, 3)
-    dilation, padding, stride = (
-        torch.tensor(values, device=coarse.device) for values in (shape.dilation, shape.padding, shape.stride)
-    )
-    reached = coarse.coordinates[:, None].repeat(1, len(kernel), 1)
-    reached[..., 1:] = reached[..., 1:] * stride + (kernel * dilation - padding)
-    reached = reached.flatten(0, 1)
-    reached = reached[voxels.inside(reached, grid.spatial_shape)]
-    return grid.with_keys(voxels.sorted_unique(voxels.coordinates_to_keys(reached, grid.spatial_shape), grid.cells))
+    coordinates = coarse.coordinates
+    grown = [_reached_along(coordinates[:, axis + 1], axis, shape, grid) for axis in range(3)]
+    _, width, depth = grid.spatial_shape
+    batch = coordinates[:, 0] * grid.spatial_shape[0]
+    keys = [
+        ((batch + i)[inside] * width + j[inside]) * depth + k[inside]
+        for (i, in_i), (j, in_j), (k, in_k) in itertools.product(*grown)
+        for inside in (in_i & in_j & in_k,)
+    ]
+    return grid.with_keys(voxels.sorted_unique(torch.cat(keys), grid.cells))
+
+
+def _reached_along(coordinate: Tensor, axis: int, shape: KernelShape, grid: VoxelSet) -> list[tuple[Tensor, Tensor]]:
+    """Coordinates that every kernel point reaches along one axis, and whether they lie in the grid."""
+    first = coordinate * shape.stride[axis] - shape.padding[axis]
+    reached = [first + shape.dilation[axis] * point for point in range(shape.kernel_size[axis])]
+    return [(c, (c >= 0) & (c < grid.spatial_shape[axis])) for c in reached]
 
 
 def _finer_grid(coarse: VoxelSet, stride: Triple) -> VoxelSet:

@@ -90,6 +90,9 @@ class SparseCompletionNet(nn.Module):
         features = [self.stem(x.replace(torch.ones_like(x.features)))]
         for block in self.encoder:
             features.append(block(features[-1]))
+        if not torch.is_grad_enabled():  # the decoder works on other voxels: free what the encoder planned
+            for level in features:
+                level.voxels.forget_plans()
         return features
 
     def _decode(self, features: list[SparseTensor], wanted: list[Tensor] | None) -> list[SparseTensor]:
@@ -97,9 +100,10 @@ class SparseCompletionNet(nn.Module):
         levels: list[SparseTensor] = []
         for number, (block, head) in enumerate(zip(self.decoder, self.heads, strict=True)):
             x = block(x) + features.pop()
-            levels.append(head(x))
+            logits = head(x)
+            levels = [*levels, logits] if self.training else [logits]
             if number < len(self.heads) - 1:
-                keep = levels[-1].features[:, 0] > 0
+                keep = logits.features[:, 0] > 0
                 if wanted is not None:
                     keep |= voxels.contains(wanted[number], x.voxels.keys, x.voxels.cells)
                 x = x.prune(keep)

@@ -70,6 +70,10 @@ class VoxelSet:
             self._plans[name] = plan()
         return self._plans[name]  # type: ignore[return-value]
 
+    def forget_plans(self) -> None:
+        """Free the kernel maps kept here; they are planned again when needed."""
+        self._plans.clear()
+
     def select(self, keep: Tensor) -> VoxelSet:
         """The subset marked by an (N,) boolean mask."""
         return VoxelSet(self.keys[keep], self.spatial_shape, self.batch_size, self.stride, self.finer)
@@ -91,7 +95,7 @@ class VoxelSet:
         known = self._coarser.get(stride)
         if known is None:
             shape = tuple(-(-extent // step) for extent, step in zip(self.spatial_shape, stride, strict=True))
-            cells = voxels.coordinates_to_keys(voxels.coarsen(self.coordinates, stride), shape)
+            cells = voxels.regrid(self.keys, self.spatial_shape, shape, stride, shrink=True)
             scale = tuple(mine * step for mine, step in zip(self.stride, stride, strict=True))
             known = VoxelSet(cells[:0], shape, self.batch_size, scale, finer=self)
             known.keys = voxels.sorted_unique(cells, known.cells)

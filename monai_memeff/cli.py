@@ -1,0 +1,96 @@
+"""The command `memeff`: parse, call, print; every bad input ends in one line and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Memory-efficient 3D models for MONAI and nnU-Net pipelines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def demo(
+    image: Annotated[
+        Path | None, typer.Option(help="Head CT: NIfTI, NRRD or a DICOM folder. Default: a generated head.")
+    ] = None,
+    size: Annotated[int, typer.Option(help="Edge of the grid in voxels, a multiple of 64.")] = 64,
+    output: Annotated[Path, typer.Option(help="Folder for the report, the implant and the picture.")] = Path(
+        "memeff_demo"
+    ),
+    seconds: Annotated[
+        float | None, typer.Option(help="Training time of each network. Default: 95 at size 64, 8 times that at 128.")
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Bone is above this many Hounsfield units.")] = 300.0,
+    defects: Annotated[int, typer.Option(help="Unseen defects to test on.")] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of defects and weights.")] = 0,
+) -> None:
+    """Complete a skull: train a sparse network on random defects of one head, then fill defects it has not seen."""
+    from monai_memeff.demo.skull import run_demo
+
+    run_demo(image, size, output, seconds, threshold, defects, seed)
+
+
+@app.command()
+def overlay(
+    name: Annotated[str | None, typer.Argument(help="Name of an overlay; none lists them.")] = None,
+) -> None:
+    """Print the path of a configuration overlay that switches a stock MONAI bundle to a memory-efficient model."""
+    from monai_memeff.overlays import overlay_names, overlay_path
+
+    for line in overlay_names() if name is None else [overlay_path(name)]:
+        typer.echo(line)
+
+
+@app.command()
+def merge(
+    configs: Annotated[list[Path], typer.Argument(help="Configuration files, in the order MONAI would read them.")],
+    output: Annotated[Path, typer.Option(help="Where to write the merged configuration (.json or .yaml).")],
+) -> None:
+    """Merge a bundle's configuration with overlays into one file, for hosts that read only one (MONAI Label)."""
+    from monai.bundle import ConfigParser
+
+    from monai_memeff.demo.intake import InputError
+
+    missing = [str(path) for path in configs if not path.is_file()]
+    if missing:
+        raise InputError(f"no such configuration file: {', '.join(missing)}; give the paths of existing files.")
+    parser = ConfigParser()
+    parser.read_config([str(path) for path in configs])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    ConfigParser.export_config_file(parser.config, str(output), fmt=output.suffix.lstrip("."), indent=2)
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed and which sparse engines can be used here."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from monai_memeff.sparse import backends
+
+    for package in ("monai-memeff", "monai", "torch", "numpy", "nnunetv2"):
+        try:
+            typer.echo(f"{package:14} {version(package)}")
+        except PackageNotFoundError:
+            typer.echo(f"{package:14} not installed")
+    for name, reason in backends.status().items():
+        typer.echo(f"sparse engine {name}: {'usable' if reason is None else reason}")
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on stderr and exit status 2."""
+    from monai_memeff.demo.intake import InputError
+
+    try:
+        app()
+    except InputError as error:
+        print(f"memeff: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
