@@ -224,6 +224,7 @@ class HaloMesh:
         data_rank: this process's group.
         multiple: rows between possible cuts per split axis; `spatial_partition` raises it to the network's stride.
         device_mesh: torch's DeviceMesh with dimensions ("data", "spatial"), or None for virtual ranks and none.
+        spatial_dims: number of spatial axes, set by `spatial_partition`; without it all axes after the second.
     """
 
     spatial: tuple[int, ...]
@@ -232,6 +233,7 @@ class HaloMesh:
     data_rank: int = 0
     multiple: tuple[int, ...] = ()
     device_mesh: Any = None
+    spatial_dims: int | None = None
     _comms: list[Communicator] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:

@@ -183,6 +183,7 @@ def spatial_partition(
         raise ValueError(f"The mesh splits spatial axes {mesh.axes} but the network has only {dims} spatial axes.")
     swaps = list(_swaps(network))
     steps = _multiples(network, mesh, dims, multiple)
+    mesh.spatial_dims = dims
     mesh.multiple = tuple(math.lcm(a, b) for a, b in zip(mesh.multiple, steps, strict=False))
     digest = hashlib.sha256(str(network).encode()).hexdigest()
     region = Region(mesh, dims, overlap, digest)
@@ -219,6 +220,17 @@ def unpartition(network: nn.Module) -> nn.Module:
     for key in keys:
         forget(key)
     return network
+
+
+def replica(network: nn.Module, share_buffers: bool = True) -> nn.Module:
+    """A copy of the modules on the same parameters, for one virtual rank: some networks keep tensors on themselves.
+
+    Args:
+        network: partitioned network.
+        share_buffers: also use the same buffers; False where running statistics are updated.
+    """
+    shared = [*network.parameters(), *(network.buffers() if share_buffers else ())]
+    return copy.deepcopy(network, {id(t): t for t in shared})
 
 
 def _loss(output: Any) -> torch.Tensor:
@@ -262,9 +274,10 @@ def verify(
     hub = Hub(math.prod(spatial))
     mesh = virtual_mesh(hub, spatial, axes)
     spatial_partition(parts, mesh)
+    ranks = [replica(parts, share_buffers=False) for _ in range(hub.size)]
 
-    def work(_rank: int) -> Any:
-        output = parts(scatter(x, mesh))
+    def work(rank: int) -> Any:
+        output = ranks[rank](scatter(x, mesh))
         _loss(output).backward()
         return gather(output, mesh)
 

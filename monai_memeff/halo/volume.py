@@ -147,6 +147,6 @@ def gather(output: Any, mesh: HaloMesh) -> Any:
 def _join(parts: list[torch.Tensor], mesh: HaloMesh) -> torch.Tensor:
     """Concatenate parts, last axis of the mesh first."""
     for axis, n in list(zip(mesh.axes, mesh.spatial, strict=False))[::-1]:
-        dim = 2 + axis
+        dim = parts[0].dim() - (mesh.spatial_dims or parts[0].dim() - 2) + axis
         parts = [torch.cat(parts[i : i + n], dim) for i in range(0, len(parts), n)]
     return parts[0]

@@ -1,0 +1,97 @@
+"""Every row of the layer table in virtual ranks against torch's own layer: forward and gradients, odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from monai_memeff.halo import verify
+
+
+def after_conv(*layers: nn.Module) -> nn.Sequential:
+    """The layers between two convolutions, so that their input and output are looked past the edge."""
+    return nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), *layers, nn.Conv3d(2, 2, 1))
+
+
+LAYERS = {
+    "conv k5": nn.Conv3d(2, 2, 5, padding=2),
+    "conv k5 dilated": nn.Conv3d(2, 2, 5, padding=4, dilation=2),
+    "conv k3 dilated by 3": nn.Conv3d(2, 2, 3, padding=3, dilation=3),
+    "conv even kernel": nn.Conv3d(2, 2, 4, stride=2, padding=1),
+    "conv k2 without padding": nn.Conv3d(2, 2, 2),
+    "conv k3 without padding": nn.Conv3d(2, 2, 3),
+    "conv same even": nn.Conv3d(2, 2, 4, padding="same"),
+    "conv groups": nn.Conv3d(2, 2, 3, padding=1, groups=2),
+    "conv anisotropic": nn.Conv3d(2, 2, (1, 3, 5), (1, 2, 1), (0, 1, 2)),
+    "conv stride 2": nn.Conv3d(2, 2, 3, 2, 1),
+    "conv stride 3": nn.Conv3d(2, 2, 3, 3, 1),
+    "conv reflect": nn.Conv3d(2, 2, 5, padding=2, padding_mode="reflect"),
+    "conv replicate": nn.Conv3d(2, 2, 3, padding=1, padding_mode="replicate"),
+    "conv circular": nn.Conv3d(2, 2, 5, padding=2, padding_mode="circular"),
+    "transposed k2s2": nn.ConvTranspose3d(2, 2, 2, 2),
+    "transposed k3s2": nn.ConvTranspose3d(2, 2, 3, 2, 1, 1),
+    "transposed k4s2": nn.ConvTranspose3d(2, 2, 4, 2, 1),
+    "transposed k3s1": nn.ConvTranspose3d(2, 2, 3, 1, 1),
+    "transposed k5s2": nn.ConvTranspose3d(2, 2, 5, 2, 2, 1),
+    "max k2": nn.MaxPool3d(2),
+    "max k3s2": nn.MaxPool3d(3, 2, 1),
+    "max ceil": nn.MaxPool3d(3, 2, ceil_mode=True),
+    "max dilated": nn.MaxPool3d(3, 1, 1, dilation=2),
+    "average k3s2": nn.AvgPool3d(3, 2, 1),
+    "average without padding in the count": nn.AvgPool3d(3, 2, 1, count_include_pad=False),
+    "average ceil": nn.AvgPool3d(3, 2, 1, ceil_mode=True),
+    "average divisor": nn.AvgPool3d(2, 2, divisor_override=3),
+    "instance": nn.InstanceNorm3d(2, affine=True),
+    "batch": nn.BatchNorm3d(2),
+    "group": nn.GroupNorm(1, 2),
+    "nearest": nn.Upsample(scale_factor=2),
+    "nearest-exact": nn.Upsample(scale_factor=(2, 1, 2), mode="nearest-exact"),
+    "trilinear": nn.Upsample(scale_factor=2, mode="trilinear"),
+    "trilinear corners": nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True),
+    "trilinear by 1.5": nn.Upsample(scale_factor=1.5, mode="trilinear"),
+    "to a size": nn.Upsample(size=(30, 7, 9), mode="trilinear"),
+    "adaptive average": nn.AdaptiveAvgPool3d((6, 3, 2)),
+    "adaptive maximum": nn.AdaptiveMaxPool3d((6, 3, 2)),
+    "prelu": nn.PReLU(),
+    "softmax": nn.Softmax(dim=1),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("mesh", [((2,), (0,)), ((3, 2), (0, 1))], ids=["1D", "2D"])
+def test_layer_equals_the_whole(name: str, mesh: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), LAYERS[name])
+    shape = (2, 1, 18, 12, 7) if "circular" not in name else (2, 1, 18, 12, 8)
+    assert verify(network, shape, *mesh) < 1e-10
+
+
+@pytest.mark.parametrize("maximum", [False, True])
+def test_squeeze_and_excitation_by_global_pooling(maximum: bool) -> None:
+    class Excite(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.AdaptiveMaxPool3d(1) if maximum else nn.AdaptiveAvgPool3d(1)
+            self.fc, self.conv = nn.Linear(2, 2), nn.Conv3d(2, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            pooled = self.pool(x)
+            weights = torch.sigmoid(self.fc(pooled.flatten(1))).view(x.shape[0], 2, 1, 1, 1)
+            return x * weights + self.conv(pooled)
+
+    network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), Excite(), nn.Conv3d(2, 2, 3, padding=1))
+    assert verify(network, (1, 1, 12, 6, 5), (3,)) < 1e-10
+
+
+def test_a_kernel_wider_than_the_neighbour_is_served_by_the_one_behind() -> None:
+    assert (
+        verify(nn.Sequential(nn.Conv3d(1, 2, 9, padding=4), nn.Conv3d(2, 1, 7, padding=3)), (1, 1, 8, 6, 6), (4,))
+        < 1e-10
+    )
+    assert verify(nn.Sequential(nn.Conv3d(1, 1, 7, padding=3)), (1, 1, 6, 9, 6), (3, 3)) < 1e-10
+
+
+def test_two_dimensional_networks() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), nn.InstanceNorm2d(2), nn.ConvTranspose2d(2, 1, 3, 2, 1, 1))
+    assert verify(network, (1, 1, 16, 12), (2, 2)) < 1e-10
