@@ -1,4 +1,4 @@
-"""From cells to something that can be milled or printed: an implant's shape, in the CT's own geometry and as a surface."""
+"""From cells to what can be milled or printed: an implant's shape, in the CT's own geometry and as a surface."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from monai_memeff.demo.volume import HeadVolume, bounding_box, largest_component, resample
 
-STEP_MM = 0.8  # the shape is drawn on a grid about this fine
-SMOOTH = 0.6  # standard deviation, in cells, of the smoothing of distances
+STEP_MM = 1.0  # the shape is drawn on a grid about this fine
+SMOOTH, SMOOTH_SIDES = 0.75, 0.5  # standard deviations, in cells, of the smoothing of distances
 AROUND = 6  # cells around the implant over which the thickness of bone is matched
 
 
@@ -39,7 +39,7 @@ def implant_field(head: HeadVolume, defective: np.ndarray, implant: np.ndarray) 
 
     Cells that hold any bone are thicker than the bone. So the distance to the surface of the completed skull is
     smoothed and its zero moved inwards until the volume is the cells' times ``head.fill`` (the head's own ratio of bone
-    to cells, measured where the bone is known), and that is cut to the cells of the implant, whose sides stay where they are.
+    to cells), and that is cut to the cells of the implant, whose sides stay where they are.
 
     Args:
         head: the head.
@@ -52,20 +52,21 @@ def implant_field(head: HeadVolume, defective: np.ndarray, implant: np.ndarray) 
     Raises:
         ValueError: when the implant is empty.
     """
-    box = bounding_box(implant, grow=AROUND)
-    if box is None:
+    wide, box = bounding_box(implant, grow=AROUND), bounding_box(implant, grow=2)
+    if wide is None or box is None:
         raise ValueError("an empty implant has no shape: no cell of it is set")
-    complete = (defective | implant)[box]
+    thinned = np.full(implant.shape, -1.0)
+    thinned[wide] = _thinned((defective | implant)[wide], head.fill)
     factor = max(2, math.ceil(head.cell_mm / STEP_MM))
     affine = head.affine.copy()
     affine[:3, 3] = head.affine[:3] @ [*(part.start - 0.5 + 0.5 / factor for part in box), 1.0]
     affine[:3, :3] /= factor
-    bone = _finer(_thinned(complete, head.fill), factor)
-    piece = _finer(_signed_distance(implant[box]), factor)
+    bone = _finer(thinned[box], factor)
+    piece = _finer(_signed_distance(implant[box], SMOOTH_SIDES), factor)
     return np.minimum(bone, piece), affine
 
 
-def _signed_distance(mask: np.ndarray) -> np.ndarray:
+def _signed_distance(mask: np.ndarray, smooth: float) -> np.ndarray:
     """Distance to the surface of a mask in cells, positive inside, smoothed."""
     from scipy import ndimage
 
@@ -73,14 +74,14 @@ def _signed_distance(mask: np.ndarray) -> np.ndarray:
     inside = ndimage.distance_transform_edt(padded) if not padded.all() else np.full(padded.shape, 3.0)
     outside = ndimage.distance_transform_edt(~padded)
     distance = np.where(padded, inside - 0.5, 0.5 - outside)
-    return ndimage.gaussian_filter(np.clip(distance, -3, 3), SMOOTH)[2:-2, 2:-2, 2:-2]
+    return ndimage.gaussian_filter(np.clip(distance, -3, 3), smooth)[2:-2, 2:-2, 2:-2]
 
 
 def _thinned(mask: np.ndarray, fill: float) -> np.ndarray:
-    """Signed distance whose positive part has the wanted share of the mask's volume; thin walls lose less than thick ones."""
+    """Signed distance whose positive part has the wanted share of the mask's volume; thin walls lose less."""
     from scipy import ndimage
 
-    distance = _signed_distance(mask)
+    distance = _signed_distance(mask, SMOOTH)
     wall = np.clip(ndimage.maximum_filter(distance, 3), 0.0, 1.0)
     fine, fine_wall, target = _finer(distance, 2), _finer(wall, 2), fill * mask.mean()
     low, high = 0.0, 0.8
@@ -123,7 +124,7 @@ def implant_in_ct(head: HeadVolume, field: np.ndarray, affine: np.ndarray, remai
 def _ct_box(
     head: HeadVolume, mask: np.ndarray, affine: np.ndarray | None = None
 ) -> tuple[tuple[slice, slice, slice], np.ndarray] | None:
-    """The box of the CT that holds a mask given on another grid, and the affine of that box; None when they do not meet."""
+    """The box of the CT that holds a mask of another grid, and that box's affine; None when they do not meet."""
     source = bounding_box(mask, grow=1)
     if source is None:
         return None
