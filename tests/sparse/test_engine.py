@@ -91,6 +91,11 @@ def test_volumes_on_different_grids_are_refused() -> None:
         PrepareBatchSparse(target_coords_key=None)(sparse_collate(parts))
 
 
+def dice() -> IgniteMetricHandler:
+    """The implant's Dice as an engine takes it."""
+    return IgniteMetricHandler(metric_fn=ImplantMetric("dice"), output_transform=from_engine(["pred", "label"]))
+
+
 def test_a_trainer_lowers_the_loss_and_an_evaluator_scores() -> None:
     """MONAI's own engines, as the bundle builds them: sparse in training, dense in validation."""
     network = SparseCompletionNet(CHANNELS)
@@ -118,7 +123,7 @@ def test_a_trainer_lowers_the_loss_and_an_evaluator_scores() -> None:
         network=network,
         inferer=SparseInferer(),
         postprocessing=Compose([AsDiscreted("pred", threshold=0.0)]),
-        key_val_metric={"dice": IgniteMetricHandler(ImplantMetric("dice"), from_engine(["pred", "label"]))},
+        key_val_metric={"dice": dice()},
     )
     evaluator.run()
     assert len(evaluator.state.metric_details["dice"]) == 3
