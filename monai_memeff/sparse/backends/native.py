@@ -170,6 +170,7 @@ def _by_table(features: Tensor, weight: Tensor, table: Tensor, out: Tensor) -> N
                 block.addmm_(gathered, plane_weights[plane])
             else:
                 block += gathered @ plane_weights[plane]
+            del gathered  # before the next one is made: one block is alive at a time, always the same memory
         if not exact:
             out[rows] = block
 
@@ -182,6 +183,7 @@ def _weight_by_table(features: Tensor, grad: Tensor, table: Tensor, result: Tens
         for plane in range(planes):
             gathered = padded.index_select(0, table[plane, rows].flatten()).view(-1, per_plane * features.shape[1])
             plane_results[plane] += gathered.t() @ grad[rows]
+            del gathered
 
 
 def _by_pairs(features: Tensor, weight: Tensor, kernel_map: KernelMap, out: Tensor) -> None:
@@ -215,6 +217,7 @@ def _both_by_table(
             else:
                 block += gathered @ plane_weights[plane]
                 plane_results[plane] += turned @ gathered
+            del gathered
         if not exact:
             grad_features[rows] = block
     by_offset = plane_results.view(planes, channels, per_plane, out_channels).transpose(1, 2)
