@@ -132,7 +132,7 @@ def _neighbour_table(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) ->
     cells = inputs.batch_size * extents[0] * extents[1] * extents[2]
     if cells > voxels.MAX_KEY:
         raise ValueError(
-            f"batch_size * voxels within the kernel's reach must be at most 2^63 - 1, got {inputs.batch_size} * {extents}; "
+            f"batch_size * voxels in the kernel's reach must be at most 2^63 - 1, got {inputs.batch_size} * {extents}; "
             "use a smaller batch, kernel or dilation."
         )
     grown = voxels.regrid(inputs.keys, inputs.spatial_shape, extents, shift=margins)
