@@ -130,18 +130,25 @@ def _slice(draw: Axes, grey: np.ndarray, truth: np.ndarray, predicted: np.ndarra
 
 def _marks(draw: Axes, sides: str) -> None:
     """Letters of the patient's sides: left, right, top and bottom of the picture."""
+    from matplotlib.patheffects import withStroke
+
+    edge = [withStroke(linewidth=2, foreground="black")]
     places = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.98, "center", "top"))
     for letter, (x, y, ha, va) in zip(sides, (*places, (0.5, 0.02, "center", "bottom")), strict=True):
-        draw.text(x, y, letter, transform=draw.transAxes, color="#ffd24a", fontsize=12, weight="bold", ha=ha, va=va)
+        text = draw.text(x, y, letter, transform=draw.transAxes, color="#ffd24a", fontsize=12, ha=ha, va=va)
+        text.set(weight="bold", path_effects=edge)
 
 
 def _bar(draw: Axes, length: float, text: str) -> None:
     """A scale bar in the lower left corner."""
+    from matplotlib.patheffects import withStroke
+
+    edge = [withStroke(linewidth=2, foreground="black")]
     low, high = draw.get_xlim()
     bottom, top = draw.get_ylim()
     x, y = low + 0.04 * (high - low), bottom + 0.045 * (top - bottom)
-    draw.plot([x, x + length], [y, y], color="white", lw=3, solid_capstyle="butt")
-    draw.text(x, y + 0.015 * (top - bottom), text, color="white", fontsize=9, va="bottom")
+    draw.plot([x, x + length], [y, y], color="white", lw=3, solid_capstyle="butt", path_effects=edge)
+    draw.text(x, y + 0.015 * (top - bottom), text, color="white", fontsize=9, va="bottom", path_effects=edge)
 
 
 def _views(
@@ -172,10 +179,12 @@ def _views(
 
 def _compass(draw: Axes, view: View) -> None:
     """Arrows to the patient's right, front and top, in the lower left corner."""
-    for letter, way in zip("RAS", np.eye(3), strict=True):
+    drawn: list[tuple[float, float]] = []
+    for letter, way in zip("SAR", np.eye(3)[::-1], strict=True):
         x, y = 0.075 * float(way @ view.right), 0.075 * float(way @ view.up)
-        if np.hypot(x, y) < 0.03:  # it points at the camera
-            continue
+        if np.hypot(x, y) < 0.03 or any(np.hypot(x - u, y - v) < 0.035 for u, v in drawn):
+            continue  # it points at the camera, or would hide another
+        drawn.append((x, y))
         arrow = {"arrowstyle": "-|>", "color": "0.35", "lw": 1.2}
         start = (0.11, 0.10)
         draw.annotate("", (start[0] + x, start[1] + y), start, xycoords="axes fraction", arrowprops=arrow)

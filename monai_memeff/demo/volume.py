@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from monai_memeff.demo.intake import FULL, InputError, check_bone, check_ct, check_size, millimetres, read_ct
+from monai_memeff.demo.intake import InputError, check_bone, check_ct, check_size, millimetres, read_ct
 
 __all__ = ["HeadVolume", "InputError", "load_head", "prepare_head"]
 
 MARGIN = 0.05  # air kept on each side of the skull, as a fraction of its extent
 FINEST = 256  # edge of the finest grid on which bone is thresholded before pooling
+GRID_FULL = 0.35  # a skull occupies a tenth of the grid, more or less
 EXTENT_MM = (60.0, 400.0)
 UPPER_MM = 110.0  # below the vertex, still above the jaw and the shoulders
 
@@ -196,7 +197,7 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
 
     Raises:
         InputError: on every input that :func:`check_size`, :func:`check_ct`, :func:`check_bone` or :func:`skull_cube`
-            refuse, and when the pooled grid is half full or more.
+            refuse, and when more than a third of the pooled grid is bone.
     """
     check_size(size)
     check_ct(image, name)
@@ -212,10 +213,10 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
     grey = resample(values, ct_affine, fine_affine, (size * factor,) * 3, outside=-1024.0)
     fine = grey > threshold
     skull = any_pool(fine, factor)
-    if not skull.any() or skull.mean() >= FULL:
+    if not skull.any() or skull.mean() >= GRID_FULL:
         raise InputError(
             f"bone fills {skull.mean():.0%} of the grid of {size}^3 cells in {name}, and more than 0 % and less than"
-            f" {FULL:.0%} is needed: change --threshold (now {threshold:g} HU)"
+            f" {GRID_FULL:.0%} is needed: change --threshold (now {threshold:g} HU)"
         )
     return HeadVolume(
         skull=skull, affine=grid_affine(corner, edge / size), grey=np.clip(grey, -1024, 3071).astype(np.int16),
@@ -225,8 +226,9 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
 
 
 def _factor(cell: float, affine: np.ndarray, size: int) -> int:
+    """Voxels of the finer grid along an edge of a cell: about the image's own, at least two, within reason."""
     spacing = float(np.linalg.norm(affine[:3, :3], axis=0).min())
-    return int(np.clip(round(cell / spacing), 1, max(1, FINEST // size)))
+    return min(max(round(cell / spacing), 2), max(1, FINEST // size))
 
 
 def _notes(bone: np.ndarray, dense: np.ndarray, affine: np.ndarray) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Tests of the main job: one head in, an implant out."""
