@@ -17,7 +17,7 @@ class SparseBatchNorm3d(nn.BatchNorm3d):
     """Batch norm over all active voxels of the batch; arguments and ``state_dict`` of ``torch.nn.BatchNorm3d``.
 
     In training a level with fewer than two active voxels has no variance: it is normalised with the running statistics,
-    which then stay as they are, instead of raising as torch does.
+    which then stay as they are, instead of raising as torch does; where none are kept, its normalised value is zero.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -25,14 +25,15 @@ class SparseBatchNorm3d(nn.BatchNorm3d):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Normalise (N, C) features."""
-        if self.training and len(x) < 2:
-            return x.replace(self._with_running_statistics(x.features))
+        if len(x) < 2 and (self.training or self.running_mean is None):
+            return x.replace(self._without_variance(x.features))
         return x.replace(super().forward(x.features))
 
-    def _with_running_statistics(self, features: Tensor) -> Tensor:
-        mean = 0.0 if self.running_mean is None else self.running_mean
-        scale = 1.0 if self.running_var is None else (self.running_var + self.eps).rsqrt()
-        return _affine((features - mean) * scale, self.weight, self.bias)
+    def _without_variance(self, features: Tensor) -> Tensor:
+        if self.running_mean is None or self.running_var is None:
+            return _affine(features - features, self.weight, self.bias)
+        scale = (self.running_var + self.eps).rsqrt()
+        return _affine((features - self.running_mean) * scale, self.weight, self.bias)
 
 
 class SparseInstanceNorm3d(nn.InstanceNorm3d):
@@ -59,12 +60,19 @@ class SparseInstanceNorm3d(nn.InstanceNorm3d):
 
 
 class SparseGroupNorm(nn.GroupNorm):
-    """Group norm: groups of channels of every batch item over that item's active voxels, as ``torch.nn.GroupNorm``."""
+    """Group norm: groups of channels of every batch item over that item's active voxels, as ``torch.nn.GroupNorm``.
+
+    A group of one channel has no variance in an item with one active voxel; its normalised value is zero.
+    """
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Normalise (N, C) features."""
-        parts = [super(SparseGroupNorm, self).forward(f.t()[None])[0].t() if len(f) else f for f in _per_item(x)]
-        return x.replace(torch.cat(parts))
+        return x.replace(torch.cat([self._normalise(features) for features in _per_item(x)]))
+
+    def _normalise(self, features: Tensor) -> Tensor:
+        if len(features) * (self.num_channels // self.num_groups) < 2:
+            return _affine(features - features, self.weight, self.bias)
+        return super().forward(features.t()[None])[0].t() if len(features) else features
 
 
 def _per_item(x: SparseTensor) -> list[Tensor]:
@@ -135,7 +143,12 @@ class SparseDropout3d(nn.Dropout3d):
 
 
 class _SparsePool3d(nn.Module):
-    """Pooling over the active voxels of each window; a result stands at floor(c / stride) of the active voxels."""
+    """Pooling over the active voxels of each window; a result stands at floor(c / stride) of the active voxels.
+
+    The window of output o starts at ``stride * o - padding``, with ``padding = (kernel_size - 1) // 2`` where windows
+    overlap and none where they do not (torch's own default). A window without any active voxel, which a kernel smaller
+    than its stride can leave, gives zero.
+    """
 
     reduction: str
 
@@ -147,7 +160,8 @@ class _SparsePool3d(nn.Module):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Pool (N, C) features to (M, C)."""
-        i, j, k = ((size - 1) // 2 for size in self.kernel_size)
+        sizes = zip(self.kernel_size, self.stride, strict=True)
+        i, j, k = ((size - 1) // 2 if size > step else 0 for size, step in sizes)
         outputs = x.voxels if self.stride == (1, 1, 1) else x.voxels.coarsened(self.stride)
         shape = KernelShape(self.kernel_size, self.stride, padding=(i, j, k))
         pairs = list(kernel_map_between(x.voxels, outputs, shape).each_pair())
@@ -161,8 +175,8 @@ class _SparsePool3d(nn.Module):
 class SparseMaxPool3d(_SparsePool3d):
     """Maximum over the active voxels of each window (inactive ones do not count as zero).
 
-    Equals ``torch.nn.MaxPool3d(kernel_size, stride, (kernel_size - 1) // 2)`` on a volume filled with -inf. Where
-    several voxels tie for the maximum they share the gradient.
+    Equals ``torch.nn.MaxPool3d(kernel_size, stride)`` on a volume filled with -inf, with padding ``(kernel_size - 1) //
+    2`` if ``kernel_size > stride``. Where several voxels tie for the maximum they share the gradient.
     """
 
     reduction = "amax"

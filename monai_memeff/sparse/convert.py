@@ -93,8 +93,11 @@ def _check_convolution(name: str, layer: nn.Conv3d | nn.ConvTranspose3d) -> None
             f"{name}: sparse convolution needs groups=1 and padding_mode='zeros', "
             f"got groups={layer.groups}, padding_mode={layer.padding_mode!r}."
         )
+    if layer.padding == "same":
+        return
+    paddings = (0, 0, 0) if layer.padding == "valid" else layer.padding
     for kernel, stride, dilation, padding in zip(
-        layer.kernel_size, layer.stride, layer.dilation, layer.padding, strict=True
+        layer.kernel_size, layer.stride, layer.dilation, paddings, strict=True
     ):
         if stride == 1 and 2 * int(padding) != dilation * (kernel - 1):
             raise ValueError(
