@@ -133,7 +133,7 @@ def _score(
     implants = [complete(test.defective) for test in tests]
     test_seconds = (time.perf_counter() - start) / len(tests)
     scores = [
-        implant_scores(*(torch.from_numpy(v) for v in (found, test.implant, test.defective)), spacing=head.cell_mm)
+        implant_scores(*map(torch.from_numpy, (found, test.implant, test.defective)), head.cell_mm)  # type: ignore[misc]
         for found, test in zip(implants, tests, strict=True)
     ]
     if method is None or training is None or sampler is None:

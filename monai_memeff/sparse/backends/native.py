@@ -8,6 +8,8 @@ is scattered, so the result does not depend on the order in which threads run. M
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,22 +57,21 @@ class _Convolution(torch.autograd.Function):
         return gather_multiply(features, weight, bias, kernel_map)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, weight = ctx.saved_tensors
         needs_features, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad = grad.contiguous()
-        grad_features = grad_weight = grad_bias = None
+        grad_features: Tensor | None = None
+        grad_weight: Tensor | None = None
         if needs_features and needs_weight:
             grad_features, grad_weight = both_gradients(features, grad, weight, ctx.kernel_map.transposed)
         elif needs_features:
             grad_features = gather_multiply(grad, weight.transpose(1, 2), None, ctx.kernel_map.transposed)
         elif needs_weight:
             grad_weight = weight_gradient(features, grad, ctx.kernel_map)
-        if needs_weight:
+        if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        if needs_bias:
-            grad_bias = grad.sum(0)
-        return grad_features, grad_weight, grad_bias, None
+        return grad_features, grad_weight, grad.sum(0) if needs_bias else None, None
 
 
 def gather_multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:
