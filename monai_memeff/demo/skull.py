@@ -133,8 +133,10 @@ def _score(
     implants = [complete(test.defective) for test in tests]
     test_seconds = (time.perf_counter() - start) / len(tests)
     scores = [
-        implant_scores(*map(torch.from_numpy, (found, test.implant, test.defective)), head.cell_mm)  # type: ignore[misc]
-        for found, test in zip(implants, tests, strict=True)
+        implant_scores(
+            torch.from_numpy(found), torch.from_numpy(t.implant), torch.from_numpy(t.defective), head.cell_mm
+        )
+        for found, t in zip(implants, tests, strict=True)
     ]
     if method is None or training is None or sampler is None:
         return report.MethodResult(label, scores, test_seconds=test_seconds), implants
