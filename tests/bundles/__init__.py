@@ -1,0 +1,1 @@
+"""Tests of the bundles and of the overlays for other bundles."""
