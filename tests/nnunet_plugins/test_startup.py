@@ -87,7 +87,8 @@ def test_register_imports_no_package():
     environment = {**os.environ, "PYTHONPATH": path}
     environment.pop(startup.VARIABLE, None)
     environment.pop(startup.OPT_OUT, None)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-S", "-c", code]  # without the start-up files of this environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     folder, imported = done.stdout.splitlines()
     assert folder == ext_folder()
     assert imported == "['__future__', '_monai_memeff_nnunet']" or imported == "['_monai_memeff_nnunet']"
