@@ -310,7 +310,7 @@ def init_mesh(
     data_rank = dist.get_rank() // parts
     device_mesh = dist.device_mesh.DeviceMesh(kind, torch.arange(world).view(data, parts), mesh_dim_names=_NAMES)
     comm = TorchCommunicator(groups[data_rank])
-    return HaloMesh(tuple(spatial), _axes(spatial, axes), data, data_rank, (), device_mesh, [comm])
+    return HaloMesh(tuple(spatial), _axes(spatial, axes), data, data_rank, device_mesh=device_mesh, _comms=[comm])
 
 
 _NAMES = ("data", "spatial")

@@ -12,7 +12,7 @@ from monai_memeff.halo.layers import _tuple, shared_mask
 from monai_memeff.halo.region import Layout, Margin, Region, margin_of, set_margin
 from monai_memeff.halo.resize import resize
 
-_VOXELWISE = frozenset(
+VOXELWISE = frozenset(
     {
         "abs", "add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide", "truediv",
         "floordiv", "neg", "negative", "pow", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square",
@@ -26,14 +26,14 @@ _VOXELWISE = frozenset(
         "masked_fill", "type_as", "cpu", "cuda", "alias", "view_as_real", "fill", "zero", "copy",
     }
 )  # fmt: skip
-_PER_CHANNEL = frozenset(
+PER_CHANNEL = frozenset(
     {
         "cat", "concat", "concatenate", "stack", "softmax", "log_softmax", "chunk", "split", "tensor_split",
         "unbind", "sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "unsqueeze", "narrow", "select",
         "index_select", "cumsum", "norm", "std", "var", "prod", "any", "all",
     }
 )  # fmt: skip
-_QUESTIONS = frozenset(
+QUESTIONS = frozenset(
     {
         "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point",
         "is_complex", "get_device", "element_size", "len", "data_ptr", "hash", "register_hook", "retain_grad",
@@ -89,14 +89,14 @@ class Guard(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
-        if self.region.state.inside or name in _QUESTIONS:
+        if self.region.state.inside or name in QUESTIONS:
             return func(*args, **kwargs)
         parts = _spread((args, kwargs))
         if not parts:
             return self._free(func, name, args, kwargs)
-        if name in _VOXELWISE or ((name.endswith("dropout") or "dropout" in name) and not _training(args, kwargs)):
+        if name in VOXELWISE or ((name.endswith("dropout") or "dropout" in name) and not _training(args, kwargs)):
             return self._voxelwise(func, name, args, kwargs, parts)
-        if name in _PER_CHANNEL or name in ("getitem", "repeat", "expand", "pad"):
+        if name in PER_CHANNEL or name in ("getitem", "repeat", "expand", "pad"):
             return self._per_channel(func, name, args, kwargs, parts)
         if name == "interpolate" or name == "upsample":
             return self._interpolate(*args, **kwargs)
@@ -114,7 +114,7 @@ class Guard(TorchFunctionMode):
         """Nothing spread among the arguments: constants, weights, globally pooled tensors."""
         lost = [t for t in tensors_in((args, kwargs)) if not isinstance(t, torch.nn.Parameter)]
         unknown = [t for t in lost if not hasattr(t, "_halo_layout") and t.dim() > self.region.spatial_dims]
-        if unknown and name not in _VOXELWISE and name not in _PER_CHANNEL:
+        if unknown and name not in VOXELWISE and name not in PER_CHANNEL:
             raise self._refusal(name)
         out = func(*args, **kwargs)
         if not unknown:

@@ -311,6 +311,5 @@ def _difference(expected: list[torch.Tensor], got: list[torch.Tensor], name: str
             f"The {name} has shapes {[tuple(t.shape) for t in got]} in parts, but "
             f"{[tuple(t.shape) for t in expected]} whole."
         )
-    return max(
-        float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)) for a, b in zip(expected, got, strict=False)
-    )
+    pairs = [(a.detach(), b.detach()) for a, b in zip(expected, got, strict=True)]
+    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)) for a, b in pairs)

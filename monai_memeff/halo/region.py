@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +63,7 @@ class Region:
         self.dims = tuple(axis - spatial_dims for axis in mesh.axes)  # negative, so extra leading axes do not matter
         self.state = _State()
         self.random = False
+        self.listener: Callable[[], None] | None = None  # called by every layer (a progress bar)
         self._network: Any = None
         self.key = next(_NUMBERS)
         _KEEP[self.key] = self
@@ -132,6 +133,8 @@ class Region:
     @contextmanager
     def within(self, name: str) -> Iterator[None]:
         """Inside a layer of ours: the guard lets its calls through."""
+        if self.listener is not None:
+            self.listener()
         before, self.state.inside = self.state.inside, True
         self.state.names.append(name)
         try:

@@ -47,7 +47,7 @@ def _empty(p: nn.Parameter) -> nn.Parameter:
 
 
 @contextmanager
-def _on_meta(network: nn.Module) -> Iterator[None]:
+def on_meta(network: nn.Module) -> Iterator[None]:
     """The network without its numbers: parameters and buffers are shapes only, modes are those of inference."""
     kept = [(m, m.training, m._parameters, m._buffers) for m in network.modules()]
     for module, _, parameters, buffers in kept:
@@ -67,7 +67,7 @@ def _on_meta(network: nn.Module) -> Iterator[None]:
 def trace_shapes(network: nn.Module, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Spatial shapes of all layers' outputs for an input shape (B, C, spatial...), without computing anything."""
     dtype = next(iter(network.parameters())).dtype
-    with _recording(network, len(shape) - 2) as shapes, _on_meta(network):
+    with _recording(network, len(shape) - 2) as shapes, on_meta(network):
         network(torch.empty(shape, dtype=dtype, device="meta"))
     return shapes
 

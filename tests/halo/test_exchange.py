@@ -123,7 +123,7 @@ def test_one_rank_that_fails_ends_all_and_a_deadlock_is_named() -> None:
 
     with pytest.raises(KeyError, match="boom"):
         hub.run(fails)
+    lonely = Hub(2)
+    alone = virtual_mesh(lonely, (2,))
     with pytest.raises(RuntimeError, match="Deadlock"):
-        lonely = Hub(2)
-        alone = virtual_mesh(lonely, (2,))
         lonely.run(lambda rank: alone.comm.all_reduce(torch.ones(1)) if rank == 0 else None)

@@ -118,7 +118,8 @@ def test_a_layer_outside_the_table_is_refused_by_name_and_the_network_left_alone
 
 @pytest.mark.parametrize(
     "call",
-    [lambda x: x.flip(2), lambda x: torch.roll(x, 1, 2), lambda x: x.mean(), lambda x: x.flatten(2), lambda x: x[..., :2],
+    [lambda x: x.flip(2), lambda x: torch.roll(x, 1, 2), lambda x: x.mean(), lambda x: x.flatten(2),
+     lambda x: x[..., :2],
      lambda x: nn.functional.group_norm(x, 1), lambda x: nn.functional.conv3d(x, x[:1]), lambda x: x.softmax(2),
      lambda x: x + torch.ones(x.shape)],
     ids=["flip", "roll", "mean", "flatten", "slice", "group_norm", "conv3d", "softmax over rows", "local constant"],
