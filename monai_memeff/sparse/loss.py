@@ -28,7 +28,12 @@ class SparseCompletionLoss(nn.Module):
 
         Returns:
             A scalar, in float32 at least.
+
+        Raises:
+            ValueError: target and logits lie on different grids, or no level is given.
         """
+        if not levels:
+            raise ValueError("SparseCompletionLoss needs at least one level of logits, got none.")
         complete = occupied(target)
         terms = [self._level(logits, complete) for logits in levels]
         return torch.stack(terms).sum()
@@ -36,8 +41,14 @@ class SparseCompletionLoss(nn.Module):
     def _level(self, logits: SparseTensor, complete: SparseTensor) -> Tensor:
         values = logits.features[:, 0]
         values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+        cells = complete.voxels.coarsened(logits.stride) if logits.stride != (1, 1, 1) else complete.voxels
+        if not cells.same_grid(logits.voxels):
+            raise ValueError(
+                f"the target does not lie on the grid of the logits: at stride {logits.stride} "
+                f"(batch_size, spatial_shape) must be {(logits.batch_size, logits.spatial_shape)}, "
+                f"got {(cells.batch_size, cells.spatial_shape)}."
+            )
         if len(logits) == 0:
             return values.sum()
-        cells = complete.voxels.coarsened(logits.stride) if logits.stride != (1, 1, 1) else complete.voxels
         wanted = voxels.contains(cells.keys, logits.voxels.keys, logits.voxels.cells)
         return functional.binary_cross_entropy_with_logits(values, wanted.to(values.dtype))

@@ -72,7 +72,7 @@ class SparseCompletionNet(nn.Module):
         if self.training and target is None:
             raise ValueError("SparseCompletionNet prunes with the target in training: call network(x, target).")
         present = occupied(x)
-        wanted = _target_keys(occupied(target)) if self.training and target is not None else None
+        wanted = _target_keys(occupied(target), present) if self.training and target is not None else None
         levels = self._decode(self._encode(present), wanted)
         if self.training:
             return levels
@@ -210,8 +210,14 @@ def like_input(output: Tensor, image: Tensor) -> Tensor:
     return result
 
 
-def _target_keys(target: SparseTensor) -> list[Tensor]:
+def _target_keys(target: SparseTensor, present: SparseTensor) -> list[Tensor]:
     """Keys of the target's cells at strides 32, 16, 8, 4, 2, 1."""
+    if not target.voxels.same_grid(present.voxels):
+        raise ValueError(
+            "the target must lie on the grid of the input: (batch_size, spatial_shape, stride) "
+            f"{(present.batch_size, present.spatial_shape, present.stride)}, "
+            f"got {(target.batch_size, target.spatial_shape, target.stride)}."
+        )
     sets = [target.voxels]
     for _ in range(5):
         sets.append(sets[-1].coarsened((2, 2, 2)))
