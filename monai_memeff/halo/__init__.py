@@ -1,23 +1,61 @@
 """Halo wing: split the volume, share the edges; any CNN over many devices or streamed through one."""
 
-from monai_memeff.halo.communicator import close, init_mesh, no_mesh, virtual_mesh
+from monai_memeff.halo.communicator import HaloMesh, close, init_mesh, no_mesh, virtual_mesh
+from monai_memeff.halo.engine import GatherInferer, launch, local_device, on_rank_zero, parallel
 from monai_memeff.halo.inferer import SpatialPartitionInferer, StreamingReport
 from monai_memeff.halo.loss import SpatialLoss
 from monai_memeff.halo.network import spatial_partition, unpartition, verify
 from monai_memeff.halo.region import NotPartitionable
+from monai_memeff.halo.transforms import (
+    HounsfieldToUnit,
+    HounsfieldToUnitD,
+    HounsfieldToUnitd,
+    HounsfieldToUnitDict,
+    PartitionCrop,
+    PartitionCropD,
+    PartitionCropd,
+    PartitionCropDict,
+    RandTumorSynthesis,
+    RandTumorSynthesisD,
+    RandTumorSynthesisd,
+    RandTumorSynthesisDict,
+)
+from monai_memeff.halo.tumor import LesionDiceMetric, LiverTumorLoss
+from monai_memeff.halo.unet import VolumeUNet
 from monai_memeff.halo.virtual import Hub
 from monai_memeff.halo.volume import gather, scatter
 
 __all__ = [
+    "GatherInferer",
+    "HaloMesh",
+    "HounsfieldToUnit",
+    "HounsfieldToUnitD",
+    "HounsfieldToUnitDict",
+    "HounsfieldToUnitd",
     "Hub",
+    "LesionDiceMetric",
+    "LiverTumorLoss",
     "NotPartitionable",
+    "PartitionCrop",
+    "PartitionCropD",
+    "PartitionCropDict",
+    "PartitionCropd",
+    "RandTumorSynthesis",
+    "RandTumorSynthesisD",
+    "RandTumorSynthesisDict",
+    "RandTumorSynthesisd",
     "SpatialLoss",
     "SpatialPartitionInferer",
     "StreamingReport",
+    "VolumeUNet",
     "close",
     "gather",
     "init_mesh",
+    "launch",
+    "local_device",
     "no_mesh",
+    "on_rank_zero",
+    "parallel",
     "scatter",
     "spatial_partition",
     "unpartition",

@@ -6,6 +6,7 @@ This is the only file that imports torch.distributed.
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -314,6 +315,23 @@ def init_mesh(
 
 
 _NAMES = ("data", "spatial")
+
+
+def start_processes(device: torch.device) -> None:
+    """Initialise torch.distributed from torchrun's environment, once: NCCL for GPUs, gloo for the CPU.
+
+    Raises:
+        RuntimeError: if torchrun's environment is missing.
+    """
+    if not dist.is_available():
+        raise RuntimeError("This build of torch has no torch.distributed.")
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        raise RuntimeError("Start the script with torchrun (torchrun --nproc_per_node N -m monai.bundle run ...).")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def no_mesh(axes: Sequence[int] = (0,)) -> HaloMesh:

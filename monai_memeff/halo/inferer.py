@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -47,8 +48,8 @@ class StreamingReport:
 class _Output:
     """The whole output in host memory or in a file, filled part by part."""
 
-    def __init__(self, store: HostStore | FolderStore, mesh: HaloMesh, dims: int, labels: bool) -> None:
-        self._store, self._mesh, self._dims, self._labels = store, mesh, dims, labels
+    def __init__(self, pager: Pager, mesh: HaloMesh, dims: int, labels: bool) -> None:
+        self._pager, self._mesh, self._dims, self._labels = pager, mesh, dims, labels
         self.whole: Any = None
 
     def take(self, part: Any) -> None:
@@ -65,7 +66,7 @@ class _Output:
             raise TypeError(f"Expected the network to return tensors but got {type(part).__name__}.")
 
     def _fill(self, whole: Any, part: torch.Tensor) -> torch.Tensor:
-        bounds = part._halo_layout.bounds  # type: ignore[attr-defined]
+        bounds = part._halo_layout.bounds
         if self._labels:
             part = part.argmax(1, keepdim=True).to(torch.uint8 if part.shape[1] <= 256 else torch.int16)
         place: list[slice] = [slice(None)] * part.dim()
@@ -74,18 +75,21 @@ class _Output:
             dim = part.dim() - self._dims + axis
             shape[dim], place[dim] = (b[-1], slice(b[p], b[p + 1])) if b else (1, slice(None))
         if whole is None:
-            whole = self._store.output(shape, part.dtype) if isinstance(self._store, FolderStore) else None
-            whole = torch.empty(shape, dtype=part.dtype) if whole is None else whole
+            whole = self._allocate(shape, part.dtype)
         whole[tuple(place)].copy_(part)
         return whole
+
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        with self._pager.quietly():
+            if isinstance(self._pager.store, FolderStore):
+                return self._pager.ignore(self._pager.store.output(shape, dtype))
+            return self._pager.ignore(torch.empty(tuple(shape), dtype=dtype))
 
 
 def _input_margin(volume: torch.Tensor, mesh: HaloMesh, dims: int, device: torch.device) -> Margin:
     """The neighbours' rows of the input, read straight from the volume."""
     bounds = boxes(mesh, volume.shape[2:])
-    wanted = tuple(
-        tuple((max(lo - 1, 0), min(hi + 1, b[-1])) for lo, hi in zip(b, b[1:], strict=False)) for b in bounds
-    )
+    wanted = tuple(tuple((max(lo - 1, 0), min(hi + 1, b[-1])) for lo, hi in itertools.pairwise(b)) for b in bounds)
     pieces = {}
     for piece in ints.plan(mesh.comm.rank, bounds, wanted).receives:
         rows = volume
@@ -179,7 +183,7 @@ class SpatialPartitionInferer(Inferer):
         store = HostStore(device) if self.store == "host" else FolderStore(self.store)
         pager = Pager(store, device, [volume, *network.parameters(), *network.buffers()])
         try:
-            whole = self._stream(network, volume, parts, device, store, pager, args, kwargs)
+            whole = self._stream(network, volume, parts, device, pager, args, kwargs)
         finally:
             store.close()
         seconds = time.perf_counter() - began
@@ -210,7 +214,6 @@ class SpatialPartitionInferer(Inferer):
         volume: torch.Tensor,
         parts: int,
         device: torch.device,
-        store: HostStore | FolderStore,
         pager: Pager,
         args: Iterable[Any],
         kwargs: dict[str, Any],
@@ -221,7 +224,7 @@ class SpatialPartitionInferer(Inferer):
         partitioned = spatial_partition(copy.deepcopy(network, shared), mesh)
         ranks = [replica(partitioned) for _ in range(parts)]
         region = region_of(partitioned)
-        output = _Output(store, mesh, region.spatial_dims, self.labels)
+        output = _Output(pager, mesh, region.spatial_dims, self.labels)
         bar = self._bar(partitioned, parts)
         region.listener = bar.update if bar is not None else None
 

@@ -60,6 +60,8 @@ class _WholeSums(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("sum", "mean", "nansum"):
             return self._reduce(func, name, args, kwargs)
+        if name == "linalg_vector_norm":
+            return self._norm(*args, **kwargs)
         if name in _ELEMENTWISE_LOSSES or name in _CLASS_LOSSES:
             return self._loss(func, name, args, kwargs)
         if name not in VOXELWISE and name not in PER_CHANNEL and name not in _SHAPES and name != "one_hot":
@@ -93,6 +95,14 @@ class _WholeSums(TorchFunctionMode):
             rows = math.prod(x.shape[a] for a in self._axes)
             y = y * (rows / self._total(rows, y))
         return sum_loss(self._mesh.comm, y)
+
+    def _norm(self, x: torch.Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False) -> torch.Tensor:
+        if ord not in (1, 2):
+            raise NotPartitionable(f"SpatialLoss: the loss takes a norm of order {ord}; use gather=True.")
+        powers = x.abs() if ord == 1 else x.square()
+        powers._halo_part = True
+        total = self._reduce(torch.sum, "sum", (powers,), {"dim": dim, "keepdim": keepdim})
+        return total if ord == 1 else total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
 
     def _total(self, count: float, like: torch.Tensor) -> float:
         counted = torch.tensor([float(count)], dtype=torch.float64, device=like.device)

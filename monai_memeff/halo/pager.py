@@ -7,7 +7,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +136,19 @@ class Pager:
         elif not entry.resident:
             self._fetch(entry, storage)
 
+    def ignore(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Never count or move this tensor (the whole output, which lives in the store)."""
+        self._skip.add(tensor.untyped_storage()._cdata)
+        return tensor
+
     def _enter(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()
         if key in self._skip or storage.device.type != self.device.type or not storage.resizable() or nbytes == 0:
             return
-        self._entries[key] = _Entry(weakref.ref(storage, lambda _, key=key: self._gone(key)), nbytes)
+        self._entries[key] = _Entry(weakref.ref(storage, partial(self._gone, key)), nbytes)
         self._move(nbytes)
 
-    def _gone(self, key: int) -> None:
+    def _gone(self, key: int, _reference: Any) -> None:
         entry = self._entries.pop(key)
         if entry.resident:
             self.live -= entry.nbytes

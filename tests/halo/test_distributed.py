@@ -46,7 +46,8 @@ dist.init_process_group("gloo", init_method="file://" + os.environ["MEMEFF_STORE
                         rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
 from monai_memeff.halo import init_mesh, scatter, spatial_partition
 mesh = init_mesh(spatial=(3,))
-net = spatial_partition(nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.InstanceNorm3d(2), nn.Conv3d(2, 1, 3, padding=1)), mesh)
+net = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.InstanceNorm3d(2), nn.Conv3d(2, 1, 3, padding=1))
+net = spatial_partition(net, mesh)
 x = scatter(torch.randn(1, 1, 12, 8, 8), mesh)
 for step in range(10**9):
     net(x).sum().backward()

@@ -99,7 +99,7 @@ def nothing() -> Iterator[None]:
 def trained(data: int, spatial: tuple[int, ...], space: tuple[int, ...]) -> None:
     """Data x spatial parallel training step by DDP, DDP + checkpoint, save_on_cpu and FSDP2 against one process."""
     mesh = init_mesh(data=data, spatial=spatial)
-    loss = DiceCELoss(sigmoid=True, batch=False, include_background=True)
+    loss = DiceCELoss(to_onehot_y=True, softmax=True)
     x, y = volume(data, *space)
     torch.manual_seed(3)
     whole = unet().double()

@@ -1,0 +1,72 @@
+"""Pieces that turn a bundle's single-GPU training into data x spatial parallel training under torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from monai_memeff.halo.communicator import HaloMesh, init_mesh, start_processes
+from monai_memeff.halo.network import spatial_partition
+from monai_memeff.halo.volume import gather, scatter
+
+_ALONE = ("CheckpointSaver", "StatsHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler", "MLFlowHandler")
+
+
+def local_device() -> torch.device:
+    """This process's GPU (torchrun's LOCAL_RANK), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def launch(data: int = -1, spatial: Sequence[int] = (2,), axes: Sequence[int] | None = None) -> HaloMesh:
+    """Join the processes that torchrun started and arrange them as data x spatial.
+
+    Args:
+        data: number of data-parallel groups; -1 takes what `spatial` leaves over.
+        spatial: parts along each split axis.
+        axes: which spatial axes are split; by default the first ones.
+
+    Raises:
+        RuntimeError: if the script was not started by torchrun.
+        ValueError: if the mesh does not fit the number of processes.
+    """
+    start_processes(local_device())
+    return init_mesh(data, spatial, axes)
+
+
+def parallel(network: nn.Module, mesh: HaloMesh) -> nn.Module:
+    """Partition a network over the mesh and average its gradients with DistributedDataParallel."""
+    device = next(iter(network.parameters())).device
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(spatial_partition(network, mesh), device_ids=ids)
+
+
+def on_rank_zero(handlers: Iterable[Any], mesh: HaloMesh) -> list[Any]:
+    """Handlers for this process: those that write files or logs only on the first process of all."""
+    first = mesh.comm.rank == 0 and mesh.data_rank == 0
+    return [h for h in handlers if first or type(h).__name__ not in _ALONE]
+
+
+class GatherInferer(Inferer):
+    """Whole-volume inference by all ranks of a spatial group: cut, run the partitioned network, gather.
+
+    Every rank passes the same volume and gets the same whole output, so metrics and handlers need no change.
+
+    Args:
+        mesh: where the parts live.
+    """
+
+    def __init__(self, mesh: HaloMesh) -> None:
+        self.mesh = mesh
+
+    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the partitioned network on the whole volume (B, C, spatial...)."""
+        part = scatter(inputs.as_subclass(torch.Tensor), self.mesh)
+        return gather(network(part, *args, **kwargs), self.mesh)

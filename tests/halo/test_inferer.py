@@ -1,0 +1,105 @@
+"""Streaming a volume through one device: equal to the whole, peak bounded by the parts, host memory by a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import monai.networks.nets as nets
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import nn
+
+from monai_memeff.halo import NotPartitionable, SpatialPartitionInferer
+from monai_memeff.halo.inferer import whole_peak_bytes
+from monai_memeff.memory.meter import measure_peak
+from tests.halo.networks import NETWORKS, unet
+
+
+def whole(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Ordinary inference."""
+    with torch.no_grad():
+        return network(x)
+
+
+@pytest.mark.parametrize("name", ["UNet instance", "UNet batch", "UNet group", "BasicUNet nontrainable", "SegResNet"])
+@pytest.mark.parametrize("partitions", [2, 4])
+def test_equal_to_the_whole_volume(name: str, partitions: int) -> None:
+    network, x = NETWORKS[name]().double().eval(), torch.randn(1, 1, 64, 16, 16, dtype=torch.float64)
+    inferer = SpatialPartitionInferer(partitions)
+    expected = whole(network, x)
+    torch.testing.assert_close(inferer(x, network), expected, atol=1e-11, rtol=0)
+    assert inferer.last_report is not None
+    assert inferer.last_report.partitions == partitions
+    assert not hasattr(network, "halo_key")
+
+
+def test_float32_and_uneven_parts_along_another_axis() -> None:
+    network, x = NETWORKS["PlainConvUNet"]().eval(), torch.randn(2, 1, 8, 12, 44)
+    got = SpatialPartitionInferer(5, axis=2)(x, network)
+    for a, b in zip(got, whole(network, x), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_peak_falls_with_the_parts() -> None:
+    network, x = unet().eval(), torch.randn(1, 1, 64, 48, 48)
+    total = whole_peak_bytes(network, x.shape, x.dtype)
+    peaks = {}
+    for partitions in (1, 8):
+        inferer = SpatialPartitionInferer(partitions)
+        inferer(x, network)
+        assert inferer.last_report is not None
+        peaks[partitions] = inferer.last_report.device_peak_bytes
+    assert peaks[1] <= total * 1.3
+    assert peaks[8] < total / 6
+
+
+def test_a_folder_bounds_the_memory_of_the_process(tmp_path: Path) -> None:
+    network, x = nets.BasicUNet(features=(8, 8, 16, 16, 16, 8)).eval(), torch.randn(1, 1, 128, 32, 32)
+    with measure_peak("cpu") as ordinary:
+        expected = whole(network, x)
+    with measure_peak("cpu") as streamed:
+        got = SpatialPartitionInferer(8, store=tmp_path)(x, network)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    assert streamed.peak_bytes < ordinary.peak_bytes / 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_are_the_argmax(tmp_path: Path) -> None:
+    network, x = unet().eval(), torch.randn(1, 1, 16, 8, 8)
+    for store in ("host", tmp_path):
+        labels = SpatialPartitionInferer(2, store=store, labels=True)(x, network)
+        assert labels.dtype == torch.uint8
+        assert torch.equal(labels, whole(network, x).argmax(1, keepdim=True).to(torch.uint8))
+
+
+def test_auto_takes_as_few_parts_as_fit() -> None:
+    network, x = unet().eval(), torch.randn(1, 1, 64, 32, 32)
+    total = whole_peak_bytes(network, x.shape, x.dtype)
+    inferer = SpatialPartitionInferer("auto", memory_budget=total // 3)
+    inferer(x, network)
+    assert inferer.last_report is not None
+    assert 3 < inferer.last_report.partitions <= 5
+    assert inferer.last_report.device_peak_bytes <= total // 3
+    with pytest.raises(ValueError, match="No number of partitions fits 1000 bytes"):
+        SpatialPartitionInferer("auto", memory_budget=1000)(x, network)
+
+
+def test_networks_that_keep_tensors_on_themselves_stay_apart() -> None:
+    network, x = NETWORKS["DynUNet"]().train().double(), torch.randn(1, 1, 16, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(SpatialPartitionInferer(2)(x, network), whole(network, x), atol=1e-11, rtol=0)
+
+
+def test_metatensors_progress_and_refusals(capfd: pytest.CaptureFixture[str]) -> None:
+    network, x = unet().eval(), torch.randn(1, 1, 16, 8, 8)
+    got = SpatialPartitionInferer(2, progress=True)(MetaTensor(x), network)
+    torch.testing.assert_close(got, whole(network, x), atol=1e-5, rtol=0)
+    assert "2 partitions" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="positive number"):
+        SpatialPartitionInferer(0)
+    with pytest.raises(ValueError, match="Cannot cut 16 voxels into 5 parts"):
+        SpatialPartitionInferer(5)(x, network)
+    with pytest.raises(NotPartitionable, match="LocalResponseNorm"):
+        SpatialPartitionInferer(2)(x, nn.Sequential(nn.Conv3d(1, 1, 1), nn.LocalResponseNorm(1)))
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        SpatialPartitionInferer(2)(x, lambda t: t)
