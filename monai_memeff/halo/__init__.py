@@ -1,7 +1,14 @@
 """Halo wing: split the volume, share the edges; any CNN over many devices or streamed through one."""
 
 from monai_memeff.halo.communicator import HaloMesh, close, init_mesh, no_mesh, virtual_mesh
-from monai_memeff.halo.engine import GatherInferer, launch, local_device, on_rank_zero, parallel
+from monai_memeff.halo.engine import (
+    GatheredNetwork,
+    PartitionPrepareBatch,
+    launch,
+    local_device,
+    on_rank_zero,
+    parallel,
+)
 from monai_memeff.halo.inferer import SpatialPartitionInferer, StreamingReport
 from monai_memeff.halo.loss import SpatialLoss
 from monai_memeff.halo.network import spatial_partition, unpartition, verify
@@ -26,7 +33,7 @@ from monai_memeff.halo.virtual import Hub
 from monai_memeff.halo.volume import gather, scatter
 
 __all__ = [
-    "GatherInferer",
+    "GatheredNetwork",
     "HaloMesh",
     "HounsfieldToUnit",
     "HounsfieldToUnitD",
@@ -40,6 +47,7 @@ __all__ = [
     "PartitionCropD",
     "PartitionCropDict",
     "PartitionCropd",
+    "PartitionPrepareBatch",
     "RandTumorSynthesis",
     "RandTumorSynthesisD",
     "RandTumorSynthesisDict",

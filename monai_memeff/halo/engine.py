@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from monai.inferers import Inferer
+from monai.engines import PrepareBatch, default_prepare_batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,19 +54,44 @@ def on_rank_zero(handlers: Iterable[Any], mesh: HaloMesh) -> list[Any]:
     return [h for h in handlers if first or type(h).__name__ not in _ALONE]
 
 
-class GatherInferer(Inferer):
-    """Whole-volume inference by all ranks of a spatial group: cut, run the partitioned network, gather.
-
-    Every rank passes the same volume and gets the same whole output, so metrics and handlers need no change.
+class PartitionPrepareBatch(PrepareBatch):
+    """Hands each rank its part of image and label; all ranks of a spatial group must have loaded the same batch.
 
     Args:
         mesh: where the parts live.
+        prepare_batch: how image and label are taken from the batch.
     """
 
-    def __init__(self, mesh: HaloMesh) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: HaloMesh, prepare_batch: Callable[..., Any] = default_prepare_batch) -> None:
+        self.mesh, self.prepare_batch = mesh, prepare_batch
 
-    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the partitioned network on the whole volume (B, C, spatial...)."""
-        part = scatter(inputs.as_subclass(torch.Tensor), self.mesh)
-        return gather(network(part, *args, **kwargs), self.mesh)
+    def __call__(
+        self,
+        batchdata: dict[str, torch.Tensor],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Image and label of this rank's part, on the device."""
+        batch = self.prepare_batch(batchdata, device, non_blocking, **kwargs)
+        return tuple(scatter(t, self.mesh) if isinstance(t, torch.Tensor) and t.dim() > 2 else t for t in batch)
+
+
+class GatheredNetwork(nn.Module):
+    """A partitioned network that takes and returns whole volumes (or windows), the same on every rank.
+
+    For evaluation: inferers, metrics and handlers need no change. No gradient flows through it.
+
+    Args:
+        network: partitioned, also inside DistributedDataParallel.
+        mesh: where the parts live.
+    """
+
+    def __init__(self, network: nn.Module, mesh: HaloMesh) -> None:
+        super().__init__()
+        self.network, self.mesh = network, mesh
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Cut (B, C, spatial...), run, gather."""
+        part = scatter(x.as_subclass(torch.Tensor), self.mesh)
+        return gather(self.network(part), self.mesh)

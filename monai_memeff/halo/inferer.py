@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from monai.inferers import Inferer
 from monai.utils import optional_import
 from torch import nn
@@ -99,6 +100,24 @@ def _input_margin(volume: torch.Tensor, mesh: HaloMesh, dims: int, device: torch
     return Margin(1, pieces)
 
 
+def _padded(volume: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """The volume with zeros at the far ends up to multiples of the network's stride."""
+    rest = [-n % s for n, s in zip(volume.shape[2:], strides, strict=True)]
+    return F.pad(volume, [n for r in reversed(rest) for n in (0, r)]) if any(rest) else volume
+
+
+def _cropped(whole: Any, shape: Sequence[int], padded: Sequence[int]) -> Any:
+    """Cut the padding off outputs of the padded size; coarser outputs (deep supervision) keep it."""
+    if isinstance(whole, (list, tuple)):
+        return type(whole)(_cropped(w, shape, padded) for w in whole)
+    if isinstance(whole, dict):
+        return {k: _cropped(w, shape, padded) for k, w in whole.items()}
+    if tuple(whole.shape[-len(shape) :]) != tuple(padded) or tuple(shape) == tuple(padded):
+        return whole
+    box = (..., *(slice(0, n) for n in shape))
+    return whole[box]
+
+
 def whole_peak_bytes(network: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> int:
     """Activation bytes that the unpartitioned network would need at once in inference, by a dry run.
 
@@ -121,6 +140,7 @@ class SpatialPartitionInferer(Inferer):
 
     The parts are virtual ranks in one process: they exchange halo rows and share normalisation statistics, so the
     output equals whole-volume inference, InstanceNorm included. Only the running part's activations are on the device.
+    A volume that is not a multiple of the network's stride is padded with zeros at its far ends, and cropped again.
     The layers are those of Hou et al. 2019 (https://arxiv.org/abs/1909.03108), streamed through one device.
 
     Args:
@@ -177,7 +197,8 @@ class SpatialPartitionInferer(Inferer):
             raise TypeError(f"SpatialPartitionInferer needs an nn.Module but got {type(network).__name__}.")
         network = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
         began = time.perf_counter()
-        volume = inputs.as_subclass(torch.Tensor).detach()
+        shape = inputs.shape[2:]
+        volume = _padded(inputs.as_subclass(torch.Tensor).detach(), total_stride(network, spatial_dims_of(network)))
         parts = self._parts(network, volume)
         device = self.device or next(iter(network.parameters())).device
         store = HostStore(device) if self.store == "host" else FolderStore(self.store)
@@ -186,6 +207,7 @@ class SpatialPartitionInferer(Inferer):
             whole = self._stream(network, volume, parts, device, pager, args, kwargs)
         finally:
             store.close()
+        whole = _cropped(whole, shape, volume.shape[2:])
         seconds = time.perf_counter() - began
         self.last_report = StreamingReport(parts, pager.peak, pager.moved, seconds)
         return whole

@@ -187,10 +187,7 @@ class RandTumorSynthesis(RandomizableTransform):
         return self._paint(img, label, coarse)
 
     def _paint(self, img: torch.Tensor, label: torch.Tensor, coarse: int) -> tuple[torch.Tensor, torch.Tensor]:
-        plain, kinds = (
-            torch.as_tensor(img).as_subclass(torch.Tensor)[0],
-            torch.as_tensor(label).as_subclass(torch.Tensor)[0],
-        )
+        plain, kinds = img.as_subclass(torch.Tensor)[0], label.as_subclass(torch.Tensor)[0]
         liver, lesion = kinds == 1, kinds == 2
         difference = self.contrast * float(plain[liver].float().mean() - plain[lesion].float().mean())
         if not difference > 1e-4:  # also when there is no lesion (NaN)

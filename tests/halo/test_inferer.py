@@ -65,6 +65,14 @@ def test_a_folder_bounds_the_memory_of_the_process(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_odd_sizes_are_padded_with_zeros_and_cropped() -> None:
+    network, x = unet().eval(), torch.randn(1, 1, 18, 9, 8)
+    padded = torch.zeros(1, 1, 20, 12, 8)
+    padded[:, :, :18, :9] = x
+    got = SpatialPartitionInferer(2)(x, network)
+    torch.testing.assert_close(got, whole(network, padded)[:, :, :18, :9], atol=1e-5, rtol=0)
+
+
 def test_labels_are_the_argmax(tmp_path: Path) -> None:
     network, x = unet().eval(), torch.randn(1, 1, 16, 8, 8)
     for store in ("host", tmp_path):
