@@ -237,6 +237,19 @@ def test_every_parameter_takes_part_in_every_step_of_ddp(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_a_dataset_too_small_for_five_folds_is_refused_with_the_way_out(monkeypatch):
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+    trainer = nnunet_plugins.SparseTrainer.__new__(nnunet_plugins.SparseTrainer)
+    trainer.fold, trainer.dataset_json, trainer.preprocessed_dataset_folder_base = 0, {"numTraining": 1}, "/data/D"
+    monkeypatch.setattr(nnUNetTrainer, "do_split", lambda self: generate_crossval_split(["c_000"]))
+    with pytest.raises(
+        ValueError, match=r"fold 0 .* for 1 training cases: train with fold `all`, or write /data/D/spl"
+    ):
+        trainer.do_split()
+
+
 def test_the_trainer_can_be_pickled_and_has_nnunets_signature():
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
