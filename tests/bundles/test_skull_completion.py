@@ -78,7 +78,7 @@ def test_metadata(tmp_path: Path) -> None:
 
 
 def test_train_and_inference_agree() -> None:
-    """One grid, one network, one way onto the grid: said in two files because MONAI Label and Deploy read them apart."""
+    """One grid, one network, one way onto the grid: said in two files, for MONAI Label and Deploy read them apart."""
     train, inference = json.loads(TRAIN.read_text()), json.loads(INFERENCE.read_text())
     for key in ("network_def", "bone_threshold", "components", "grid", "cell_mm", "pool", "headroom_mm", "seed"):
         assert train[key] == inference[key], key
