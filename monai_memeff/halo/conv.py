@@ -80,7 +80,7 @@ class _AddThin(torch.autograd.Function):
 def _cast(*tensors: torch.Tensor | None) -> list[Any]:
     """Apply autocast before the exchange, so that halo rows travel in the compute precision."""
     kind = tensors[0].device.type if tensors[0] is not None else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return list(tensors)
     return [None if t is None else t.to(torch.get_autocast_dtype(kind)) for t in tensors]
 

@@ -1,0 +1,137 @@
+"""What partitioning costs: a training step in parts against DDP at equal local volume, and the streaming table.
+
+    torchrun --nproc_per_node 2 tests/benchmarks/halo_overhead.py step [--sides 64 96 128] [--repeats 10]
+    python tests/benchmarks/halo_overhead.py stream [--side 128] [--partitions 2 4 8 16]
+
+`step`: each process holds a cube of the given side; "ddp" trains two independent cubes with gradient averaging,
+"halo" one volume of twice the length. Steps alternate in the same processes; medians of paired ratios of CPU-seconds
+and of wall time, the time spent waiting in communication, and the bytes one rank sends are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from monai_memeff.halo import SpatialPartitionInferer, close, launch, parallel
+from monai_memeff.halo.communicator import TorchCommunicator
+from monai_memeff.halo.inferer import whole_peak_bytes
+
+
+def network(width: int) -> nn.Module:
+    """An nnU-Net network of four stages."""
+    return PlainConvUNet(
+        1, 4, [width * 2**i for i in range(4)], nn.Conv3d, 3, [1, 2, 2, 2], 2, num_classes=3,
+        n_conv_per_stage_decoder=2, conv_bias=True, norm_op=nn.InstanceNorm3d, nonlin=nn.LeakyReLU,
+        norm_op_kwargs={"affine": True, "eps": 1e-5}, nonlin_kwargs={"inplace": True}, deep_supervision=False,
+    )  # fmt: skip
+
+
+class Waiting:
+    """Adds up the wall time spent in the communicator's blocking calls."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        TorchCommunicator.all_reduce = self._timed(TorchCommunicator.all_reduce)  # type: ignore[method-assign]
+        from monai_memeff.halo import communicator
+
+        communicator._Works.wait = self._timed(communicator._Works.wait)  # type: ignore[method-assign]
+
+    def _timed(self, call: Any) -> Any:
+        def run(*args: Any) -> Any:
+            began = time.perf_counter()
+            result = call(*args)
+            self.seconds += time.perf_counter() - began
+            return result
+
+        return run
+
+
+def one_step(model: nn.Module, x: torch.Tensor) -> tuple[float, float]:
+    """CPU-seconds and wall seconds of forward and backward."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    model.zero_grad()
+    model(x).square().mean().backward()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def steps(sides: list[int], repeats: int, width: int) -> None:
+    """Print one line per side."""
+    mesh = launch(1, (2,))
+    waiting = Waiting()
+    for side in sides:
+        plain = network(width)
+        models = {"ddp": DistributedDataParallel(copy.deepcopy(plain)), "halo": parallel(plain, mesh)}
+        x = torch.randn(1, 1, side, side, side)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+        sent, waited = 0, 0.0
+        for repeat in range(repeats + 1):
+            for name in sorted(models, reverse=bool(repeat % 2)):
+                dist.barrier()
+                before = mesh.comm.sent_bytes, waiting.seconds
+                result = one_step(models[name], x)
+                if name == "halo":
+                    sent = mesh.comm.sent_bytes - before[0]
+                if repeat:
+                    times[name].append(result)
+                    waited += waiting.seconds - before[1] if name == "halo" else 0.0
+        if dist.get_rank() == 0:
+            pairs = list(zip(times["halo"], times["ddp"], strict=True))
+            cpu, wall = (statistics.median(h[i] / d[i] for h, d in pairs) for i in (0, 1))
+            alone = statistics.median(d[1] for _, d in pairs)
+            print(
+                f"side {side}: CPU x{cpu:.3f}, wall x{wall:.3f} (ddp {alone:.2f} s), "
+                f"exposed wait {waited / repeats:.3f} s/step, sent {sent / 2**20:.2f} MiB"
+            )
+    close()
+
+
+def stream(side: int, partitions: list[int], width: int, store: str) -> None:
+    """Print peak, traffic and time of whole-volume inference by number of partitions."""
+    model, x = network(width).eval(), torch.randn(1, 1, side, side, side)
+    with torch.no_grad():
+        began = time.perf_counter()
+        whole = model(x)
+    seconds = time.perf_counter() - began
+    print(f"whole: {whole_peak_bytes(model, x.shape, x.dtype) / 2**20:.0f} MiB, {seconds:.2f} s")
+    for parts in partitions:
+        inferer = SpatialPartitionInferer(parts, store=store)
+        error = float((inferer(x, model) - whole).abs().max())
+        r = inferer.last_report
+        assert r is not None
+        print(
+            f"{parts:>3} partitions: {r.device_peak_bytes / 2**20:.0f} MiB, moved {r.moved_bytes / 1e9:.2f} GB, "
+            f"{r.seconds:.2f} s (x{r.seconds / seconds:.2f}), largest difference {error:.1e}"
+        )
+
+
+def main() -> None:
+    """Run one of the two tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=["step", "stream"])
+    parser.add_argument("--sides", type=int, nargs="+", default=[64, 96, 128])
+    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--partitions", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--store", default="host")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.table == "step":
+        torch.set_num_threads(1)
+        steps(options.sides, options.repeats, options.width)
+    else:
+        stream(options.side, options.partitions, options.width, options.store)
+
+
+if __name__ == "__main__":
+    main()
