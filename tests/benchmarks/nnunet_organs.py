@@ -7,7 +7,7 @@ nnU-Net's own commands. The plan's memory target is lowered so that a larger pat
 and the stock patch at the usual 8 GB would cover them.
 
     python tests/benchmarks/nnunet_organs.py --device cpu --minutes 60     # 96^3 crops around the organs
-    python tests/benchmarks/nnunet_organs.py --device cuda --iterations 25000 --memory-target 1.5
+    python tests/benchmarks/nnunet_organs.py --device cuda --iterations 25000
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--iterations", type=int, help="of each trainer; default: as many as fit into --minutes")
     parser.add_argument("--minutes", type=float, default=60, help="time for everything, when --iterations is not given")
-    parser.add_argument("--memory-target", type=float, default=0.35, help="GB the stock plan is made for")
+    parser.add_argument("--memory-target", type=float, help="GB the stock plan is made for; default 0.35, 1.5 on a GPU")
     parser.add_argument("--memory-share", type=float, default=0.7, help="SparseTrainer's memory_share")
     parser.add_argument("--workers", type=int, help="augmentation processes; default 0 on the CPU, 12 on a GPU")
     parser.add_argument("--cases", type=int, default=24, help="patients to use (fewer for a smoke run)")
@@ -120,6 +120,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.workers is None:
         options.workers = 0 if options.device == "cpu" else 12
+    if options.memory_target is None:
+        options.memory_target = 0.35 if options.device == "cpu" else 1.5
     options.output = options.output.resolve()
     return options
 

@@ -140,6 +140,14 @@ def test_the_estimates_are_near_what_a_training_step_needs(heads):
 # --- the edit
 
 
+def test_the_residual_encoder_presets_have_the_pyramid_too():
+    plans = stock_plans()
+    entry = plans["configurations"]["3d_fullres"]["architecture"]
+    entry["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    entry["arch_kwargs"]["n_blocks_per_stage"] = entry["arch_kwargs"].pop("n_conv_per_stage")
+    assert np.prod(edited(plans=plans)["patch_size"]) > 4 * 64 * 64 * 48
+
+
 def test_the_edit_keeps_what_it_replaced_and_can_be_repeated():
     plans = stock_plans()
     first = copy.deepcopy(edited(plans=plans))
