@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,9 +29,17 @@ class Ledger:
     """Which storages are alive, how many bytes above entry that makes, and how high it has been."""
 
     def __init__(self) -> None:
-        self.live = self.peak = 0
+        self.peak = 0
+        self._live = 0
         self._entries: dict[int, _StorageReference] = {}
+        self._survivors: dict[int, StorageWeakRef] = {}
         self._lock = threading.RLock()
+
+    @property
+    def live(self) -> int:
+        """Bytes alive now, above the level at entry."""
+        self._settle()
+        return self._live
 
     def note_older(self, tensors: Iterable[Tensor]) -> None:
         """Enter tensors that are alive already: they raise nothing, and lower the level when they go."""
@@ -62,16 +71,46 @@ class Ledger:
 
     def close(self) -> None:
         """Let go of all references; the numbers stay."""
+        self._settle()
         self._entries.clear()
+        self._survivors.clear()
 
     def _forget(self, entry: _StorageReference) -> None:
-        if self._entries.pop(entry.address, None) is not None:
+        """The Python object is going. As a rule the storage goes with it: nobody else owns it."""
+        if entry.address not in self._entries:
+            return
+        if torch._C._storage_Use_Count(entry.address) > 1:
+            self._survivors[entry.address] = _reference_from_outside(entry.address)
+        else:
+            self._strike(entry.address)
+
+    def _settle(self) -> None:
+        """Strike out the survivors that have gone since; no callback tells of them."""
+        for address, reference in list(self._survivors.items()):
+            if reference.expired():
+                self._strike(address)
+                self._survivors.pop(address, None)
+
+    def _strike(self, address: int) -> None:
+        entry = self._entries.pop(address, None)
+        if entry is not None:
             self._move(-entry.nbytes)
 
     def _move(self, change: int) -> None:
+        if change > 0 and self._survivors:
+            self._settle()
         with self._lock:
-            self.live += change
-            self.peak = max(self.peak, self.live)
+            self._live += change
+            self.peak = max(self.peak, self._live)
+
+
+def _reference_from_outside(address: int) -> StorageWeakRef:
+    """A weak reference to the storage itself instead of its Python object.
+
+    In older torch (2.6 does it, 2.15 does not) the garbage collector ends the weak references to the Python object of
+    a storage that hangs in a circle of garbage, although a tensor or the autograd graph keeps storage and object alive.
+    """
+    return StorageWeakRef(torch.UntypedStorage._new_with_weak_ptr(address))
 
 
 _BORN_UNSEEN = (torch.ops.aten.lift_fresh, torch.ops.aten.lift, torch.ops.aten.set_)
