@@ -22,7 +22,7 @@ Progress = Callable[[float, int, float], None]
 """Called after every iteration with the fraction of the time that is spent, the iteration and the loss."""
 
 
-class Method(Protocol):
+class CompletionMethod(Protocol):
     """A network that learns to complete a skull."""
 
     network: nn.Module
@@ -95,7 +95,11 @@ class Training:
 
 
 def train(
-    method: Method, sampler: DefectSampler, seconds: float, learning_rate: float, progress: Progress | None = None
+    method: CompletionMethod,
+    sampler: DefectSampler,
+    seconds: float,
+    learning_rate: float,
+    progress: Progress | None = None,
 ) -> Training:
     """Train for a given time, with AdamW and a learning rate that warms up and then falls as a cosine of the time.
 
@@ -131,7 +135,7 @@ def _schedule(fraction: float) -> float:
 
 
 @torch.no_grad()
-def implant(method: Method, defective: Tensor) -> np.ndarray:
+def implant(method: CompletionMethod, defective: Tensor) -> np.ndarray:
     """The missing piece: the largest connected part of completion minus input.
 
     Args:
@@ -146,7 +150,7 @@ def implant(method: Method, defective: Tensor) -> np.ndarray:
     return largest_component(added.numpy())
 
 
-def peak_bytes(method: Method, sampler: DefectSampler) -> tuple[int, int]:
+def peak_bytes(method: CompletionMethod, sampler: DefectSampler) -> tuple[int, int]:
     """Peak bytes of live tensors in one training step, and in the completion of one skull."""
     method.network.train()
     defective, complete = sampler()

@@ -22,7 +22,7 @@ from monai_memeff.sparse.inferer import SparseInferer
 from monai_memeff.sparse.loss import SparseCompletionLoss
 from monai_memeff.sparse.metrics import ImplantMetric
 from monai_memeff.sparse.network import SparseCompletionNet, SparseUNet
-from monai_memeff.sparse.tensor import SparseTensor, concatenate, union_add
+from monai_memeff.sparse.tensor import SparseTensor, concatenate_channels, union_add
 from monai_memeff.sparse.transforms import (
     SparseCollate,
     SparseCoordinates,
@@ -63,7 +63,7 @@ __all__ = [
     "SparseUNet",
     "active_voxels",
     "backends",
-    "concatenate",
+    "concatenate_channels",
     "sparse_collate",
     "to_sparse",
     "union_add",

@@ -10,7 +10,7 @@ from torch import nn
 
 from monai_memeff.sparse import blocks
 from monai_memeff.sparse.conv import SparseConv3d, SparseConvTranspose3d
-from monai_memeff.sparse.tensor import SparseTensor, concatenate
+from monai_memeff.sparse.tensor import SparseTensor, concatenate_channels
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -21,7 +21,7 @@ class SparseSkipConnection(SkipConnection):
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Run the branch and join it with its input."""
         branch = self.submodule(x)
-        return concatenate([x, branch]) if self.mode == "cat" else x + branch
+        return concatenate_channels([x, branch]) if self.mode == "cat" else x + branch
 
 
 SPARSE_TWINS: dict[type[nn.Module], type[nn.Module]] = {

@@ -202,14 +202,14 @@ def union_add(first: SparseTensor, second: SparseTensor) -> SparseTensor:
     return SparseTensor.on(union, total)
 
 
-def concatenate(tensors: Sequence[SparseTensor]) -> SparseTensor:
+def concatenate_channels(tensors: Sequence[SparseTensor]) -> SparseTensor:
     """Stack the channels over the union of the voxel sets, in the given order; absent voxels count as zero.
 
     Raises:
         ValueError: no tensor is given, or the grids differ.
     """
     if not tensors:
-        raise ValueError("concatenate needs at least one SparseTensor, got none.")
+        raise ValueError("concatenate_channels needs at least one SparseTensor, got none.")
     joined = tensors[0]
     for tensor in tensors[1:]:
         joined = _concatenate_two(joined, tensor)

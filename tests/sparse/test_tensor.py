@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from monai_memeff.sparse import SparseTensor, active_voxels, concatenate, union_add
+from monai_memeff.sparse import SparseTensor, active_voxels, concatenate_channels, union_add
 from monai_memeff.sparse.tensor import occupied
 from tests.oracles import assert_adjoint, assert_same_as_dense, asymmetric
 from tests.sparse.reference import mask_of, random_mask, shuffled_rows
@@ -103,22 +103,22 @@ def test_concatenate(kind: str) -> None:
 
     def ours(*images: Tensor) -> Tensor:
         parts = [SparseTensor.from_dense(image, mask) for image, mask in zip(images, everything, strict=True)]
-        return concatenate(parts).dense()
+        return concatenate_channels(parts).dense()
 
     def dense(*images: Tensor) -> Tensor:
         return torch.cat([image * mask for image, mask in zip(images, everything, strict=True)], dim=1)
 
     images = [asymmetric((BATCH, channels, *SHAPE)) for channels in (2, 1, 3)]
     assert_same_as_dense(ours, dense, *images)
-    joined = concatenate([sparse(mask) for mask in everything])
+    joined = concatenate_channels([sparse(mask) for mask in everything])
     assert torch.equal(mask_of(joined), first | second | third)
-    assert concatenate([joined]) is joined
+    assert concatenate_channels([joined]) is joined
 
 
 def test_union_of_equal_sets_keeps_the_set_and_its_plans() -> None:
     x = sparse(mask_called("partial"))
     assert (x + x).voxels is x.voxels
-    assert concatenate([x, x]).voxels is x.voxels
+    assert concatenate_channels([x, x]).voxels is x.voxels
 
 
 def test_union_add_under_autocast_takes_the_dtype_of_the_first() -> None:
@@ -229,6 +229,6 @@ def test_bad_volumes_masks_and_partners_are_refused() -> None:
     with pytest.raises(ValueError, match="equal channels, got 1 and 2"):
         union_add(x, x.replace(torch.zeros(180, 2)))
     with pytest.raises(ValueError, match="at least one SparseTensor, got none"):
-        concatenate([])
+        concatenate_channels([])
     with pytest.raises(ValueError, match=r"\(B, 1, H, W, D\), got \(2, 2, 5, 3, 6\)"):
         occupied(torch.zeros(2, 2, *SHAPE))
