@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,7 @@ POINTS = 6000  # surface points that are registered
 KEEP = 0.75  # share of the pairs that a step trusts: the rest may lie on the defect, the jaw or the neck
 GAP_MM = 6.0  # mirrored bone farther than this from any bone is missing, not misplaced
 RING_MM = 30.0  # the second registration looks this far around the defect
+SLIDE = 0.2  # weight of a pair's distance along the surface, where its distance across it has 1
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,19 @@ def mirror_implant(defective: np.ndarray, affine: np.ndarray) -> MirrorResult:
     Raises:
         ValueError: when the skull has too few voxels to register.
     """
-    surface = _surface(defective)
-    if len(surface) < 50:
-        raise ValueError(f"a skull of {len(surface)} surface voxels cannot be registered, at least 50 are needed")
-    points = _thin(surface, POINTS) @ affine[:3, :3].T + affine[:3, 3]
-    tree = _tree(surface @ affine[:3, :3].T + affine[:3, 3])
-    best, residual = _best_start(points, tree)
+    surface = _surface(defective, affine)
+    if len(surface.points) < 50:
+        raise ValueError(
+            f"a skull of {len(surface.points)} surface voxels cannot be registered, at least 50 are needed"
+        )
+    tree = _tree(surface.points)
+    best, residual = _best_start(surface, tree)
     mirrored = _carry(defective, affine, best)
     patch = _missing(mirrored, defective, affine)
     if patch.any():
-        around = _near(points, best, patch, affine)
-        if len(around) >= 50:
-            local, _ = _icp(around, tree, best, steps=30, keep=0.85)
+        around = _near(surface, best, patch, affine)
+        if len(around.points) >= 50:
+            local, _ = _icp(around, surface, tree, best, steps=30, keep=0.85, slide=1.0)
             closer = _missing(_carry(defective, affine, local), defective, affine, patch)
             if closer.any():
                 best, patch = local, closer
@@ -78,17 +80,33 @@ def _tree(points: np.ndarray) -> cKDTree:
     return cKDTree(points)
 
 
-def _surface(mask: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class _Surface:
+    """Points (N, 3) in millimetres and the unit normals (N, 3) of the surface there."""
+
+    points: np.ndarray
+    normals: np.ndarray
+
+    def some(self, index: np.ndarray) -> _Surface:
+        return _Surface(self.points[index], self.normals[index])
+
+
+def _surface(mask: np.ndarray, affine: np.ndarray) -> _Surface:
     from scipy import ndimage
 
-    return np.argwhere(mask & ~ndimage.binary_erosion(mask)).astype(np.float64)
+    index = np.argwhere(mask & ~ndimage.binary_erosion(mask))
+    smooth = ndimage.gaussian_filter(mask.astype(np.float32), 1.0)
+    slope = np.stack([ndimage.sobel(smooth, axis)[tuple(index.T)] for axis in range(3)], axis=1)
+    normals = -slope @ np.linalg.inv(affine)[:3, :3]
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
+    return _Surface(index @ affine[:3, :3].T + affine[:3, 3], normals)
 
 
-def _thin(points: np.ndarray, count: int) -> np.ndarray:
+def _thin(surface: _Surface, count: int) -> _Surface:
     """An even choice of at most ``count`` points, the same every time."""
-    if len(points) <= count:
-        return points
-    return points[np.random.default_rng(0).permutation(len(points))[:count]]
+    if len(surface.points) <= count:
+        return surface
+    return surface.some(np.random.default_rng(0).permutation(len(surface.points))[:count])
 
 
 def _reflection(points: np.ndarray, yaw: float, roll: float, shift: float) -> np.ndarray:
@@ -101,50 +119,83 @@ def _reflection(points: np.ndarray, yaw: float, roll: float, shift: float) -> np
     return out
 
 
-def _best_start(points: np.ndarray, tree: cKDTree) -> tuple[np.ndarray, float]:
+def _best_start(surface: _Surface, tree: cKDTree) -> tuple[np.ndarray, float]:
     """Search from several planes, coarsely; refine the best three."""
-    coarse = _thin(points, POINTS // 6)
+    coarse, fine = _thin(surface, POINTS // 6), _thin(surface, POINTS)
     starts = []
     for yaw in np.radians([-8.0, 0.0, 8.0]):
         for roll in np.radians([-6.0, 0.0, 6.0]):
             for shift in (-5.0, 5.0):
-                starts.append(_icp(coarse, tree, _reflection(points, yaw, roll, shift), steps=12))
+                start = _reflection(surface.points, yaw, roll, shift)
+                starts.append(_icp(coarse, surface, tree, start, steps=12))
     starts.sort(key=lambda item: item[1])
-    finished = [_icp(points, tree, start, steps=60) for start, _ in starts[:3]]
+    finished = [_icp(fine, surface, tree, start, steps=40) for start, _ in starts[:3]]
     return min(finished, key=lambda item: item[1])
 
 
 def _icp(
-    points: np.ndarray, tree: cKDTree, start: np.ndarray, steps: int, keep: float = KEEP
+    source: _Surface,
+    target: _Surface,
+    tree: cKDTree,
+    start: np.ndarray,
+    steps: int,
+    keep: float = KEEP,
+    slide: float = SLIDE,
 ) -> tuple[np.ndarray, float]:
-    """Trimmed iterative closest point: the rigid motion after ``start`` that brings the points onto the tree's.
+    """Trimmed iterative closest point, to planes (Chen and Medioni 1992): the rigid motion after ``start``.
+
+    A pair is trusted when it is among the nearest and its normals agree, so that inner and outer table do not meet.
 
     Returns:
         The whole transform (4, 4), and the mean distance of the trusted pairs.
     """
-    total, last = start.copy(), np.inf
-    data: Any = tree.data
+    total, best, least = start.copy(), start.copy(), np.inf
     for _ in range(steps):
-        moved = points @ total[:3, :3].T + total[:3, 3]
+        moved = source.points @ total[:3, :3].T + total[:3, 3]
+        turned = source.normals @ total[:3, :3].T
         distance, index = tree.query(moved)
-        trusted = distance <= np.quantile(distance, keep)
-        mean = float(distance[trusted].mean())
-        if last - mean < 1e-4:
+        cost = distance + 1e3 * ((turned * target.normals[index]).sum(axis=1) < 0.5)
+        trusted = cost <= np.quantile(cost, keep)
+        mean = float(np.minimum(cost, 20.0)[trusted].mean())
+        if mean < least - 1e-4:
+            best, least = total, mean
+        pairs = trusted & (cost < 1e3)
+        if pairs.sum() < 20:
             break
-        last = mean
-        total = _rigid(moved[trusted], data[index[trusted]]) @ total
-    return total, last
+        step = _towards(moved[pairs], target.some(index[pairs]), slide)
+        total = step @ total
+        if np.abs(step - np.eye(4)).max() < 1e-4:
+            break
+    return best, least
 
 
-def _rigid(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The rotation and shift that bring paired points together in the least-squares sense (Kabsch)."""
-    a, b = source.mean(axis=0), target.mean(axis=0)
-    u, _, vt = np.linalg.svd((source - a).T @ (target - b))
-    flip = np.diag([1.0, 1.0, np.sign(np.linalg.det(vt.T @ u.T))])
+def _towards(moved: np.ndarray, target: _Surface, slide: float) -> np.ndarray:
+    """The small rigid motion that brings points onto the planes of their partners, in the least-squares sense.
+
+    The partners themselves pull with a small weight: on a cap of a ball the planes alone let it turn freely.
+    """
+    middle = moved.mean(axis=0)
+    apart = target.points - moved
+    system, gap = np.zeros((6, 6)), np.zeros(6)
+    for way, weight in ((target.normals, 1.0), *((axis, slide) for axis in np.eye(3))):
+        rows = np.concatenate(np.broadcast_arrays(np.cross(moved - middle, way), way), axis=1)
+        system += weight * rows.T @ rows
+        gap += weight * rows.T @ (apart * way).sum(axis=1)
+    turn = np.linalg.solve(system, gap)
     out = np.eye(4)
-    out[:3, :3] = vt.T @ flip @ u.T
-    out[:3, 3] = b - out[:3, :3] @ a
+    out[:3, :3] = _rotation(turn[:3])
+    out[:3, 3] = middle - out[:3, :3] @ middle + turn[3:]
     return out
+
+
+def _rotation(vector: np.ndarray) -> np.ndarray:
+    """The rotation about a vector by its length (Rodrigues)."""
+    angle = float(np.linalg.norm(vector))
+    if angle < 1e-12:
+        return np.eye(3)
+    x, y, z = vector / angle
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
 
 
 def _carry(mask: np.ndarray, affine: np.ndarray, transform: np.ndarray) -> np.ndarray:
@@ -179,9 +230,9 @@ def _floor(mask: np.ndarray, spacing: np.ndarray) -> int:
     return max(0, int(index[:, 2].max() - 0.55 * extent / spacing[2]))
 
 
-def _near(points: np.ndarray, transform: np.ndarray, patch: np.ndarray, affine: np.ndarray) -> np.ndarray:
+def _near(surface: _Surface, transform: np.ndarray, patch: np.ndarray, affine: np.ndarray) -> _Surface:
     """Those points whose mirror image lies in a ring around the patch."""
     centres = np.argwhere(patch) @ affine[:3, :3].T + affine[:3, 3]
-    distance, _ = _tree(centres).query(points @ transform[:3, :3].T + transform[:3, 3])
+    distance, _ = _tree(centres).query(surface.points @ transform[:3, :3].T + transform[:3, 3])
     spacing = float(np.linalg.norm(affine[:3, :3], axis=0).max())
-    return points[(distance > 0.5 * spacing) & (distance < RING_MM)]
+    return surface.some((distance > 0.5 * spacing) & (distance < RING_MM))
