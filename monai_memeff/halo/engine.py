@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from monai_memeff.halo.communicator import HaloMesh, init_mesh, start_processes
 from monai_memeff.halo.network import spatial_partition
-from monai_memeff.halo.volume import gather, scatter
+from monai_memeff.halo.volume import gather, scatter, with_meta
 
 _ALONE = ("CheckpointSaver", "StatsHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler", "MLFlowHandler")
 
@@ -94,4 +94,4 @@ class GatheredNetwork(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         """Cut (B, C, spatial...), run, gather."""
         part = scatter(x.as_subclass(torch.Tensor), self.mesh)
-        return gather(self.network(part), self.mesh)
+        return with_meta(gather(self.network(part), self.mesh), x)

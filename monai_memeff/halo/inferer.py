@@ -23,7 +23,7 @@ from monai_memeff.halo.pager import FolderStore, HostStore, Pager, Watch
 from monai_memeff.halo.region import Margin, region_of, set_margin
 from monai_memeff.halo.stride import on_meta, spatial_dims_of, total_stride
 from monai_memeff.halo.virtual import Hub
-from monai_memeff.halo.volume import boxes, slices
+from monai_memeff.halo.volume import boxes, slices, with_meta
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 _HEADROOM = 1.25  # a part's peak over the whole's peak divided by the parts: halo rows and uneven parts
@@ -210,7 +210,7 @@ class SpatialPartitionInferer(Inferer):
         whole = _cropped(whole, shape, volume.shape[2:])
         seconds = time.perf_counter() - began
         self.last_report = StreamingReport(parts, pager.peak, pager.moved, seconds)
-        return whole
+        return with_meta(whole, inputs)
 
     def _parts(self, network: nn.Module, volume: torch.Tensor) -> int:
         if self.partitions != "auto":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 
 from monai_memeff.halo.arithmetic import Bounds, Box, coordinates, cut
 from monai_memeff.halo.communicator import HaloMesh
@@ -142,6 +143,20 @@ def gather(output: Any, mesh: HaloMesh) -> Any:
     arrivals = comm.exchange([(r, part) for r in peers], [(r, part.new_empty(shapes[r])) for r in peers]).wait()
     parts = dict(zip(peers, arrivals, strict=False)) | {comm.rank: part}
     return _join([parts[r] for r in range(comm.size)], mesh)
+
+
+def with_meta(output: Any, inputs: torch.Tensor) -> Any:
+    """Give outputs the meta data of a MONAI MetaTensor, so that transforms can be inverted."""
+    if not isinstance(inputs, MetaTensor):
+        return output
+    if isinstance(output, (list, tuple)):
+        return type(output)(with_meta(o, inputs) for o in output)
+    if isinstance(output, dict):
+        return {k: with_meta(o, inputs) for k, o in output.items()}
+    tensor = MetaTensor(output)
+    tensor.copy_meta_from(inputs)
+    tensor.is_batch = inputs.is_batch
+    return tensor
 
 
 def _join(parts: list[torch.Tensor], mesh: HaloMesh) -> torch.Tensor:
