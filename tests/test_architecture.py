@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
 
@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("monai_memeff", "nnunet_plugins")
 ROOMS = ("geometry", "memory", "sparse", "occupancy", "clstm", "halo")
 OPTIONAL = ("spconv", "MinkowskiEngine", "nnunetv2", "itk", "pydicom", "matplotlib", "skimage", "nibabel", "scipy")
+
+IMPORTERS = ("import_module", "optional_import", "__import__")
 
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
@@ -80,19 +82,30 @@ def test_the_import_contracts_are_kept() -> None:
 
 
 def uses_of(library: str) -> list[str]:
-    """Files of the package that import a library or reach for it as an attribute: ``torch.distributed``."""
+    """Files that import a library, by statement or by name, or reach for it as an attribute: ``torch.distributed``."""
     return [relative(path) for path in SOURCES if any(_names(path, library))]
 
 
 def _names(path: Path, library: str) -> Iterator[bool]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield any(alias.name == library or alias.name.startswith(f"{library}.") for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            full = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            yield any(name == library or name.startswith(f"{library}.") for name in full)
-        elif isinstance(node, ast.Attribute):
-            yield ast.unparse(node) == library
+        yield any(name == library or name.startswith(f"{library}.") for name in _reached(node))
+
+
+def _reached(node: ast.AST) -> list[str]:
+    """Modules that one statement or expression brings in; a string alone, such as a docstring, brings in nothing."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    if isinstance(node, ast.Attribute):
+        return [ast.unparse(node)]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in IMPORTERS and node.args:
+        return [node.args[0].value] if _is_text(node.args[0]) else []
+    return []
+
+
+def _is_text(node: ast.AST) -> TypeGuard[ast.Constant]:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +118,32 @@ def _names(path: Path, library: str) -> Iterator[bool]:
     ],
 )
 def test_a_library_is_named_in_one_file_only(library: str, home: str) -> None:
-    assert set(uses_of(library)) <= {home}
+    assert set(uses_of(library)) == {home for home in (home,) if (ROOT / home).exists()}
+
+
+def test_nnunet_is_named_under_its_roof_only() -> None:
+    users = uses_of("nnunetv2")
+    assert users
+    assert all(user.startswith("nnunet_plugins/") for user in users), users
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch.distributed",
+        "import os, torch.distributed.fsdp as f",
+        "from torch import distributed as dist",
+        "from torch.distributed import all_reduce",
+        "torch.distributed.is_initialized()",
+        "importlib.import_module('torch.distributed.nn')",
+        "dist, _ = optional_import('torch.distributed')",
+    ],
+)
+def test_no_way_to_import_goes_unnoticed(line: str, tmp_path: Path) -> None:
+    (tmp_path / "uses.py").write_text(line, encoding="utf-8")
+    (tmp_path / "tells.py").write_text('"""About torch.distributed."""\nx = "torch.distributed"\nimport torch', "utf-8")
+    assert any(_names(tmp_path / "uses.py", "torch.distributed"))
+    assert not any(_names(tmp_path / "tells.py", "torch.distributed"))
 
 
 # What an import costs

@@ -127,7 +127,7 @@ def split_axis(
     return list(pairwise(cuts))
 
 
-def partition(spatial_shape: Sequence[int], parts: Sequence[int], alignment: int | Sequence[int] = 1) -> list[Box]:
+def split_volume(spatial_shape: Sequence[int], parts: Sequence[int], alignment: int | Sequence[int] = 1) -> list[Box]:
     """Cut a volume into a grid of boxes that cover it once.
 
     Args:

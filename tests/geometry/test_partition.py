@@ -13,9 +13,9 @@ from monai_memeff.geometry.partition import (
     Stencil,
     margins,
     output_size,
-    partition,
     receptive_field,
     split_axis,
+    split_volume,
     total_stride,
 )
 
@@ -136,7 +136,7 @@ def test_impossible_cuts_are_refused() -> None:
 
 def test_a_partition_covers_every_voxel_once() -> None:
     shape = (9, 16, 7)
-    boxes = partition(shape, (2, 3, 1), (4, 4, 1))
+    boxes = split_volume(shape, (2, 3, 1), (4, 4, 1))
     count = torch.zeros(shape)
     for box in boxes:
         count[box.slices] += 1
