@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from monai_memeff.halo.layers import _tuple, shared_mask
 from monai_memeff.halo.region import Layout, Margin, Region, margin_of, set_margin
-from monai_memeff.halo.resize import resize
+from monai_memeff.halo.resize import resize_part
 
 VOXELWISE = frozenset(
     {
@@ -172,7 +172,7 @@ class Guard(TorchFunctionMode):
         size = None if size is None else self._whole_size(_tuple(size, n))
         scale = None if scale_factor is None else _tuple(scale_factor, n)
         with self.region.within(self.region.name):
-            return resize(self.region, input, size, scale, mode, bool(align_corners), not recompute_scale_factor)
+            return resize_part(self.region, input, size, scale, mode, bool(align_corners), not recompute_scale_factor)
 
     def _whole_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """A size computed in the network's forward is that of a part: find the whole it belongs to."""

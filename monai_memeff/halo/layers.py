@@ -14,7 +14,7 @@ from monai_memeff.halo import norm as norms
 from monai_memeff.halo import pool as pools
 from monai_memeff.halo.conv import Taps
 from monai_memeff.halo.region import Margin, NotPartitionable, Region, margin_of, region_of, set_margin
-from monai_memeff.halo.resize import resize
+from monai_memeff.halo.resize import resize_part
 
 
 def _tuple(value: Any, n: int) -> tuple[Any, ...]:
@@ -154,7 +154,7 @@ class _Upsample:
             size = None if self.size is None else _tuple(self.size, n)
             scale = None if self.scale_factor is None else _tuple(self.scale_factor, n)
             fixed = not self.recompute_scale_factor
-            return resize(region, x, size, scale, self.mode, bool(self.align_corners), fixed)
+            return resize_part(region, x, size, scale, self.mode, bool(self.align_corners), fixed)
 
         return _run(self, x, sharded)
 

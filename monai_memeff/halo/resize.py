@@ -57,7 +57,7 @@ def _new_sizes(
     return [math.floor(b[-1] * scale[i]) for i, b in zip(at, bounds, strict=False)]
 
 
-def resize(
+def resize_part(
     region: Region,
     x: torch.Tensor,
     size: Sequence[int] | None,
