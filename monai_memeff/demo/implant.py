@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from monai_memeff.demo.volume import HeadVolume, bounding_box, largest_component, resample
+from monai_memeff.demo.volume import HeadVolume, bounding_box, largest_component, resample_to_grid
 
 STEP_MM = 1.0  # the shape is drawn on a grid about this fine
 SMOOTH, SMOOTH_SIDES = 0.75, 0.5  # standard deviations, in cells, of the smoothing of distances
@@ -30,7 +30,7 @@ def defective_bone(head: HeadVolume, defective: np.ndarray) -> np.ndarray:
     if place is not None:
         box, affine = place
         cut = (head.skull & ~defective).astype(np.float32)
-        out[box] &= resample(cut, head.affine, affine, out[box].shape, order=0) < 0.5
+        out[box] &= resample_to_grid(cut, head.affine, affine, out[box].shape, order=0) < 0.5
     return out
 
 
@@ -117,7 +117,7 @@ def implant_in_ct(head: HeadVolume, field: np.ndarray, affine: np.ndarray, remai
     place = _ct_box(head, field > 0, affine)
     if place is not None:
         box, target = place
-        out[box] = resample(field, affine, target, out[box].shape, outside=-1.0) > 0
+        out[box] = resample_to_grid(field, affine, target, out[box].shape, outside=-1.0) > 0
     return out & ~remaining
 
 

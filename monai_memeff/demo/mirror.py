@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from monai_memeff.demo.volume import largest_component, resample
+from monai_memeff.demo.volume import largest_component, resample_to_grid
 
 if TYPE_CHECKING:
     from scipy.spatial import cKDTree
@@ -200,7 +200,7 @@ def _rotation(vector: np.ndarray) -> np.ndarray:
 
 def _carry(mask: np.ndarray, affine: np.ndarray, transform: np.ndarray) -> np.ndarray:
     """Move a mask by a transform in millimetres, on its own grid."""
-    return resample(mask.astype(np.float32), transform @ affine, affine, mask.shape) >= 0.5
+    return resample_to_grid(mask.astype(np.float32), transform @ affine, affine, mask.shape) >= 0.5
 
 
 def _missing(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from monai_memeff.demo.raycast import View, look_at, raycast
-from monai_memeff.demo.volume import HeadVolume, bounding_box, resample
+from monai_memeff.demo.volume import HeadVolume, bounding_box, resample_to_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def render_png(
 
 
 def _on_grey(head: HeadVolume, shape: Shape) -> np.ndarray:
-    return resample(shape[0], shape[1], head.grey_affine, head.grey.shape, outside=-1.0)
+    return resample_to_grid(shape[0], shape[1], head.grey_affine, head.grey.shape, outside=-1.0)
 
 
 def _legend(figure: Any, some: bool) -> None:

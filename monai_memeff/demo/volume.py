@@ -144,7 +144,7 @@ def grid_affine(corner: np.ndarray, step: float) -> np.ndarray:
     return affine
 
 
-def resample(
+def resample_to_grid(
     image: np.ndarray,
     source: np.ndarray,
     target: np.ndarray,
@@ -210,7 +210,7 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
     values[dense & ~bone] = min(threshold, 0.0)
     factor = _factor(edge / size, ct_affine, size)
     fine_affine = grid_affine(corner, edge / (size * factor))
-    grey = resample(values, ct_affine, fine_affine, (size * factor,) * 3, outside=-1024.0)
+    grey = resample_to_grid(values, ct_affine, fine_affine, (size * factor,) * 3, outside=-1024.0)
     fine = grey > threshold
     skull = any_pool(fine, factor)
     if not skull.any() or skull.mean() >= GRID_FULL:

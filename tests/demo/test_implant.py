@@ -12,7 +12,7 @@ import torch
 from monai.data import MetaTensor
 
 from monai_memeff.demo import implant as shapes
-from monai_memeff.demo.volume import prepare_head, resample
+from monai_memeff.demo.volume import prepare_head, resample_to_grid
 from tests.demo.conftest import Case
 
 
@@ -55,14 +55,19 @@ def test_the_true_cells_give_back_the_true_bone(case: Case, shape: tuple[np.ndar
     drawn = shapes.implant_in_ct(case.head, *shape, remaining)
     assert drawn.shape == case.head.bone.shape
     assert not (drawn & remaining).any()
-    nearest = resample(case.truth.astype(np.float32), case.head.affine, case.head.ct_affine, drawn.shape, order=0) > 0.5
+    nearest = (
+        resample_to_grid(case.truth.astype(np.float32), case.head.affine, case.head.ct_affine, drawn.shape, order=0)
+        > 0.5
+    )
     assert _dice(drawn, removed) > max(0.85, _dice(nearest & ~remaining, removed))
 
 
 def test_an_oblique_ct_gets_its_implant_in_place(case: Case, skewed: np.ndarray, ct: MetaTensor) -> None:
-    values = resample(ct[0].numpy() + 1000, np.asarray(ct.affine), skewed, (120, 110, 96)) - 1000
+    values = resample_to_grid(ct[0].numpy() + 1000, np.asarray(ct.affine), skewed, (120, 110, 96)) - 1000
     head = prepare_head(MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(skewed)), size=64)
-    ball = resample(case.truth.astype(np.float32), case.head.affine, head.affine, head.skull.shape, order=0) > 0.5
+    ball = (
+        resample_to_grid(case.truth.astype(np.float32), case.head.affine, head.affine, head.skull.shape, order=0) > 0.5
+    )
     truth = head.skull & ball
     defective = head.skull & ~truth
     field, affine = shapes.implant_field(head, defective, truth)

@@ -17,7 +17,7 @@ from monai_memeff.demo.volume import (
     largest_component,
     load_head,
     prepare_head,
-    resample,
+    resample_to_grid,
     skull_cube,
 )
 
@@ -76,12 +76,14 @@ def test_oblique_and_anisotropic_images_give_the_same_skull(
     ct: MetaTensor, head: HeadVolume, skewed: np.ndarray
 ) -> None:
     source = np.asarray(ct.affine)
-    values = resample(ct[0].numpy() + 1000, source, skewed, (120, 110, 96)) - 1000
+    values = resample_to_grid(ct[0].numpy() + 1000, source, skewed, (120, 110, 96)) - 1000
     other = prepare_head(MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(skewed)), size=64)
     assert any("anisotropic" in note for note in other.notes)
     assert any("oblique" in note for note in other.notes)
     assert other.cell_mm == pytest.approx(head.cell_mm, rel=0.05)
-    carried = resample(other.skull.astype(np.float32), other.affine, head.affine, head.skull.shape, order=0) > 0.5
+    carried = (
+        resample_to_grid(other.skull.astype(np.float32), other.affine, head.affine, head.skull.shape, order=0) > 0.5
+    )
     assert _dice(carried, head.skull) > 0.8
 
 
@@ -167,7 +169,7 @@ def test_resample_reads_a_linear_ramp_anywhere(skewed: np.ndarray) -> None:
     ramp = (world @ np.array([0.3, -0.2, 0.5])).astype(np.float32)
     middle = skewed[:3, :3] @ [19.5, 20.5, 21.5] + skewed[:3, 3]
     target = grid_affine(middle - 8, 1.6)
-    got = resample(ramp, skewed, target, (10, 10, 10))
+    got = resample_to_grid(ramp, skewed, target, (10, 10, 10))
     cells = np.stack(np.meshgrid(*(np.arange(10),) * 3, indexing="ij"), axis=-1) @ target[:3, :3].T + target[:3, 3]
     np.testing.assert_allclose(got, cells @ np.array([0.3, -0.2, 0.5]), atol=1e-3)
 
