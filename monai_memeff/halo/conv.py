@@ -1,4 +1,4 @@
-"""Convolution and transposed convolution on one part of a volume, equal to those of the whole."""
+"""Convolution on one part of a volume, equal to that of the whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from monai_memeff.halo.exchange import Flight, assemble, finish, start, strip_bo
 from monai_memeff.halo.region import Layout, Margin, Region, margin_of, set_margin
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class _AddThin(torch.autograd.Function):
         return (gradient, None, *slices)
 
 
-def _cast(*tensors: torch.Tensor | None) -> list[Any]:
+def cast(*tensors: torch.Tensor | None) -> list[Any]:
     """Apply autocast before the exchange, so that halo rows travel in the compute precision."""
     kind = tensors[0].device.type if tensors[0] is not None else "cpu"
     if kind == "meta" or not torch.is_autocast_enabled(kind):
@@ -108,7 +107,7 @@ def conv(
     Returns:
         This rank's rows of the output.
     """
-    x, weight, bias = _cast(x, weight, bias)
+    x, weight, bias = cast(x, weight, bias)
     bounds = spread(region, x)
     x = _pad_whole_axes(region, x, taps, mode)
     at = [d + region.spatial_dims for d in region.dims]
@@ -315,69 +314,3 @@ def border(
     for dim, (low, high), (got, _) in zip(region.dims, want, have, strict=False):
         x = x.narrow(dim, low - (got - max(-low, 0)), high - low)
     return x
-
-
-def transposed(
-    region: Region,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    taps: Taps,
-    extra: Sequence[int],
-    groups: int = 1,
-) -> torch.Tensor:
-    """Transposed convolution of this rank's rows as part of the whole volume.
-
-    Args:
-        region: what the network's layers share.
-        x: local tensor (B, C, spatial...).
-        weight: kernel as for `torch.nn.functional.conv_transpose3d`.
-        bias: bias or None.
-        taps: kernel geometry; `low` is the padding.
-        extra: output padding per spatial axis.
-        groups: as in torch.
-    """
-    x, weight, bias = _cast(x, weight, bias)
-    bounds = spread(region, x)
-    at = [d + region.spatial_dims for d in region.dims]
-    k, s, d, p, e = ([v[i] for i in at] for v in (taps.kernel, taps.stride, taps.dilation, taps.low, extra))
-    sizes = [ints.transposed_size(b[-1], *a) for b, *a in zip(bounds, k, s, p, d, e, strict=False)]
-    out_bounds = [ints.up_bounds(b, n, t) for b, n, t in zip(bounds, sizes, s, strict=False)]
-    layout = new_layout(region, out_bounds)
-    wanted = per_part(out_bounds, lambda a, o: ints.transposed_window(o, bounds[a][-1], k[a], s[a], p[a], d[a]))
-    plan = ints.plan(region.comm.rank, bounds, wanted)
-    wide = x
-    if plan.receives or plan.sends or plan.window != plan.own:
-        wide = window(region.comm, region.dims, x, plan)
-    padding, output_padding, crops = list(taps.low), list(extra), []
-    for a, i in enumerate(at):
-        b = layout.bounds[a]
-        assert b is not None
-        low, high = b[region.mesh.position[a]], b[region.mesh.position[a] + 1]
-        offset = low - (plan.window[a][0] * s[a] - p[a])
-        length = (plan.window[a][1] - plan.window[a][0] - 1) * s[a] + d[a] * (k[a] - 1) + 1
-        exact = offset == p[a] and high - low - length + 2 * p[a] < max(s[a], d[a])
-        padding[i] = p[a] if exact else 0
-        start_row = 0 if exact else offset
-        output_padding[i] = max(start_row + high - low - length + 2 * padding[i], 0)
-        crops.append((region.dims[a], start_row, high - low))
-    run = _TRANSPOSED[region.spatial_dims]
-    y = run(wide, weight, bias, taps.stride, tuple(padding), tuple(output_padding), groups, taps.dilation)
-    for dim, offset, rows in crops:
-        y = y.narrow(dim, offset, rows) if y.shape[dim] != rows else y
-    return set_margin(region.tag(y.contiguous(), layout), _grown_margin(x, weight, bias, taps, extra, groups, at))
-
-
-def _grown_margin(
-    x: torch.Tensor, weight: torch.Tensor, bias: Any, taps: Taps, extra: Sequence[int], groups: int, at: list[int]
-) -> Margin | None:
-    """When kernel equals stride each input row writes rows of its own, so the margin can be enlarged alone."""
-    margin = margin_of(x)
-    plain = taps.kernel == taps.stride and not any((*taps.low, *extra)) and all(n == 1 for n in taps.dilation)
-    if margin is None or not plain:
-        return None
-    run, pieces = _TRANSPOSED[len(taps.kernel)], {}
-    for box, rows in margin.pieces.items():
-        larger = tuple((lo * taps.stride[i], hi * taps.stride[i]) for (lo, hi), i in zip(box, at, strict=False))
-        pieces[larger] = run(rows, weight, bias, taps.stride, groups=groups)
-    return Margin(margin.width * min(taps.stride), pieces)

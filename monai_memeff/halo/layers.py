@@ -15,6 +15,7 @@ from monai_memeff.halo import pool as pools
 from monai_memeff.halo.conv import Taps
 from monai_memeff.halo.region import Margin, NotPartitionable, Region, margin_of, region_of, set_margin
 from monai_memeff.halo.resize import resize_part
+from monai_memeff.halo.transposed import transposed
 
 
 def _tuple(value: Any, n: int) -> tuple[Any, ...]:
@@ -60,9 +61,7 @@ class _Transposed:
         if output_size is not None:
             raise region_of(self).fail("output_size is not supported on a part of a volume; use output_padding.")
         taps = Taps(self.kernel_size, self.stride, self.padding, self.padding, self.dilation)
-        return _run(
-            self, x, lambda r: convs.transposed(r, x, self.weight, self.bias, taps, self.output_padding, self.groups)
-        )
+        return _run(self, x, lambda r: transposed(r, x, self.weight, self.bias, taps, self.output_padding, self.groups))
 
 
 def _pool_taps(module: Any, region: Region) -> Taps:

@@ -43,7 +43,7 @@ class PartitionCrop(Transform):
         if isinstance(img, torch.Tensor):
             return SpatialCrop(roi_slices=list(spatial))(img)
         box = (slice(None), *spatial)
-        return convert_to_tensor(np.ascontiguousarray(img[box]))
+        return convert_to_tensor(np.array(img[box]))
 
 
 class PartitionCropd(MapTransform):
