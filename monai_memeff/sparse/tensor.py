@@ -75,7 +75,10 @@ class SparseTensor:
             raise ValueError(f"image must have shape (B, C, H, W, D), got {tuple(image.shape)}; add the missing axes.")
         expected = (image.shape[0], 1, *image.shape[2:])
         if mask.dtype != torch.bool or tuple(mask.shape) != expected:
-            raise ValueError(f"mask must be boolean of shape {expected}, got {mask.dtype} of {tuple(mask.shape)}.")
+            raise ValueError(
+                f"mask must be boolean of shape {expected}, got {mask.dtype} of {tuple(mask.shape)}; "
+                "compare the image with a threshold, as in (image > 0).any(1, keepdim=True)."
+            )
         voxels.check_extent(image.shape[2:], image.shape[0])
         keys = mask.flatten().nonzero()[:, 0]
         voxel_set = VoxelSet(keys, image.shape[2:], image.shape[0])
@@ -110,7 +113,10 @@ class SparseTensor:
             ValueError: ``keep`` is not boolean with one value per voxel.
         """
         if keep.dtype != torch.bool or keep.shape != (len(self),):
-            raise ValueError(f"keep must be boolean of shape ({len(self)},), got {keep.dtype} of {tuple(keep.shape)}.")
+            raise ValueError(
+                f"keep must be boolean of shape ({len(self)},), got {keep.dtype} of {tuple(keep.shape)}; "
+                "give one value per voxel, as in x.features[:, 0] > 0."
+            )
         return SparseTensor.on(self.voxels.select(keep), self.features[keep])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SparseTensor:
@@ -179,7 +185,10 @@ def occupied(volume: SparseTensor | Tensor) -> SparseTensor:
     if isinstance(volume, SparseTensor):
         return volume
     if volume.ndim != 5 or volume.shape[1] != 1:
-        raise ValueError(f"a binary volume must have shape (B, 1, H, W, D), got {tuple(volume.shape)}.")
+        raise ValueError(
+            f"a binary volume must have shape (B, 1, H, W, D), got {tuple(volume.shape)}; add the missing axes or take "
+            "one channel."
+        )
     volume = volume if volume.is_floating_point() else volume.float()
     return SparseTensor.from_dense(volume, volume != 0)
 
@@ -192,7 +201,8 @@ def union_add(first: SparseTensor, second: SparseTensor) -> SparseTensor:
     """
     if first.features.shape[1] != second.features.shape[1]:
         raise ValueError(
-            f"union_add needs equal channels, got {first.features.shape[1]} and {second.features.shape[1]}."
+            f"union_add needs equal channels, got {first.features.shape[1]} and {second.features.shape[1]}; "
+            "use concatenate_channels, or a 1^3 convolution before."
         )
     if _same_voxels(first, second):
         return first.replace(first.features + second.features)
@@ -209,7 +219,7 @@ def concatenate_channels(tensors: Sequence[SparseTensor]) -> SparseTensor:
         ValueError: no tensor is given, or the grids differ.
     """
     if not tensors:
-        raise ValueError("concatenate_channels needs at least one SparseTensor, got none.")
+        raise ValueError("concatenate_channels needs at least one SparseTensor, got none; pass a list of them.")
     joined = tensors[0]
     for tensor in tensors[1:]:
         joined = _concatenate_two(joined, tensor)
@@ -232,7 +242,8 @@ def _same_voxels(first: SparseTensor, second: SparseTensor) -> bool:
         raise ValueError(
             "sparse tensors must share one grid, got "
             f"{(first.spatial_shape, first.stride, first.batch_size)} and "
-            f"{(second.spatial_shape, second.stride, second.batch_size)} as (spatial_shape, stride, batch_size)."
+            f"{(second.spatial_shape, second.stride, second.batch_size)} as (spatial_shape, stride, batch_size); "
+            "bring them to one level first."
         )
     return first.voxels is second.voxels or torch.equal(first.voxels.keys, second.voxels.keys)
 
@@ -250,12 +261,15 @@ def _batch_and_position(voxel_set: VoxelSet) -> tuple[Tensor, Tensor]:
 
 def _check_rows(features: Tensor, coordinates: Tensor) -> None:
     if features.ndim != 2 or not features.is_floating_point():
-        raise ValueError(f"features must be floating point (N, C), got {features.dtype} of {tuple(features.shape)}.")
+        raise ValueError(
+            f"features must be floating point (N, C), got {features.dtype} of {tuple(features.shape)}; "
+            "convert them with .float() and give one row per voxel."
+        )
     integral = not (coordinates.is_floating_point() or coordinates.is_complex() or coordinates.dtype == torch.bool)
     if coordinates.shape != (len(features), 4) or not integral:
         raise ValueError(
             f"coordinates must be integers of shape ({len(features)}, 4) as [batch, i, j, k], "
-            f"got {coordinates.dtype} of {tuple(coordinates.shape)}."
+            f"got {coordinates.dtype} of {tuple(coordinates.shape)}; put the batch index first."
         )
 
 
