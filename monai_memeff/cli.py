@@ -21,7 +21,7 @@ def demo(
     image: Annotated[
         Path | None, typer.Option(help="Head CT: NIfTI, NRRD or a DICOM folder. Default: a generated head.")
     ] = None,
-    size: Annotated[int, typer.Option(help="Edge of the grid in voxels, a multiple of 64.")] = 64,
+    size: Annotated[int, typer.Option(help="Edge of the grid in voxels: 64 to 512, a multiple of 16.")] = 64,
     output: Annotated[Path, typer.Option(help="Folder for the report, the implant and the picture.")] = Path(
         "memeff_demo"
     ),

@@ -14,6 +14,7 @@ from monai_memeff.sparse.blocks import (
     SparsePReLU,
     SparseReLU,
 )
+from monai_memeff.sparse.coarse_to_sparse import CoarseToSparseUNet
 from monai_memeff.sparse.conv import SparseConv3d, SparseConvTranspose3d
 from monai_memeff.sparse.convert import to_sparse
 from monai_memeff.sparse.defects import RandSkullDefect, RandSkullDefectD, RandSkullDefectd, RandSkullDefectDict
@@ -33,6 +34,7 @@ from monai_memeff.sparse.transforms import (
 )
 
 __all__ = [
+    "CoarseToSparseUNet",
     "ImplantMetric",
     "PrepareBatchSparse",
     "RandSkullDefect",

@@ -114,7 +114,7 @@ def plan_kernel_map(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> 
         The map, in the cheaper of its two layouts.
     """
     table = _neighbour_table(inputs, outputs, shape)
-    num_pairs = int((table < len(inputs)).sum())
+    num_pairs = int((table < len(inputs)).count_nonzero())
     symmetric = shape.is_symmetric and inputs is outputs
     dense = KernelMap(len(inputs), len(outputs), shape.volume, num_pairs, table, symmetric=symmetric)
     if symmetric or PAIR_COST * num_pairs >= table.numel():
