@@ -18,7 +18,7 @@ from monai.data import MetaTensor
 from scipy import ndimage
 from torch import Tensor
 
-from tests.bundles.conftest import ROOT, SKULL, command, read_nifti, run_here
+from tests.bundles.conftest import ROOT, SKULL, command, read_nifti, run_here, save_nifti
 
 SMALL = {"grid": 64, "cell_mm": 4.0, "pool": 2}
 TINY = {"network_def#channels": [2, 2, 2, 2, 4, 4, 4], "val_defects": 2, "val_interval": 1, "shift": 2}
@@ -103,6 +103,44 @@ def test_an_empty_folder_ends_in_one_line(tmp_path: Path) -> None:
             run_here([file], kind, dataset_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize(("file", "kind"), [(TRAIN, "train"), (INFERENCE, "infer")], ids=["train", "inference"])
+@pytest.mark.parametrize(
+    ("change", "threshold", "message"),
+    [
+        (None, 5000, r"patient.nii.gz: 0\.0% of the voxels are bone at the threshold 5000, more than 0 .* change"),
+        (None, -2000, r"patient.nii.gz: 100\.0% of the voxels are bone at the threshold -2000, .* less than 50% must"),
+        (
+            "nan",
+            300,
+            r"patient.nii.gz has the shape \(1, 20, 20, 20\) with 1 values that are not finite; one ",
+        ),
+        ("4d", 300, r"patient.nii.gz has the shape \(2, 20, 20, 10\) with 0 values .*; one finite 3D volume is needed"),
+    ],
+    ids=["no bone", "all bone", "NaN", "4D"],
+)
+def test_a_volume_it_cannot_use_ends_in_one_line(
+    file: Path, kind: str, change: str | None, threshold: int, message: str, tmp_path: Path
+) -> None:
+    values = np.zeros((20, 20, 20), dtype=np.float32)
+    values[5:9, 5:9, 5:9] = 1000
+    if change == "nan":
+        values[3, 3, 3] = np.nan
+    if change == "4d":
+        values = values.reshape(20, 20, 10, 2)
+    save_nifti(tmp_path / "in" / "patient.nii.gz", values, np.diag([8.0, 8.0, 8.0, 1.0]))
+    options = {"bone_threshold": threshold, **SMALL, **(TINY if kind == "train" else {"initialize": []})}
+    folders = {"dataset_dir": str(tmp_path / "in"), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path)}
+    with pytest.raises(RuntimeError) as caught:
+        run_here([file], kind, **options, **folders)
+    first: BaseException = caught.value
+    while first.__cause__ is not None:
+        first = first.__cause__
+    assert isinstance(first, ValueError)
+    assert re.search(message, str(first))
+    assert "\n" not in str(first)
+    assert not (tmp_path / "out").exists()
+
+
 # The way onto the grid
 
 
@@ -148,8 +186,6 @@ def hung(bone: np.ndarray, grid: int, pool: int, headroom: int) -> np.ndarray:
 
 def test_a_binary_mask_gives_the_grid_of_its_ct(heads: Path, tmp_path: Path) -> None:
     """``--bone_threshold 0.5`` takes masks; what is not the skull's piece is left out of both."""
-    from tests.bundles.conftest import save_nifti
-
     values, affine = read_nifti(heads / "head0.nii.gz")
     mask = values >= 300
     mask[:2, :2, :2] = True
