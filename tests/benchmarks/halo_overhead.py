@@ -27,12 +27,12 @@ from monai_memeff.halo.communicator import TorchCommunicator
 from monai_memeff.halo.inferer import whole_peak_bytes
 
 
-def network(width: int) -> nn.Module:
+def network(width: int, deep: bool) -> nn.Module:
     """An nnU-Net network of four stages."""
     return PlainConvUNet(
         1, 4, [width * 2**i for i in range(4)], nn.Conv3d, 3, [1, 2, 2, 2], 2, num_classes=3,
         n_conv_per_stage_decoder=2, conv_bias=True, norm_op=nn.InstanceNorm3d, nonlin=nn.LeakyReLU,
-        norm_op_kwargs={"affine": True, "eps": 1e-5}, nonlin_kwargs={"inplace": True}, deep_supervision=False,
+        norm_op_kwargs={"affine": True, "eps": 1e-5}, nonlin_kwargs={"inplace": True}, deep_supervision=deep,
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def one_step(model: nn.Module, x: torch.Tensor) -> tuple[float, float]:
     """CPU-seconds and wall seconds of forward and backward."""
     cpu, wall = time.process_time(), time.perf_counter()
     model.zero_grad()
-    model(x).square().mean().backward()
+    sum(o.square().mean() for o in model(x)).backward()
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
@@ -69,7 +69,7 @@ def steps(sides: list[int], repeats: int, width: int) -> None:
     mesh = launch(1, (2,))
     waiting = Waiting()
     for side in sides:
-        plain = network(width)
+        plain = network(width, True)
         models = {"ddp": DistributedDataParallel(copy.deepcopy(plain)), "halo": parallel(plain, mesh)}
         x = torch.randn(1, 1, side, side, side)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
@@ -97,7 +97,7 @@ def steps(sides: list[int], repeats: int, width: int) -> None:
 
 def stream(side: int, partitions: list[int], width: int, store: str) -> None:
     """Print peak, traffic and time of whole-volume inference by number of partitions."""
-    model, x = network(width).eval(), torch.randn(1, 1, side, side, side)
+    model, x = network(width, False).eval(), torch.randn(1, 1, side, side, side)
     with torch.no_grad():
         began = time.perf_counter()
         whole = model(x)
