@@ -91,7 +91,7 @@ class RandSkullDefect(RandomizableTransform):
         ValueError: on an unknown kind or region, or a range of sizes that is empty or outside (0, 0.5].
     """
 
-    backend = [TransformBackends.TORCH]  # noqa: RUF012 - MONAI's own convention
+    backend = [TransformBackends.TORCH]
 
     def __init__(
         self,
