@@ -48,6 +48,13 @@ class VoxelSet:
     def __len__(self) -> int:
         return self.keys.numel()
 
+    def __getstate__(self) -> dict[str, object]:
+        """What is copied or sent to another process: the voxels, without what was planned for them."""
+        return {name: value for name, value in vars(self).items() if name not in ("_plans", "_coarser")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state, _plans={}, _coarser=weakref.WeakValueDictionary())
+
     @property
     def device(self) -> torch.device:
         """Where the keys are."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -82,6 +85,18 @@ def test_subsets_stay_on_the_grid() -> None:
         assert part.finer is coarse.finer
     assert not coarse.same_grid(coarse.finer)
     assert coarse.cells == 3 * 4 * 3 * 5
+
+
+@pytest.mark.parametrize("send", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_tensor_can_be_copied_and_sent(send: Callable[[SparseTensor], SparseTensor]) -> None:
+    coarse = some_voxels().coarsened((2, 2, 2))
+    x = SparseTensor.on(coarse, torch.randn(len(coarse), 2))
+    coarse.planned("name", lambda: "plan")
+    y = send(x)
+    assert torch.equal(y.dense(), x.dense())
+    assert torch.equal(y.voxels.finer.keys, coarse.finer.keys)
+    assert y.voxels.coarsened((2, 2, 2)).stride == (4, 4, 4)
+    assert y.voxels._plans == {}
 
 
 def test_an_empty_set_can_do_everything() -> None:
