@@ -18,6 +18,9 @@ from monai_memeff.demo.volume import largest_component
 from monai_memeff.memory import measure_peak
 from monai_memeff.sparse import RandSkullDefect, SparseCompletionLoss, SparseCompletionNet
 
+THREADS_EVERY = 50
+"""Iterations after which the number of threads is chosen anew."""
+
 Progress = Callable[[float, int, float], None]
 """Called after every iteration with the fraction of the time that is spent, the iteration and the loss."""
 
@@ -112,19 +115,49 @@ def train(
     """
     optimizer = torch.optim.AdamW(method.network.parameters(), learning_rate, weight_decay=1e-4)
     method.network.train()
-    start, spent, iterations, loss = time.perf_counter(), 0.0, 0, math.nan
-    while spent < seconds or iterations == 0:
+    start, iterations, loss = time.perf_counter(), 0, math.nan
+
+    def step() -> float:
+        """One iteration; returns its own seconds."""
+        nonlocal iterations, loss
+        begun = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _schedule(spent / max(seconds, 1e-9))
+            group["lr"] = learning_rate * _schedule((begun - start) / max(seconds, 1e-9))
         value = method.loss(*sampler())
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        loss, iterations, spent = value.item(), iterations + 1, time.perf_counter() - start
+        loss, iterations = value.item(), iterations + 1
+        ended = time.perf_counter()
         if progress is not None:
-            progress(min(spent / max(seconds, 1e-9), 1.0), iterations, loss)
+            progress(min((ended - start) / max(seconds, 1e-9), 1.0), iterations, loss)
+        return ended - begun
+
+    threads = torch.get_num_threads()
+    while time.perf_counter() - start < seconds or iterations == 0:
+        if iterations % THREADS_EVERY == 0:
+            keep_faster_threads(step, threads)
+        step()
     method.network.eval()
-    return Training(iterations, spent, loss)
+    return Training(iterations, time.perf_counter() - start, loss)
+
+
+def keep_faster_threads(step: Callable[[], float], threads: int) -> None:
+    """Try one thread and several, and keep what is faster.
+
+    Small kernels in several threads wait for the slowest one, which on a machine with other work can take a hundred
+    times longer than one thread alone.
+
+    Args:
+        step: does some work and returns the seconds it took.
+        threads: how many several are.
+    """
+    torch.set_num_threads(1)
+    single = min(step(), step())
+    torch.set_num_threads(threads)
+    first = step() if threads > 1 else single
+    if first > 2 * single or (first > single and step() > single):
+        torch.set_num_threads(1)
 
 
 def _schedule(fraction: float) -> float:

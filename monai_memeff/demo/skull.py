@@ -90,7 +90,7 @@ def _compare(
     ):
         torch.manual_seed(seed)
         method = build()
-        with _progress(console, label) as progress:
+        with _progress(console, label) as progress, _threads_restored():
             training = methods.train(method, _sampler(head, seed), seconds, LEARNING_RATE[name], progress)
         result, found = _score(label, head, tests, _learned(method), method, training, _sampler(head, seed))
         results.append(result)
@@ -166,6 +166,15 @@ def _progress(console: Console, label: str) -> Iterator[methods.Progress]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(f"training {label}", total=1.0, step=0, loss=float("nan"))
         yield lambda fraction, step, loss: bar.update(task, completed=fraction, step=step, loss=loss)
+
+
+@contextmanager
+def _threads_restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _caption(results: list[report.MethodResult]) -> str:
