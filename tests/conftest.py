@@ -8,13 +8,13 @@ import os
 # other. Set before torch is loaded; the fixture `threads` asks for more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import random  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
