@@ -144,7 +144,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: Threads) -> Non
         threads(number)
         features = x.features.clone().requires_grad_()
         y = net(x.replace(features)).features
-        found.append([y, *torch.autograd.grad(y.square().sum(), [features, *net.parameters()])])
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [features, *net.parameters()])])
     for one, two in zip(*found, strict=True):
         assert float((one - two).abs().max()) <= 1e-13 * float(one.abs().max())
 
@@ -164,7 +164,7 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert y.dtype == (dtype if enabled else torch.float32)
         grads = torch.autograd.grad(y.float().square().sum(), [features, *net.parameters()])
         assert all(grad.dtype == torch.float32 for grad in grads)
-        found.append([y.float(), *grads])
+        found.append([y.detach().float(), *grads])
     rtol, atol = TOLERANCES[dtype]
     for exact, rough in zip(*found, strict=True):
         assert float((exact - rough).abs().max()) <= atol + rtol * float(exact.abs().max())
