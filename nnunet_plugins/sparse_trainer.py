@@ -15,7 +15,7 @@ SETTINGS = ("memory_share", "patch_size", *NETWORK_SETTINGS)
 
 
 class SparseTrainer(nnUNetTrainer):
-    """``nnUNetv2_train DATASET 3d_fullres 0 -tr SparseTrainer``: any dataset, 3d_fullres, 3d_lowres and the cascade.
+    """``nnUNetv2_train DATASET 3d_fullres 0 -tr SparseTrainer``: any dataset, 3d_fullres and 3d_lowres.
 
     The plan's U-Net is replaced by :class:`nnunet_plugins.plans_network.CoarseToSparsePlansUNet`: its first stage, at
     full resolution, is computed on the voxels that are worth it only. The memory this frees goes into the patch, which
@@ -34,6 +34,7 @@ class SparseTrainer(nnUNetTrainer):
     - Mirroring: as in stock, in training and prediction.
     - Ignore label and region-based labels: work; regions are judged one by one (``sigmoid`` in the plans).
     - 2D configurations are refused.
+    - The cascade (3d_cascade_fullres): its plans are edited likewise; a whole training was not tried yet.
 
     Attributes:
         memory_share: memory a training step may need, as a share of what the stock plan's needs.
