@@ -1,0 +1,256 @@
+"""OccupancyNet: a volume is encoded once at low resolution, then answers any point of it at full resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from monai_memeff.geometry import index_to_unit, sample_at
+from monai_memeff.occupancy.checks import checked_points, checked_shape, checked_volume, like_input, plain_tensor
+from monai_memeff.occupancy.decoder import PointDecoder
+from monai_memeff.occupancy.encoder import CoarseHead, LastHead, PlainCode, PooledCode, ResidualEncoder, SkipCode
+from monai_memeff.occupancy.norm import Statistics
+from monai_memeff.occupancy.patches import PatchEncoder, PatchLinear, gather_patches, halved, voxels_of
+
+
+class Variant(NamedTuple):
+    """What a variant consists of; Reich et al., BMVC 2021, table 1, and our own."""
+
+    skip: bool = False
+    local: bool = False
+    mid_range: bool = False
+    interpolated: bool = False
+
+
+VARIANTS = {
+    "o-net": Variant(),
+    "a": Variant(local=True),
+    "b": Variant(local=True, mid_range=True),
+    "c": Variant(skip=True, local=True),
+    "d": Variant(skip=True, local=True, mid_range=True),
+    "default": Variant(local=True, interpolated=True),
+}
+
+
+class Latent(NamedTuple):
+    """What :meth:`OccupancyNet.encode` remembers of a volume.
+
+    Attributes:
+        conditions: (B, L) each: one for the decoder's input, then one per block.
+        features: feature maps (B, F, h, w, d) to interpolate at points, finest first; none in the paper's variants.
+        coarse: auxiliary logits (B, K, h, w, d), or None.
+        halved: means of 2^3 voxels at every place, for mid-range patches, or None.
+    """
+
+    conditions: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
+    coarse: Tensor | None
+    halved: Tensor | None
+
+
+class OccupancyNet(nn.Module):
+    """OSS-Net: segmentation as a function of points, asked only where the answer is wanted.
+
+    Reich, Prangemeier, Cetin and Koeppl, "OSS-Net: memory efficient high resolution semantic segmentation of 3D medical
+    data", BMVC 2021 (arXiv 2110.10640), section 3. The variants ``"o-net"`` and ``"a"`` ... ``"d"`` are those of its
+    table 1, with the authors' sizes, Pade activations, raw voxel indices as coordinates and one latent vector per
+    volume (six in ``"c"`` and ``"d"``), which fixes the extents of the volume. ``"c"`` and ``"d"`` have the auxiliary
+    low-resolution head; ``"a"`` ... ``"d"`` read the 7^3 voxels around a point, ``"b"`` and ``"d"`` also the 14^3 ones,
+    average-pooled to 7^3 (from 7 voxels before to 6 after the point's voxel).
+
+    ``"default"`` is our own, for volumes of any extents, one voxel included: coordinates in the unit cube, features of
+    all encoder levels interpolated at the point, the 7^3 voxels around it through one linear layer, an auxiliary head,
+    group norm and leaky ReLU in the encoder, per-feature statistics in the decoder.
+
+    Args:
+        in_channels: of the volume.
+        out_channels: logits K; 1 for one binary structure, else one per class with the background first.
+        volume_shape: extents (H, W, D) of every volume; the paper's variants need it, ``"default"`` ignores it. Extents
+            must be divisible by ``downscale * 2 ** len(channels)``.
+        channels: features of the encoder's levels, finest first. Published: (16, 32, 64, 128) for BraTS, (8, 16, 32,
+            64, 128) for LiTS.
+        variant: see above.
+        encoder: takes the place of the residual blocks in ``"default"``: any module that returns a feature map or a
+            list of them (finest first) with the numbers of features in ``channels``, such as MONAI's ResNetFeatures.
+        width: features in the decoder; default 512 as published, 128 in ``"default"``.
+        blocks: residual blocks of the decoder; default 5 as published, 3 in ``"default"``.
+        statistics: of the conditional batch norm: ``"scalar"`` as in the authors' code, or ``"feature"``; default
+            ``"scalar"``, in the variant ``"default"`` ``"feature"``.
+        act: ``"PADE"`` or an activation as in MONAI; default as above.
+        norm: of the encoder, as in MONAI; default batch norm as published, groups of up to 8 in ``"default"``.
+        normalize_coordinates: coordinates in the unit cube instead of voxel indices; default as above.
+        downscale: the encoder sees the volume so much smaller, by trilinear interpolation.
+        points_per_pass: points of one pass of :meth:`forward`; memory grows with it, results do not depend on it.
+
+    Shape: (B, in_channels, H, W, D) -> logits (B, out_channels, H, W, D).
+
+    Raises:
+        ValueError: an unknown variant, an encoder for a variant of the paper, or extents that do not divide.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int = 1,
+        volume_shape: Sequence[int] | None = (256, 256, 160),
+        channels: Sequence[int] = (16, 32, 64, 128),
+        variant: str = "c",
+        encoder: nn.Module | None = None,
+        width: int | None = None,
+        blocks: int | None = None,
+        statistics: Statistics | None = None,
+        act: tuple | str | None = None,
+        norm: tuple | str | None = None,
+        normalize_coordinates: bool | None = None,
+        downscale: int = 2,
+        points_per_pass: int = 2**14,
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+        self.parts = parts = VARIANTS[variant]
+        ours = parts.interpolated
+        if encoder is not None and not ours:
+            raise ValueError(f"variant {variant!r} has its own encoder: use variant='default' with another one.")
+        if points_per_pass < 1 or downscale < 1 or not channels:
+            raise ValueError("points_per_pass and downscale must be positive, and channels must name a level or more.")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.downscale, self.points_per_pass = downscale, points_per_pass
+        self.volume_shape = None if ours else checked_shape(volume_shape, downscale * 2 ** len(channels))
+        self.normalize_coordinates = ours if normalize_coordinates is None else normalize_coordinates
+        width, blocks = width or (128 if ours else 512), blocks or (3 if ours else 5)
+        act = act or (("leakyrelu", {"negative_slope": 0.01}) if ours else "PADE")
+        norm = norm or ("batch" if not ours else ("group", {"num_groups": _groups(channels)}))
+        self.encoder = encoder or ResidualEncoder(in_channels, channels, act, norm)
+        self.code = (PooledCode if ours else SkipCode if parts.skip else PlainCode)(channels, blocks)
+        self.coarse_head = _coarse_head(parts, channels, out_channels)
+        condition = channels[-1] if ours else _product(self.volume_shape) // (downscale * 2 ** len(channels)) ** 3
+        self.patch_encoder = _patch_encoder(parts, in_channels, act)
+        known = 3 + condition + (sum(channels) if ours else 0)
+        known += self.patch_encoder.features if self.patch_encoder else 0
+        self.decoder = PointDecoder(
+            known, out_channels, width, blocks, condition, act, statistics or ("feature" if ours else "scalar")
+        )
+
+    def encode(self, volume: Tensor) -> Latent:
+        """Look at a volume once.
+
+        Args:
+            volume: (B, in_channels, H, W, D), finite, floating point.
+
+        Raises:
+            ValueError: wrong shape, or values that are NaN or infinite.
+        """
+        volume = checked_volume(volume, self.in_channels, self.volume_shape)
+        small = volume
+        if self.downscale > 1:
+            grid = [max(1, extent // self.downscale) for extent in volume.shape[2:]]
+            small = F.interpolate(volume, grid, mode="trilinear", align_corners=False)
+        found = self.encoder(small)
+        features = [found] if isinstance(found, Tensor) else list(found)
+        return Latent(
+            self.code(features),
+            tuple(features) if self.parts.interpolated else (),
+            None if self.coarse_head is None else self.coarse_head(features),
+            halved(volume) if self.parts.mid_range else None,
+        )
+
+    def query(self, latent: Latent, points: Tensor, volume: Tensor) -> Tensor:
+        """Answer points.
+
+        Args:
+            latent: of the same volume, from :meth:`encode`.
+            points: (B, N, 3) positions (i, j, k) in voxel indices of the volume, between voxels too; voxel i covers
+                [i - 1/2, i + 1/2]. Patches are those of the voxel that holds the point.
+            volume: as for :meth:`encode`.
+
+        Returns:
+            Logits (B, N, out_channels).
+
+        Raises:
+            ValueError: points of another shape, outside the volume, or NaN.
+        """
+        plain = plain_tensor(volume)
+        points = checked_points(points, plain)
+        shape = tuple(plain.shape[2:])
+        unit = index_to_unit(points, shape).to(plain.dtype)
+        known = [unit if self.normalize_coordinates else points.to(plain.dtype)]
+        if self.patch_encoder is not None:
+            voxels = voxels_of(points, shape)
+            patches = [gather_patches(plain, voxels)]
+            if latent.halved is not None:
+                patches.append(gather_patches(latent.halved, voxels, step=2))
+            known.append(self.patch_encoder(torch.cat(patches, 2).flatten(2)))
+        known.append(latent.conditions[0][:, None].expand(-1, points.shape[1], -1))
+        known += [sample_at(level, unit.to(level.dtype)).transpose(1, 2) for level in latent.features]
+        return self.decoder(torch.cat(known, 2), latent.conditions[1:])
+
+    def coarse_logits(self, latent: Latent) -> Tensor | None:
+        """Auxiliary logits (B, K, h, w, d) at low resolution; None for variants without that head."""
+        return latent.coarse
+
+    def forward(self, volume: Tensor, points: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Dense logits, or, given points, what the loss needs.
+
+        Args:
+            volume: (B, in_channels, H, W, D).
+            points: (B, N, 3) in voxel indices.
+
+        Returns:
+            Logits (B, K, H, W, D), computed in passes of ``points_per_pass`` points; with points, logits (B, N, K) and
+            auxiliary logits (B, K, h, w, d) or None. In training mode batch norm sees the points of one pass.
+        """
+        latent = self.encode(volume)
+        if points is not None:
+            return self.query(latent, points, volume), latent.coarse
+        logits = self._dense(latent, plain_tensor(volume))
+        return like_input(logits, volume)
+
+    def _dense(self, latent: Latent, volume: Tensor) -> Tensor:
+        shape = tuple(volume.shape[2:])
+        passes = grid_points(shape, self.points_per_pass, volume.device)
+        answers = (self.query(latent, p.expand(len(volume), -1, -1), volume).transpose(1, 2) for p in passes)
+        if torch.is_grad_enabled():
+            return torch.cat(list(answers), 2).unflatten(2, shape)
+        result, start = volume.new_empty(len(volume), self.out_channels, _product(shape)), 0
+        for answer in answers:
+            result[:, :, start : start + answer.shape[2]] = answer
+            start += answer.shape[2]
+        return result.unflatten(2, shape)
+
+
+def grid_points(
+    spatial_shape: Sequence[int], points_per_pass: int, device: torch.device | None = None
+) -> Iterator[Tensor]:
+    """All voxel centres of a volume as (N, 3) float32 voxel indices, last axis fastest, in portions."""
+    total = _product(spatial_shape)
+    for start in range(0, total, points_per_pass):
+        numbers = torch.arange(start, min(start + points_per_pass, total), device=device)
+        yield torch.stack(torch.unravel_index(numbers, tuple(spatial_shape)), 1).float()
+
+
+def _coarse_head(parts: Variant, channels: Sequence[int], out_channels: int) -> nn.Module | None:
+    if parts.interpolated:
+        return CoarseHead(channels, out_channels, min(1, len(channels) - 1))
+    return LastHead(channels[-1], out_channels) if parts.skip else None
+
+
+def _patch_encoder(parts: Variant, in_channels: int, act: tuple | str) -> PatchEncoder | PatchLinear | None:
+    if not parts.local:
+        return None
+    return PatchLinear(in_channels, 64, act) if parts.interpolated else PatchEncoder(in_channels, parts.mid_range, act)
+
+
+def _groups(channels: Sequence[int]) -> int:
+    return max(groups for groups in (8, 4, 2, 1) if all(width % groups == 0 for width in channels))
+
+
+def _product(shape: Sequence[int] | None) -> int:
+    result = 1
+    for extent in shape or ():
+        result *= extent
+    return result
