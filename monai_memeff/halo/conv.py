@@ -200,7 +200,7 @@ class _Conv:
             for ws, b in zip(wanted, bounds, strict=False)
         )
         plan = ints.plan(self.region.comm.rank, bounds, grown)
-        if not self._fits(plan, x):
+        if not self._fits(plan, x) or _spoils_weight_gradient(x, self.weight):
             return None
         padding = list(self.inner)
         for i in self.at:
@@ -266,6 +266,12 @@ class _Conv:
         for earlier in range(axis + 1):
             pads[self.at[earlier]] = 0
         return self.run(strip, None, pads, weight), first
+
+
+def _spoils_weight_gradient(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Two padded rows on the first spatial axis: oneDNN 3.13 returns garbage (bfloat16, CPUs with AVX512-BF16)."""
+    learns = torch.is_grad_enabled() and weight.requires_grad
+    return learns and x.device.type == "cpu" and x.dtype is torch.bfloat16 and x.shape[2] == 2
 
 
 def _pad_axis(x: torch.Tensor, dim: int, low: int, high: int) -> torch.Tensor:
