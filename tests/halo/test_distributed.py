@@ -1,10 +1,11 @@
-"""The same layers over real processes (gloo): networks, training under DDP and FSDP2, refusals, a killed rank."""
+"""The same layers over real processes (gloo): networks, training, two nodes, refusals, a killed rank."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,14 +30,43 @@ def launch(world: int, *command: str, store: Path) -> list[subprocess.Popen[str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "world", "checks"), [("two", 2, 17), ("three", 3, 6), ("four", 4, 14)])
+@pytest.mark.parametrize(("task", "world", "checks"), [("two", 2, 19), ("three", 3, 6), ("four", 4, 14)])
 def test_processes_equal_the_whole(task: str, world: int, checks: int, tmp_path: Path) -> None:
     processes = launch(world, "-W", "ignore", "-m", "tests.halo.worker", task, store=tmp_path / "store")
+    check(processes, checks)
+
+
+def check(processes: list[subprocess.Popen[str]], checks: int) -> None:
+    """All ended well and one of them reported so many checks, each with an error below 1e-10."""
     outputs = [p.communicate(timeout=300) for p in processes]
     assert all(p.returncode == 0 for p in processes), "\n".join(err[-3000:] for _, err in outputs)
-    results = [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
+    results = [json.loads(line) for out, _ in outputs for line in out.splitlines() if line.startswith("{")]
     assert len(results) == checks
     assert not [r for r in results if not abs(r["value"]) < 1e-10]
+
+
+@pytest.mark.slow
+def test_two_torchrun_agents_equal_one_process(tmp_path: Path) -> None:
+    """Two nodes on one host: data x spatial 2 x 2, an agent with two processes each, meeting over loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = "127.0.0.1:{1}".format(*free.getsockname())
+    meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "halo", "--local_addr", "127.0.0.1"]
+    command = ["-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2", *meet]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MEMEFF_STORE")}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    agents = [
+        subprocess.Popen(
+            [sys.executable, *command, "-m", "tests.halo.worker", "nodes"], env=env, text=True, cwd=ROOT, **pipes
+        )
+        for _ in range(2)
+    ]
+    try:
+        check(agents, 9)
+    finally:
+        for agent in agents:
+            agent.terminate()  # it ends its processes
 
 
 FOREVER = """

@@ -174,7 +174,7 @@ def main(task: str) -> None:
         networks(
             (2,), (24, 8, 8), ["UNet instance", "UNet batch", "UNet group", "SegResNet", "DynUNet", "PlainConvUNet"]
         )
-        networks((2,), (32, 16, 16), ["BasicUNet deconv", "BasicUNet nontrainable"])
+        networks((2,), (32, 16, 16), ["BasicUNet deconv", "BasicUNet nontrainable", "BasicUNetPlusPlus"])
         refused()
     elif task == "three":
         networks((3,), (20, 8, 8), ["UNet instance", "ResidualEncoderUNet"])
@@ -183,6 +183,9 @@ def main(task: str) -> None:
         networks((2, 2), (16, 12, 8), ["UNet instance", "PlainConvUNet"])
         networks((4,), (16, 8, 8), ["UNet group"])
         trained(2, (2,), (20, 8, 8))
+    elif task == "nodes":
+        trained(2, (2,), (20, 8, 8))
+        report("nodes missing", 2 - int(os.environ["GROUP_WORLD_SIZE"]))
     close()
 
 
