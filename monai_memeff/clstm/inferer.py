@@ -1,0 +1,184 @@
+"""SlabInferer: slabs of slices pass by while the network's state stays, so a volume need never be in memory whole."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+from monai.utils import optional_import
+from torch import Tensor, nn
+
+from monai_memeff.clstm.network import like_input
+from monai_memeff.clstm.slabs import check_that_slabs_continue
+
+tqdm, _ = optional_import("tqdm", name="tqdm")
+
+
+class SlabInferer(Inferer):
+    """Run a :class:`~monai_memeff.clstm.CLSTMUNet` slab by slab, with the result of the whole volume at once.
+
+    A volume in memory gives a volume. Slabs from anywhere else (a file, a generator) give an iterator of results, one
+    slab at a time, so memory does not grow with the depth; :meth:`write` puts them into an array or a file as they
+    come. A bidirectional network needs two walks: from the last slab to the first for the states of the way back (kept
+    on the host, one per slab), then from the first to the last for the results; its U-Net runs twice.
+
+    Args:
+        slab: slices per slab, for volumes in memory.
+        labels: give labels (B, 1, H, W, D), uint8 (int16 from 257 classes on), instead of logits: the largest class, or
+            1 where a single logit is above 0.
+        device: where the results are; default: where the volume is, the host for slabs from elsewhere.
+        prefetch: slabs read and copied to the network's device ahead, by a thread of its own; 0: none.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: slab below 1 or prefetch below 0.
+    """
+
+    def __init__(
+        self,
+        slab: int = 16,
+        labels: bool = False,
+        device: str | torch.device | None = None,
+        prefetch: int = 1,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        if slab < 1 or prefetch < 0:
+            raise ValueError(f"slab must be at least 1 and prefetch at least 0, got {slab} and {prefetch}.")
+        self.slab, self.labels, self.prefetch, self.progress = slab, labels, prefetch, progress
+        self.device = None if device is None else torch.device(device)
+
+    def __call__(self, inputs: Tensor | Iterable[Tensor], network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Infer.
+
+        Args:
+            inputs: a volume (B, C, H, W, D), or its slabs (B, C, H, W, d) in order, with any numbers of slices; cut
+                along the network's axis. Slabs for a bidirectional network must be a sequence, to be walked twice.
+            network: a CLSTMUNet, bare or inside DistributedDataParallel, or anything with its method ``sweep``.
+            args: none are taken.
+            kwargs: none are taken.
+
+        Returns:
+            Logits or labels of the volume, or an iterator over those of the slabs.
+
+        Raises:
+            TypeError: the network has no ``sweep``, there are further arguments, or a bidirectional network gets slabs
+                that can be read only once.
+            ValueError: slabs do not continue each other (MetaTensor): other spacing, or slices missing between them.
+        """
+        bare = getattr(network, "module", network)
+        if not hasattr(bare, "sweep") or args or kwargs:
+            raise TypeError(
+                f"SlabInferer runs CLSTMUNet on a volume and nothing else, got {type(bare).__name__} with "
+                f"{len(args) + len(kwargs)} further arguments; use another inferer for other networks."
+            )
+        if not isinstance(inputs, Tensor):
+            return self._stream(inputs, bare)
+        if torch.is_grad_enabled() and bare.training:  # a trainer: the network keeps its own memory low
+            return bare(inputs)
+        return self._volume(inputs, bare)
+
+    def write(self, inputs: Tensor | Iterable[Tensor], network: nn.Module, out: Any) -> None:
+        """Put the results into an array slab by slab: a memory-mapped file, say.
+
+        Args:
+            inputs: see :meth:`__call__`.
+            network: likewise.
+            out: (B, K, H, W, D), anything that numpy's slices can be assigned to.
+        """
+        bare = getattr(network, "module", network)
+        slabs = self._cut(inputs, bare.axis) if isinstance(inputs, Tensor) else inputs
+        first = 0
+        for result in self._stream(slabs, bare):
+            place: list[slice] = [slice(None)] * 5
+            place[2 + bare.axis] = slice(first, first + result.shape[2 + bare.axis])
+            first += result.shape[2 + bare.axis]
+            out[tuple(place)] = result if isinstance(out, Tensor) else result.cpu().numpy()
+
+    def _volume(self, volume: Tensor, network: Any) -> Tensor:
+        whole: Tensor | None = None
+        device, first = self.device or volume.device, 0
+        plain = volume.as_subclass(Tensor)
+        for result in self._stream(self._cut(plain, network.axis), network, device):
+            if whole is None:
+                shape = (*result.shape[:2], *volume.shape[2:])
+                whole = torch.empty(shape, dtype=result.dtype, device=device)
+            length = result.shape[2 + network.axis]
+            whole.narrow(2 + network.axis, first, length).copy_(result)
+            first += length
+        assert whole is not None
+        return like_input(whole, volume)
+
+    def _cut(self, volume: Tensor, axis: int) -> list[Tensor]:
+        if volume.ndim != 5:
+            raise ValueError(f"SlabInferer takes a volume (B, C, H, W, D), got {tuple(volume.shape)}.")
+        return list(volume.split(self.slab, dim=2 + axis))
+
+    def _stream(self, slabs: Iterable[Tensor], network: Any, device: torch.device | None = None) -> Iterator[Tensor]:
+        ends: list[Any] = [None]
+        if network.bidirectional:
+            if not isinstance(slabs, Sequence):
+                raise TypeError(
+                    "a bidirectional network walks over the slabs twice: give a sequence (a list, NiftiSlabs), not an "
+                    f"iterator that can be read once ({type(slabs).__name__})."
+                )
+            ends = self._states_before(slabs, network)
+        return self._results(slabs, network, device or self.device or torch.device("cpu"), ends)
+
+    def _states_before(self, slabs: Sequence[Tensor], network: Any) -> list[Any]:
+        """For every slab the way back's state behind it, the first slab's last."""
+        ends: list[Any] = [None]
+        backwards = (slabs[number] for number in range(len(slabs) - 1, 0, -1))
+        for slab in self._ahead(backwards, network, len(slabs) - 1, "way back"):
+            with torch.no_grad():
+                state = network.state_before(slab, _moved(ends[-1], slab.device))
+            ends.append(_moved(state, torch.device("cpu")))
+        return ends
+
+    def _results(
+        self, slabs: Iterable[Tensor], network: Any, device: torch.device, ends: list[Any]
+    ) -> Iterator[Tensor]:
+        state = None
+        total = len(slabs) if isinstance(slabs, Sequence) else None
+        for slab in self._ahead(check_that_slabs_continue(slabs, network.axis), network, total, "slabs"):
+            end = _moved(ends.pop(), slab.device) if ends else None
+            with torch.no_grad():
+                logits, state = network.sweep(slab, state, end)
+                result = _labels(logits) if self.labels else logits
+                del logits
+            yield result.to(device)
+
+    def _ahead(self, slabs: Iterable[Tensor], network: nn.Module, total: int | None, name: str) -> Iterator[Tensor]:
+        """The slabs on the network's device, some of them fetched while others are computed."""
+        device = next(network.parameters()).device
+        source = iter(slabs)
+        bar = tqdm(total=total, desc=name, unit="slab", disable=not self.progress)
+
+        def fetch() -> Tensor | None:
+            slab = next(source, None)
+            return None if slab is None else slab.to(device, non_blocking=True)
+
+        with ThreadPoolExecutor(1) as thread, bar:
+            waiting = deque(thread.submit(fetch) for _ in range(self.prefetch))
+            while True:
+                if self.prefetch:
+                    waiting.append(thread.submit(fetch))
+                slab = waiting.popleft().result() if self.prefetch else fetch()
+                if slab is None:
+                    return
+                yield slab
+                bar.update()
+
+
+def _labels(logits: Tensor) -> Tensor:
+    if logits.shape[1] == 1:
+        return (logits > 0).to(torch.uint8)
+    return logits.argmax(1, keepdim=True).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
+
+
+def _moved(state: Any, device: torch.device) -> Any:
+    return None if state is None else tuple(part.to(device) for part in state)

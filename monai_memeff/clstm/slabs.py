@@ -1,0 +1,134 @@
+"""Slabs of a volume as they lie on disk: read one at a time, checked that they continue each other, and written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.utils import optional_import
+from torch import Tensor
+
+TOLERANCE = 0.01
+"""Largest difference of slice spacings, as a fraction, that counts as the same spacing."""
+
+
+def check_that_slabs_continue(slabs: Iterable[Tensor], axis: int) -> Iterator[Tensor]:
+    """Pass slabs (B, C, H, W, d) on, and compare the affines of those that have one (MetaTensor).
+
+    Args:
+        slabs: in order.
+        axis: the spatial axis along which they follow each other.
+
+    Raises:
+        ValueError: a slab has another in-plane size, or does not begin where the one before it ends: the slice spacing
+            changes, or slices are missing or repeated.
+    """
+    expected: np.ndarray | None = None
+    plane: tuple[int, ...] | None = None
+    for number, slab in enumerate(slabs):
+        shape = tuple(extent for dim, extent in enumerate(slab.shape) if dim != 2 + axis)
+        if plane not in (None, shape):
+            raise ValueError(f"slab {number} has the in-plane shape {shape}, the ones before {plane}; resample first.")
+        plane = shape
+        affine = affine_of(slab)
+        if affine is not None and expected is not None:
+            step = np.linalg.norm(expected[:3, axis])
+            moved = np.linalg.norm(affine[:3, 3] - expected[:3, 3])
+            if moved > TOLERANCE * step or not np.allclose(affine[:3, :3], expected[:3, :3], atol=TOLERANCE * step):
+                raise ValueError(
+                    f"slab {number} does not continue the one before it: its first slice lies {moved:.3g} mm off and "
+                    f"its slice spacing is {np.linalg.norm(affine[:3, axis]):.4g} mm after {step:.4g}; resample to "
+                    "one spacing first."
+                )
+        expected = None if affine is None else shifted(affine, axis, slab.shape[2 + axis])
+        yield slab
+
+
+def affine_of(slab: Any) -> np.ndarray | None:
+    """The affine of a MetaTensor, (4, 4); of the first one in a batch."""
+    if not isinstance(slab, MetaTensor):
+        return None
+    return slab.affine.detach().cpu().double().numpy().reshape(-1, 4, 4)[0]
+
+
+def shifted(affine: np.ndarray, axis: int, slices: int) -> np.ndarray:
+    """The affine of the same grid, counted from another slice on."""
+    moved = affine.copy()
+    moved[:3, 3] += slices * affine[:3, axis]
+    return moved
+
+
+class NiftiSlabs(Sequence[Tensor]):
+    """A NIfTI file as a sequence of slabs (1, 1, H, W, d), each read when it is asked for.
+
+    An uncompressed file is read in place. A ``.nii.gz`` is unpacked from its beginning again for every step back, so
+    for a bidirectional network unpack it first.
+
+    Args:
+        path: of a 3D volume.
+        slab: slices per slab.
+        axis: spatial axis of the slices.
+        transform: applied to every slab; must treat a voxel as it would in the whole volume.
+
+    Raises:
+        ValueError: the file is not 3D.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        slab: int = 16,
+        axis: int = 2,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        nibabel, _ = optional_import("nibabel")
+        self.image = nibabel.load(path, keep_file_open=True)
+        if len(self.image.shape) != 3:
+            raise ValueError(f"NiftiSlabs reads 3D volumes, {os.fspath(path)} has the shape {self.image.shape}.")
+        self.slab, self.axis, self.transform = slab, axis % 3, transform
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, D) of the file."""
+        return self.image.shape
+
+    def __len__(self) -> int:
+        return -(-self.image.shape[self.axis] // self.slab)
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        first = number * self.slab
+        place: list[slice] = [slice(None)] * 3
+        place[self.axis] = slice(first, first + self.slab)
+        values = torch.from_numpy(np.array(self.image.dataobj[tuple(place)], dtype=np.float32))
+        slab = MetaTensor(values[None, None], affine=torch.from_numpy(shifted(self.image.affine, self.axis, first)))
+        return slab if self.transform is None else self.transform(slab)
+
+    def create_labels(self, path: str | os.PathLike[str]) -> np.ndarray:
+        """Make an uncompressed NIfTI file of uint8 on the same grid; gives (1, 1, H, W, D), memory-mapped, to fill.
+
+        Raises:
+            ValueError: the name does not end in .nii.
+        """
+        if not os.fspath(path).endswith(".nii"):
+            raise ValueError(f"labels are written in place, so the name must end in .nii, got {os.fspath(path)}.")
+        nibabel, _ = optional_import("nibabel")
+        header = self.image.header.copy()
+        header.set_data_dtype(np.uint8)
+        header.set_slope_inter(1, 0)
+        header["vox_offset"] = 352
+        header["magic"] = b"n+1"
+        image = nibabel.Nifti1Image(np.zeros((1, 1, 1), np.uint8), self.image.affine, header)
+        with open(path, "wb") as file:
+            head = image.header.copy()
+            head.set_data_shape(self.shape)
+            head.write_to(file)
+            file.write(b"\0" * 4)
+            file.truncate(352 + int(np.prod(self.shape)))
+        values = np.memmap(path, np.uint8, "r+", 352, self.shape, order="F")
+        return values[None, None]

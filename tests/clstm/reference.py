@@ -1,0 +1,43 @@
+"""The plain network, written from the paper's equations: every slice through the U-Net, every activation kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from monai_memeff.clstm import CLSTMUNet
+
+
+def unrolled(network: CLSTMUNet, x: Tensor) -> Tensor:
+    """Logits of (B, C, H, W, D): one U-Net call per slice, gates as in figure 1, nothing recomputed."""
+    slices = list(x.movedim(2 + network.axis, 0))
+    gates = [network.unet(s) for s in slices]
+    hidden = network.cell.hidden_channels
+    ways = [_walk(network.cell, [u[:, : 4 * hidden] for u in gates])]
+    if network.cell_back is not None:
+        ways.append(_walk(network.cell_back, [u[:, 4 * hidden :] for u in gates[::-1]])[::-1])
+    outputs = []
+    for states in zip(*ways, strict=True):
+        if network.head is None:
+            outputs.append(sum(states) / len(states))
+        else:
+            outputs.append(torch.einsum("bchw,oc->bohw", torch.cat(states, 1), network.head.weight[:, :, 0, 0]))
+            outputs[-1] = outputs[-1] + network.head.bias[:, None, None]
+    return torch.stack(outputs, 2 + network.axis)
+
+
+def _walk(cell: torch.nn.Module, gates: list[Tensor]) -> list[Tensor]:
+    """The hidden states, one gate at a time with its own kernel and bias."""
+    n = cell.hidden_channels
+    weights, biases = cell.conv.weight.split(n), cell.conv.bias.split(n)
+    h = c = torch.zeros(gates[0].shape[0], n, *gates[0].shape[2:], dtype=gates[0].dtype)
+    found = []
+    for u in gates:
+        i, f, o, g = (
+            part + torch.nn.functional.conv2d(h, w, b, padding=w.shape[-1] // 2)
+            for part, w, b in zip(u.split(n, 1), weights, biases, strict=True)
+        )
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        found.append(h)
+    return found
