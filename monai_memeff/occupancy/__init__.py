@@ -1,6 +1,31 @@
 """Occupancy wing: ask only where the answer changes."""
 
 from monai_memeff.occupancy.activation import PadeActivation
+from monai_memeff.occupancy.engine import PrepareBatchOccupancy
+from monai_memeff.occupancy.loss import OccupancyLoss
+from monai_memeff.occupancy.metrics import SampledDiceMetric
 from monai_memeff.occupancy.network import OccupancyNet
+from monai_memeff.occupancy.norm import ConditionalBatchNorm
+from monai_memeff.occupancy.optimizer import Lookahead, occupancy_optimizer, occupancy_scheduler
+from monai_memeff.occupancy.transforms import (
+    RandOccupancyPoints,
+    RandOccupancyPointsD,
+    RandOccupancyPointsd,
+    RandOccupancyPointsDict,
+)
 
-__all__ = ["OccupancyNet", "PadeActivation"]
+__all__ = [
+    "ConditionalBatchNorm",
+    "Lookahead",
+    "OccupancyLoss",
+    "OccupancyNet",
+    "PadeActivation",
+    "PrepareBatchOccupancy",
+    "RandOccupancyPoints",
+    "RandOccupancyPointsD",
+    "RandOccupancyPointsDict",
+    "RandOccupancyPointsd",
+    "SampledDiceMetric",
+    "occupancy_optimizer",
+    "occupancy_scheduler",
+]

@@ -24,7 +24,7 @@ def halved(volume: Tensor) -> Tensor:
     Place i holds the mean of voxels i - 1 and i along every axis, zeros outside. Every second place of it around a
     voxel is the average-pooled patch of twice the size around that voxel.
     """
-    return F.avg_pool3d(volume, 2, stride=1, padding=1)
+    return F.avg_pool3d(F.pad(volume, (1,) * 6), 2, stride=1)
 
 
 def gather_patches(volume: Tensor, voxels: Tensor, step: int = 1, size: int = PATCH_SIZE) -> Tensor:

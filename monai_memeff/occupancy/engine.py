@@ -1,0 +1,86 @@
+"""Pieces for MONAI's training engines: a batch of volumes becomes a batch of volumes and points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from monai.engines import PrepareBatch
+from torch import Tensor
+
+from monai_memeff.occupancy.checks import plain_tensor
+from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_shares, sample_points
+
+
+class PrepareBatchOccupancy(PrepareBatch):
+    """Points for the network and their labels for the loss, for ``prepare_batch`` of MONAI's trainers.
+
+    Takes the points of :class:`~monai_memeff.occupancy.RandOccupancyPointsd` if the batch has them, else draws them on
+    the device from the label, so that a stock bundle needs no other transform. Give the trainer ``decollate=False``:
+    its predictions are points and no volumes.
+
+    Returns ``(image, (labels of points (B, N), label (B, 1, H, W, D)), (points (B, N, 3),), {})``, for
+    :class:`~monai_memeff.occupancy.OccupancyNet` and :class:`~monai_memeff.occupancy.OccupancyLoss`.
+
+    Args:
+        image_key: key of the volume (B, C, H, W, D).
+        label_key: key of the label (B, 1, H, W, D).
+        points_key: key of the points (B, N, 3).
+        occupancy_key: key of their labels (B, N).
+        number: of points to draw per volume, when the batch has none.
+        sampling: see :class:`~monai_memeff.occupancy.RandOccupancyPoints`.
+        band: see :class:`~monai_memeff.occupancy.RandOccupancyPoints`.
+    """
+
+    def __init__(
+        self,
+        image_key: str = "image",
+        label_key: str = "label",
+        points_key: str = "points",
+        occupancy_key: str = "occupancy",
+        number: int = 2**14,
+        sampling: str | Mapping[str, float] = "border",
+        band: int = PUBLISHED_BAND,
+    ) -> None:
+        self.image_key, self.label_key = image_key, label_key
+        self.points_key, self.occupancy_key = points_key, occupancy_key
+        self.number, self.band = number, band
+        self.sampling = checked_shares(sampling)
+
+    def __call__(
+        self,
+        batchdata: dict[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor], dict[str, Any]]:
+        """Move to the device, and draw points if there are none."""
+        image, label = (
+            plain_tensor(batchdata[key]).to(device=device, non_blocking=non_blocking)
+            for key in (self.image_key, self.label_key)
+        )
+        if self.points_key in batchdata:
+            points, values = (
+                batchdata[key].to(device=device, non_blocking=non_blocking)
+                for key in (self.points_key, self.occupancy_key)
+            )
+        else:
+            points, values = draw_batch(label, self.number, self.sampling, self.band)
+        return image, (values, label), (points,), {}
+
+
+def draw_batch(
+    label: Tensor,
+    number: int,
+    sampling: str | Mapping[str, float],
+    band: int = PUBLISHED_BAND,
+    ignored: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Points (B, N, 3) and labels (B, N) of a batch (B, 1, H, W, D), with torch's own random numbers on its device."""
+
+    def draw(limit: int, count: int) -> Tensor:
+        return torch.randint(limit, (count,), device=label.device)
+
+    drawn = [sample_points(one, number, sampling, draw, band, ignored) for one in label]
+    return torch.stack([points for points, _ in drawn]), torch.stack([values for _, values in drawn])

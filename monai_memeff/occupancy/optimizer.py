@@ -1,0 +1,100 @@
+"""Lookahead, and the published optimiser and schedule made with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import MultiStepLR
+
+from monai_memeff.occupancy.activation import PadeActivation
+
+
+class Lookahead(Optimizer):
+    """Slow weights that follow an optimiser's: every ``k`` steps they move a share ``alpha`` of the way to its weights.
+
+    Zhang, Lucas, Hinton and Ba, NeurIPS 2019 (arXiv 1907.08610), algorithm 1. Parameter groups are those of the inner
+    optimiser, so schedulers and gradient scalers work as usual. The slow weights start when the first step is taken.
+
+    Args:
+        optimizer: the inner one.
+        k: steps between two updates of the slow weights.
+        alpha: share of the way, in (0, 1].
+
+    Raises:
+        ValueError: k or alpha out of range.
+    """
+
+    def __init__(self, optimizer: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
+        if k < 1 or not 0 < alpha <= 1:
+            raise ValueError(f"k must be 1 or more and alpha in (0, 1], got {k} and {alpha}.")
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.optimizer, self.k, self.alpha = optimizer, k, alpha
+        self.param_groups = optimizer.param_groups
+        self.steps = 0
+        self.slow: list[torch.Tensor] = []
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of the inner optimiser, and every k-th time one of the slow weights."""
+        parameters = self._parameters()
+        self.slow += [p.detach().clone() for p in parameters[len(self.slow) :]]
+        loss = self.optimizer.step(closure)
+        self.steps += 1
+        if self.steps % self.k == 0:
+            for slow, fast in zip(self.slow, parameters, strict=True):
+                slow.lerp_(fast.detach(), self.alpha)
+                fast.copy_(slow)
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimiser too; its slow weights start with the next step."""
+        if hasattr(self, "optimizer"):
+            self.optimizer.add_param_group(param_group)
+        else:
+            super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimiser's state, the slow weights and the count of steps."""
+        return {"optimizer": self.optimizer.state_dict(), "slow": self.slow, "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.param_groups = self.optimizer.param_groups
+        pairs = zip(state_dict["slow"], self._parameters(), strict=False)
+        self.slow = [slow.to(parameter.device, copy=True) for slow, parameter in pairs]
+        self.steps = state_dict["steps"]
+
+
+def occupancy_optimizer(
+    network: nn.Module, lr: float = 3e-4, pade_lr: float = 1e-2, k: int = 5, alpha: float = 0.8
+) -> Lookahead:
+    """The published optimiser: Lookahead around RAdam, with a learning rate of their own for Pade activations.
+
+    Reich et al., BMVC 2021 (arXiv 2110.10640), section 4.
+
+    Args:
+        network: whose parameters to train; without Pade activations there is one group.
+        lr: of everything else.
+        pade_lr: of the coefficients of :class:`~monai_memeff.occupancy.PadeActivation`.
+        k: see :class:`Lookahead`.
+        alpha: see :class:`Lookahead`.
+    """
+    pade = [p for module in network.modules() if isinstance(module, PadeActivation) for p in module.parameters()]
+    known = {id(p) for p in pade}
+    groups = [{"params": [p for p in network.parameters() if id(p) not in known], "lr": lr}]
+    if pade:
+        groups.append({"params": pade, "lr": pade_lr})
+    return Lookahead(torch.optim.RAdam(groups), k, alpha)
+
+
+def occupancy_scheduler(optimizer: Optimizer, milestones: Sequence[int] = (20, 30), gamma: float = 0.1) -> MultiStepLR:
+    """The published schedule of 50 epochs: a tenth of the learning rate from epoch 20, a hundredth from epoch 30."""
+    return MultiStepLR(optimizer, list(milestones), gamma)

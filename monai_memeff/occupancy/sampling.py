@@ -1,0 +1,128 @@
+"""Which points of a labelled volume to train on: uniform, near the border of a structure, balanced over classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Draw = Callable[[int, int], Tensor]
+"""``draw(limit, count)``: ``count`` random integers below ``limit``, int64."""
+
+KINDS = ("uniform", "border", "balanced")
+PUBLISHED_BAND = 13
+
+
+def checked_shares(sampling: str | Mapping[str, float]) -> dict[str, float]:
+    """Shares of the three kinds that add up to one; ``"border"`` alone is the paper's half border, half uniform.
+
+    Raises:
+        ValueError: an unknown kind, a negative share, or shares that do not add up to one.
+    """
+    if isinstance(sampling, str):
+        sampling = {"border": 0.5, "uniform": 0.5} if sampling == "border" else {sampling: 1.0}
+    unknown = [kind for kind in sampling if kind not in KINDS]
+    if unknown:
+        raise ValueError(f"sampling must be of {', '.join(KINDS)}, got {unknown[0]!r}.")
+    shares = {kind: float(share) for kind, share in sampling.items()}
+    if not shares or min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
+        raise ValueError(f"the shares of sampling must be 0 or more and add up to 1, got {shares}.")
+    return shares
+
+
+def checked_label(label: Tensor) -> Tensor:
+    """A label (1, H, W, D) or (H, W, D) as (H, W, D); ValueError for another shape, no voxels, NaN, or no integers."""
+    volume = label[0] if label.ndim == 4 and len(label) == 1 else label
+    if volume.ndim != 3 or volume.numel() == 0:
+        raise ValueError(
+            f"a label must be (1, H, W, D) with voxels in it, got {tuple(label.shape)}; argmax one-hot ones."
+        )
+    if volume.is_floating_point() and not bool((volume == volume.round()).all()):
+        raise ValueError("a label must hold whole numbers, got NaN or fractions; resample labels with mode='nearest'.")
+    return volume
+
+
+def border_band(label: Tensor, width: int = PUBLISHED_BAND) -> Tensor:
+    """Voxels near a change of the label: a non-zero gradient, dilated by ``width``^3.
+
+    The published recipe takes a Sobel gradient and a max-pool of 13^3; both together are the voxels around which
+    ``width + 2`` voxels along every axis do not all have the same label.
+
+    Args:
+        label: (H, W, D) whole numbers.
+        width: odd, in voxels.
+
+    Returns:
+        (H, W, D) boolean.
+    """
+    values = label[None, None].float()
+    return (_largest(values, width + 2) != -_largest(-values, width + 2))[0, 0]
+
+
+def _largest(values: Tensor, width: int) -> Tensor:
+    for axis in range(3):
+        size = [width if a == axis else 1 for a in range(3)]
+        values = F.max_pool3d(values, size, stride=1, padding=[s // 2 for s in size])
+    return values
+
+
+def sample_points(
+    label: Tensor,
+    number: int,
+    sampling: str | Mapping[str, float],
+    draw: Draw,
+    band: int = PUBLISHED_BAND,
+    ignored: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw voxels of a label and say what is there.
+
+    Args:
+        label: (1, H, W, D) or (H, W, D) whole numbers.
+        number: of points N. All kinds draw with replacement, so a volume may be smaller; but the border band is taken
+            whole if it has no more voxels than its share, and the rest is drawn uniformly.
+        sampling: see :func:`checked_shares`; balanced means as many points of every label present, background too.
+        draw: source of random numbers.
+        band: width of the border band in voxels, odd.
+        ignored: label of voxels that are never drawn.
+
+    Returns:
+        Points (N, 3) float32 voxel indices, in random order if ``draw`` is, and their labels (N,) int64.
+
+    Raises:
+        ValueError: a label of another shape or kind, or nothing to draw from.
+    """
+    volume = checked_label(label)
+    shares = checked_shares(sampling)
+    flat = volume.reshape(-1)
+    usable = None if ignored is None else (flat != ignored).nonzero()[:, 0]
+    if usable is not None and len(usable) == 0:
+        raise ValueError(f"every voxel of the label has the ignored value {ignored}: leave this volume out.")
+    places = []
+    if shares.get("border"):
+        near = border_band(volume, band).reshape(-1)
+        near = near if ignored is None else near & (flat != ignored)
+        places.append(_up_to(near.nonzero()[:, 0], round(number * shares["border"]), draw))
+    if shares.get("balanced"):
+        places.append(_balanced(flat, round(number * shares["balanced"]), draw, ignored))
+    missing = number - sum(map(len, places))
+    rest = draw(len(flat) if usable is None else len(usable), missing).to(flat.device)
+    places.append(rest if usable is None else usable[rest])
+    place = torch.cat(places)
+    points = torch.stack(torch.unravel_index(place, tuple(volume.shape)), 1).float()
+    return points, flat[place].long()
+
+
+def _up_to(places: Tensor, number: int, draw: Draw) -> Tensor:
+    return places if len(places) <= number else places[draw(len(places), number).to(places.device)]
+
+
+def _balanced(flat: Tensor, number: int, draw: Draw, ignored: int | None) -> Tensor:
+    classes = [value for value in flat.unique().tolist() if value != ignored]
+    ends = [number * (n + 1) // len(classes) for n in range(len(classes))]
+    chosen = []
+    for value, start, end in zip(classes, [0, *ends], ends, strict=False):
+        where = (flat == value).nonzero()[:, 0]
+        chosen.append(where[draw(len(where), end - start).to(where.device)])
+    return torch.cat(chosen)

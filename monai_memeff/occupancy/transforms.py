@@ -1,0 +1,121 @@
+"""Transforms that draw training points of a labelled volume, always the same number, so that samples collate."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection, NdarrayOrTensor
+from monai.transforms import MapTransform, Randomizable, Transform
+from monai.utils import TransformBackends, convert_to_tensor
+from torch import Tensor
+
+from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_shares, sample_points
+
+__all__ = ["RandOccupancyPoints", "RandOccupancyPointsD", "RandOccupancyPointsDict", "RandOccupancyPointsd"]
+
+
+class RandOccupancyPoints(Randomizable, Transform):
+    """Draw points of a label volume.
+
+    Reich et al., BMVC 2021 (arXiv 2110.10640), section 4: 2^14 points per volume, for BraTS uniform, for LiTS half of
+    them near the liver's border. Points are voxel indices of the volume as it is now: geometry does not follow them, so
+    place the transform last.
+
+    Args:
+        number: of points N.
+        sampling: ``"uniform"``; ``"border"``: half of the points from voxels near a change of the label (a gradient
+            dilated by ``band``^3), all of these if there are fewer, and the others uniform; ``"balanced"``: as many of
+            every label that is there; or shares, for example ``{"uniform": 0.5, "balanced": 0.5}``.
+        band: odd width in voxels of the dilation.
+
+    Raises:
+        ValueError: a number below 1, an even band, or a wrong ``sampling``.
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(
+        self, number: int = 2**14, sampling: str | Mapping[str, float] = "border", band: int = PUBLISHED_BAND
+    ) -> None:
+        if number < 1 or band < 1 or band % 2 == 0:
+            raise ValueError(f"number must be positive and band positive and odd, got {number} and {band}.")
+        self.number, self.band = number, band
+        self.sampling = checked_shares(sampling)
+
+    def __call__(self, label: NdarrayOrTensor) -> tuple[Tensor, Tensor]:
+        """Draw.
+
+        Args:
+            label: (1, H, W, D) whole numbers.
+
+        Returns:
+            Points (N, 3) float32 [i, j, k] in voxel indices, and labels (N,) int64, without metadata.
+
+        Raises:
+            ValueError: the label has another shape, no voxels, NaN or fractions.
+        """
+        volume = convert_to_tensor(label, track_meta=False)
+        return sample_points(volume, self.number, self.sampling, self._draw, self.band)
+
+    def _draw(self, limit: int, count: int) -> Tensor:
+        return torch.from_numpy(self.R.randint(limit, size=count, dtype=np.int64))
+
+
+class RandOccupancyPointsd(Randomizable, MapTransform):
+    """Dictionary version of :class:`RandOccupancyPoints`: writes new keys and leaves the label as it is.
+
+    Args:
+        keys: the label (1, H, W, D); one key.
+        points_key: where points (N, 3) go.
+        occupancy_key: where the points' labels (N,) go.
+        number: see :class:`RandOccupancyPoints`.
+        sampling: see :class:`RandOccupancyPoints`.
+        band: see :class:`RandOccupancyPoints`.
+        allow_missing_keys: pass over samples without a label.
+
+    Raises:
+        ValueError: more than one key, or a new key that starts with the label's key and an underscore, which MONAI's
+            ``Spacingd`` takes for metadata.
+    """
+
+    backend = RandOccupancyPoints.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        points_key: str = "points",
+        occupancy_key: str = "occupancy",
+        number: int = 2**14,
+        sampling: str | Mapping[str, float] = "border",
+        band: int = PUBLISHED_BAND,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        if len(self.keys) != 1:
+            raise ValueError(f"keys must name one label, got {len(self.keys)}: use one transform per label.")
+        clash = [key for key in (points_key, occupancy_key) if key.startswith(f"{self.keys[0]}_")]
+        if clash:
+            raise ValueError(f"{clash[0]!r} starts with {self.keys[0]!r} and '_', which MONAI takes for metadata.")
+        self.points_key, self.occupancy_key = points_key, occupancy_key
+        self.draw_points = RandOccupancyPoints(number, sampling, band)
+
+    def set_random_state(
+        self, seed: int | None = None, state: np.random.RandomState | None = None
+    ) -> RandOccupancyPointsd:
+        """Set the random state of this transform and of what it draws with."""
+        super().set_random_state(seed, state)
+        self.draw_points.set_random_state(seed, state)
+        return self
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add points and their labels to a copy of ``data``."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[self.points_key], result[self.occupancy_key] = self.draw_points(result[key])
+        return result
+
+
+RandOccupancyPointsD = RandOccupancyPointsDict = RandOccupancyPointsd
