@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _HERE = threading.local()
 
@@ -75,7 +78,9 @@ class Hub:
                 self._sleep(rank)
             if self.failure is None:
                 _HERE.rank = rank
-                with modes[0](), modes[1]():
+                with contextlib.ExitStack() as stack:
+                    for mode in modes:
+                        stack.enter_context(mode())
                     results[rank] = work(rank)
         except BaseException as error:
             self.failure = self.failure or error
@@ -84,9 +89,12 @@ class Hub:
             self._pass_on(rank)
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
-        """Call `work(rank)` for every rank, each in its own thread with the caller's grad mode; results by rank."""
+        """Call `work(rank)` for every rank, each in its own thread with the caller's modes; results by rank.
+
+        Grad mode, autocast and dispatch modes (a peak meter counts the ranks' tensors) are those of the caller.
+        """
         results: list[Any] = [None] * self.size
-        modes = (_grad_mode(), _autocast())
+        modes = (_grad_mode(), _autocast(), *_dispatch_modes())
         threads = [
             threading.Thread(target=self._body, args=(r, work, results, modes), daemon=True) for r in range(self.size)
         ]
@@ -111,6 +119,15 @@ def _autocast() -> Callable[[], Any]:
     device = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)
+
+
+def _dispatch_modes() -> list[Callable[[], Any]]:
+    """The caller's dispatch modes, outermost first; torch keeps them per thread."""
+    return [partial(_same, mode) for mode in _get_current_dispatch_mode_stack()]
+
+
+def _same(mode: Any) -> Any:
+    return mode
 
 
 def here() -> int | None:

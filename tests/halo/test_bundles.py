@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 
+from monai_memeff.halo import SpatialPartitionInferer
+from monai_memeff.memory import measure_peak
 from monai_memeff.overlays import overlay_path
 from tests.bundles.conftest import ROOT, command, organ_data, read_nifti, stock  # noqa: F401
 
@@ -25,43 +28,91 @@ def torchrun(folder: Path, processes: int, *arguments: str) -> subprocess.Comple
     )
 
 
+def listed(*files: str | Path) -> str:
+    """Configuration files as the bundle command takes them."""
+    return "[" + ", ".join(f"'{f}'" for f in files) + "]"
+
+
+def written(folder: Path, name: str, content: dict) -> Path:
+    """An overlay in a file."""
+    (folder / name).write_text(json.dumps(content))
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def densely_trained(stock: Path, organ_data: Path) -> dict[str, torch.Tensor]:  # noqa: F811
+    """Weights of the stock bundle, trained as it is, also left where it looks for them."""
+    seed = written(stock, "seed.json", {"+initialize": ["$monai.utils.set_determinism(seed=0)"]})
+    run = command(stock, "run", "--config_file", listed("configs/train.json", seed), "--dataset_dir", str(organ_data))
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return torch.load(stock / "models" / "model.pt", weights_only=True)
+
+
 @pytest.mark.slow
-def test_overlays_train_in_parts_and_infer_in_parts_like_the_stock_bundle(
+def test_an_overlay_trains_in_parts_like_the_stock_bundle(
     stock: Path,  # noqa: F811
     organ_data: Path,  # noqa: F811
+    densely_trained: dict[str, torch.Tensor],
     tmp_path: Path,
 ) -> None:
-    seed = tmp_path / "seed.json"
-    seed.write_text(json.dumps({"+initialize": ["$monai.utils.set_determinism(seed=0)"]}))
-    data, results = ["--dataset_dir", str(organ_data)], {}
-    for name, overlay in (("whole", seed), ("parts", overlay_path("halo"))):
-        arguments = (
-            "run",
-            "--config_file",
-            f"['configs/train.json', '{overlay}']",
-            *data,
-            "--ckpt_dir",
-            str(tmp_path / name),
-        )
-        run = command(stock, *arguments) if name == "whole" else torchrun(stock, 2, *arguments)
-        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-        results[name] = torch.load(tmp_path / name / "model.pt", weights_only=True)
-    assert list(results["whole"]) == list(results["parts"])
-    for key, value in results["whole"].items():  # Adam's first steps turn rounding into fractions of its rate, 1e-3
-        torch.testing.assert_close(results["parts"][key], value, atol=2e-3, rtol=1e-3, msg=key)
+    files = listed("configs/train.json", overlay_path("halo"))
+    where = ["--dataset_dir", str(organ_data), "--ckpt_dir", str(tmp_path)]
+    run = torchrun(stock, 2, "run", "--config_file", files, *where)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    parts = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert list(densely_trained) == list(parts)
+    for key, value in densely_trained.items():  # Adam's first steps turn rounding into fractions of its rate, 1e-3
+        torch.testing.assert_close(parts[key], value, atol=2e-3, rtol=1e-3, msg=key)
 
-    whole = tmp_path / "whole.json"
-    whole.write_text(
-        json.dumps({"inferer": {"_target_": "monai_memeff.halo.SpatialPartitionInferer", "partitions": 1}})
-    )
-    images = []
-    (stock / "models").mkdir(exist_ok=True)
-    torch.save(results["whole"], stock / "models" / "model.pt")
-    streamed = tmp_path / "streamed.json"
-    streamed.write_text(json.dumps({"inferer#partitions": 2}))
-    for name, files in (("one", [whole]), ("two", [overlay_path("halo_inference"), streamed])):
-        listed = ", ".join(f"'{f}'" for f in ("configs/inference.json", *files))
-        run = command(stock, "run", "--config_file", f"[{listed}]", *data, "--output_dir", str(tmp_path / name))
+
+# 128 x 48 x 48 voxels: eight parts at multiples of the network's stride 16, with the logits written out as well
+FINE = {
+    "preprocessing#transforms#3#pixdim": [2.84, 8.0, 10.0],
+    "+preprocessing#transforms": [{"_target_": "DivisiblePadd", "keys": "image", "k": 16}],
+    "postprocessing#transforms#0": {
+        "_target_": "Compose",
+        "transforms": [
+            {"_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", "output_postfix": "logits"},
+            {"_target_": "Activationsd", "keys": "pred", "softmax": True},
+        ],
+    },
+}
+
+
+@pytest.mark.slow
+def test_an_overlay_streams_a_densely_trained_model_to_the_same_image(
+    stock: Path,  # noqa: F811
+    organ_data: Path,  # noqa: F811
+    densely_trained: dict[str, torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    fine = written(tmp_path, "fine.json", FINE)
+    plain = written(tmp_path, "whole.json", {"inferer": {"_target_": "SimpleInferer"}})
+    images, logits = [], []
+    for name, inferer in (("whole", plain), ("parts", overlay_path("halo_inference"))):
+        files = listed("configs/inference.json", fine, inferer)
+        where = ["--dataset_dir", str(organ_data), "--output_dir", str(tmp_path / name)]
+        run = command(stock, "run", "--config_file", files, *where)
         assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-        images.append(read_nifti(next((tmp_path / name).rglob("*.nii.gz")))[0])
-    np.testing.assert_array_equal(*images)
+        images.append(read_nifti(next((tmp_path / name).rglob("*_trans.nii.gz"))))
+        logits.append(read_nifti(next((tmp_path / name).rglob("*_logits.nii.gz")))[0])
+    assert logits[0].shape[0] >= 128
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-5, rtol=0)
+    assert np.abs(logits[0]).max() > 0.1
+    np.testing.assert_array_equal(images[1][1], images[0][1])
+    assert (images[1][0] != images[0][0]).sum() <= 2  # a tie may fall either way
+    assert len(np.unique(images[0][0])) == 2
+
+
+def test_eight_parts_of_the_stock_network_need_a_sixth(stock: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = ConfigParser()
+    config.read_config(str(stock / "configs" / "inference.json"))
+    network, x = config.get_parsed_content("network_def").eval(), torch.randn(1, 1, 128, 48, 48)
+    with torch.no_grad(), measure_peak("cpu") as ordinary:
+        network(x)
+    inferer = SpatialPartitionInferer(8, store=tmp_path)
+    with measure_peak("cpu") as streamed:
+        inferer(x, network)
+    assert inferer.last_report is not None
+    assert 6 * inferer.last_report.device_peak_bytes <= ordinary.peak_bytes
+    assert 6 * streamed.peak_bytes <= ordinary.peak_bytes
