@@ -35,6 +35,7 @@ import json
 import os
 import time
 
+import torch
 from monai_memeff.memory import measure_peak
 from nnunet_plugins import SparseTrainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -48,6 +49,8 @@ class Organs:
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = {per_epoch}, 1
         self.num_epochs = int(os.environ["ORGANS_EPOCHS"])
         self.seconds, self.peaks = [], []
+        if device.type == "cpu":  # nnU-Net takes every core, which stalls as soon as another process wants one
+            torch.set_num_threads(int(os.environ["ORGANS_THREADS"]))
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
         rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -114,6 +117,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory-target", type=float, help="GB the stock plan is made for; default 0.35, 1.5 on a GPU")
     parser.add_argument("--memory-share", type=float, default=0.7, help="SparseTrainer's memory_share")
     parser.add_argument("--workers", type=int, help="augmentation processes; default 0 on the CPU, 12 on a GPU")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
     parser.add_argument("--cases", type=int, default=24, help="patients to use (fewer for a smoke run)")
     parser.add_argument("--data", type=Path, default=data, help="the OpenKBP folder")
     parser.add_argument("--output", type=Path, default=Path("runs/nnunet_organs"))
@@ -214,7 +218,11 @@ def fold(folder: Path, trainer: str) -> Path:
 
 def train(folder: Path, trainer: str, epochs: int, options: argparse.Namespace) -> dict:
     """Train and validate; returns one row of the table."""
-    settings = {"ORGANS_EPOCHS": str(epochs), "ORGANS_SHARE": str(options.memory_share)}
+    settings = {
+        "ORGANS_EPOCHS": str(epochs),
+        "ORGANS_SHARE": str(options.memory_share),
+        "ORGANS_THREADS": str(options.threads),
+    }
     workers = {"nnUNet_n_proc_DA": str(options.workers)}
     words = [910, "3d_fullres", 0, "-tr", trainer, "-device", options.device]
     run(folder, "nnUNetv2_train", *words, **settings, **workers)
