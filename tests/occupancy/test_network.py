@@ -23,7 +23,7 @@ PUBLISHED = {
     "c": (8_695_733, 10_866_490),
     "d": (8_704_653, 10_866_833),
 }
-SHAPE = (8, 4, 12)
+SHAPE = (4, 8, 4)
 
 
 def small(variant: str, **changes: object) -> OccupancyNet:
@@ -215,7 +215,7 @@ def test_points_between_voxels_and_no_points() -> None:
     volume = asymmetric((1, 2, *SHAPE))
     latent = network.encode(volume)
     assert network.query(latent, torch.empty(1, 0, 3), volume).shape == (1, 0, 1)
-    corners = torch.tensor([[[-0.5, -0.5, -0.5], [7.5, 3.5, 11.5], [3.25, 2.5, 10.75]]])
+    corners = torch.tensor([[[-0.5, -0.5, -0.5], [3.5, 7.5, 3.5], [3.25, 2.5, 1.75]]])
     assert bool(network.query(latent, corners, volume).isfinite().all())
 
 
@@ -238,9 +238,9 @@ def test_bad_input_is_refused_in_one_line() -> None:
     for refused, words in (
         (lambda: network(spoilt), "must be finite, got 1 values"),
         (lambda: network(volume[:, :1]), r"must be \(B, 2, H, W, D\)"),
-        (lambda: network(volume[..., :8]), r"made for volumes of \(8, 4, 12\) voxels, got \(8, 4, 8\).*default"),
+        (lambda: network(volume[..., :2]), r"made for volumes of \(4, 8, 4\) voxels, got \(4, 8, 2\).*default"),
         (lambda: network(volume[0]), "a volume must be"),
-        (lambda: network.query(latent, torch.tensor([[[0.0, 4.0, 0.0]]]), volume), r"1 outside, the first \[0.0, 4.0"),
+        (lambda: network.query(latent, torch.tensor([[[0.0, 8.0, 0.0]]]), volume), r"1 outside, the first \[0.0, 8.0"),
         (lambda: network.query(latent, torch.tensor([[[-0.6, 0.0, 0.0]]]), volume), "must lie in the volume"),
         (lambda: network.query(latent, torch.tensor([[[torch.nan, 0.0, 0.0]]]), volume), "must lie in the volume"),
         (lambda: network.query(latent, torch.zeros(1, 3), volume), r"points must be \(1, N, 3\)"),
