@@ -2,6 +2,7 @@
 
 from monai_memeff.occupancy.activation import PadeActivation
 from monai_memeff.occupancy.engine import PrepareBatchOccupancy
+from monai_memeff.occupancy.inferer import OctreeInferer, OctreeReport
 from monai_memeff.occupancy.loss import OccupancyLoss
 from monai_memeff.occupancy.metrics import SampledDiceMetric
 from monai_memeff.occupancy.network import OccupancyNet
@@ -19,6 +20,8 @@ __all__ = [
     "Lookahead",
     "OccupancyLoss",
     "OccupancyNet",
+    "OctreeInferer",
+    "OctreeReport",
     "PadeActivation",
     "PrepareBatchOccupancy",
     "RandOccupancyPoints",

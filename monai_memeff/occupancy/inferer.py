@@ -1,0 +1,284 @@
+"""OctreeInferer: the dense answer of a network that answers points, asked only where the answer changes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from monai.utils import optional_import
+from torch import Tensor, nn
+
+from monai_memeff.occupancy.answers import PointAnswers, labels_of
+from monai_memeff.occupancy.octree import NodeGrid, default_stride, node_counts, refine
+
+tqdm, _ = optional_import("tqdm", name="tqdm")
+
+NOT_ASKED_LOGIT = 10.0
+"""Size of the logit of voxels that were not asked: a probability of less than 5e-5 to be something else."""
+
+
+@dataclass(frozen=True)
+class OctreeReport:
+    """What one call asked; counts are sums over the batch.
+
+    Attributes:
+        points_asked: points that the network answered, none of them twice.
+        voxels: voxels of the batch.
+        levels: strides in voxels per axis, coarsest first.
+        points_per_level: points asked at each of them, the coarsest grid included.
+        rounds: passes of front propagation at each level (the longest of the batch) in which points were asked.
+        initial: "network" or "grid", the one that was used.
+        disagreement: voxels whose label is not that of dense evaluation; None unless asked for.
+        seconds: wall time, without the comparison.
+    """
+
+    points_asked: int
+    voxels: int
+    levels: tuple[tuple[int, ...], ...]
+    points_per_level: tuple[int, ...]
+    rounds: tuple[int, ...]
+    initial: str
+    disagreement: int | None
+    seconds: float
+
+    @property
+    def share(self) -> float:
+        """Points asked per voxel."""
+        return self.points_asked / self.voxels
+
+
+class OctreeInferer(Inferer):
+    """Label a whole volume with a network that answers points, asking near the boundaries between labels only.
+
+    The idea is that of OSS-Net (Reich et al. 2021, arXiv 2110.10640, inference) and of multi-resolution isosurface
+    extraction (Mescheder et al. 2019, arXiv 1812.03828): start coarse, halve the stride where the corners of a cell
+    differ. Here, at every level, the corners of every mixed cell are asked until no cell becomes mixed any more, so a
+    boundary that was touched once is followed to its end. The labels then are those of dense evaluation, voxel for
+    voxel, except for whole 26-connected pieces surrounded by one label of which no voxel was asked:
+
+    - ``initial="grid"`` asks every node of the coarsest grid first, so it finds every piece that holds a cube of
+      ``stride`` voxels. Thinner ones are found if they meet a node or touch a boundary that is followed.
+    - ``initial="network"`` starts from the network's own coarse prediction and asks where that changes. It asks fewer
+      points, and a piece that the coarse prediction misses is not found, however large it is. The same holds for the
+      whole volume where the coarse prediction is one single label: then nothing is asked.
+
+    ``compare_dense=True`` counts the voxels that differ, at the price of asking all of them.
+
+    A network has ``encode(volume) -> latent`` and ``query(latent, points, volume) -> logits``: volume (B, C, H, W, D),
+    points (B, N, 3) floats, voxel indices (i, j, k) of the volume, logits (B, N, K). One with ``coarse_logits(latent)
+    -> (B, K, h, w, d)`` has a coarse prediction of the whole volume; where it has none, or gives None, the grid is
+    used. A plain function points -> logits is taken as well. One channel is a binary answer (inside where the logit is
+    positive), several are classes of which the largest wins; overlapping labels (one sigmoid each) are not supported.
+    The network should be in evaluation mode, so that a point's answer does not depend on the others.
+
+    Args:
+        points_per_pass: most points in one call of ``query``; bounds the memory of queries. ``encode`` sees the volume
+            as a whole, and the octree keeps two bytes per voxel beside its list of boundary cells.
+        initial: "network" or "grid", see above.
+        stride: voxels between nodes of the coarsest grid, a power of two, for all axes or for each; by default for each
+            axis the largest up to a sixteenth of its extent, at most 8. It need not divide the extents and may exceed
+            them: the last voxel of an axis is always a node.
+        output: "logits" or "labels". Labels take no float buffer of the volume's size.
+        compare_dense: ask all remaining voxels afterwards, count those that differ, and change nothing.
+        progress: show a progress bar of points.
+
+    Attributes:
+        last_report: an :class:`OctreeReport` of the last call, None before it.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        points_per_pass: int = 2**14,
+        initial: str = "network",
+        stride: int | Sequence[int] | None = None,
+        output: str = "logits",
+        compare_dense: bool = False,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        if points_per_pass < 1:
+            raise ValueError(f"points_per_pass must be at least 1, got {points_per_pass}.")
+        if initial not in ("network", "grid"):
+            raise ValueError(f"initial must be 'network' or 'grid', got {initial!r}.")
+        if output not in ("logits", "labels"):
+            raise ValueError(f"output must be 'logits' or 'labels', got {output!r}.")
+        strides = None if stride is None else (stride,) * 3 if isinstance(stride, int) else tuple(stride)
+        if strides is not None and (len(strides) != 3 or any(s < 1 or s & (s - 1) for s in strides)):
+            raise ValueError(f"stride must be a power of two, or three of them, got {stride}.")
+        self.points_per_pass, self.initial, self.stride, self.output = points_per_pass, initial, strides, output
+        self.compare_dense, self.progress = compare_dense, progress
+        self.last_report: OctreeReport | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self, inputs: Tensor, network: nn.Module | Callable[[Tensor], Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Infer.
+
+        Args:
+            inputs: (B, C, H, W, D), any extents. The labels are kept on its device.
+            network: see the class; bare or inside DistributedDataParallel.
+            args: none are taken.
+            kwargs: none are taken.
+
+        Returns:
+            On the device of ``inputs``, with its metadata: labels (B, 1, H, W, D), uint8 (int16 from 257 classes on);
+            or logits (B, K, H, W, D), float32. The logits of voxels that were not asked are a stand-in that agrees with
+            their label: 10 for the label's channel and 0 for the others, or 10 and -10 for a single channel. All eight
+            voxels of every 2 x 2 x 2 cell with more than one label have the network's own logits, so a surface
+            extracted from them (:func:`logits_to_mesh`) is that of dense evaluation.
+
+        Raises:
+            TypeError: the network answers no points, or there are further arguments.
+            ValueError: the volume is no (B, C, H, W, D), is empty or has values that are not finite; or the network's
+                logits have another shape than (1, N, K), or are NaN.
+        """
+        if args or kwargs:
+            raise TypeError("OctreeInferer passes no further arguments to the network; bind them beforehand.")
+        volume = inputs.as_subclass(Tensor)
+        _check_volume(volume)
+        results, reports = [], []
+        for item in volume.split(1):
+            began = time.perf_counter()
+            search = _Search(self, PointAnswers(network, item), item)
+            results.append(search.run())
+            seconds = time.perf_counter() - began
+            reports.append(search.report(seconds, search.disagreement() if self.compare_dense else None))
+        self.last_report = _summed(reports)
+        return _like_input(torch.stack(results) if len(results) > 1 else results[0][None], inputs)
+
+
+class _Search:
+    """One volume of a batch: its octree, and what was asked."""
+
+    def __init__(self, settings: OctreeInferer, network: PointAnswers, volume: Tensor) -> None:
+        self.network, self.budget = network, settings.points_per_pass
+        self.shape, self.device = tuple(volume.shape[2:]), volume.device
+        self.stride = settings.stride or default_stride(self.shape)
+        self.from_network = settings.initial == "network" and network.coarse is not None
+        self.kept: list[tuple[Tensor, Tensor]] | None = [] if settings.output == "logits" else None
+        self.progress = settings.progress
+        self.levels: list[tuple[int, ...]] = []
+        self.points: list[int] = []
+        self.rounds: list[int] = []
+
+    def run(self) -> Tensor:
+        """Label the volume: (1, H, W, D) labels, or (K, H, W, D) logits."""
+        with self._bar("octree"):
+            self.asked = 0
+            for grid, rounds in refine(self._coarsest(), self._answer, self.budget):
+                self.grid = grid
+                self.levels.append(grid.stride)
+                self.points.append(self.asked - sum(self.points))
+                self.rounds.append(rounds)
+        return self.grid.labels[None] if self.kept is None else self._logits(self.kept)
+
+    def disagreement(self) -> int:
+        """Voxels, of those that were not asked, that the network labels otherwise."""
+        wrong, asked, labels = 0, self.grid.asked.view(-1), self.grid.labels.view(-1)
+        with self._bar("dense"):
+            for start in range(0, asked.numel(), self.budget):
+                keys = start + (~asked[start : start + self.budget]).nonzero()[:, 0]
+                if keys.numel():
+                    answers = labels_of(self.network.logits(self.grid.voxels(keys)))
+                    wrong += int((answers != labels[keys]).sum())
+                    self._advance(len(keys))
+        return wrong
+
+    def report(self, seconds: float, disagreement: int | None) -> OctreeReport:
+        """What this volume took."""
+        return OctreeReport(
+            points_asked=self.asked,
+            voxels=math.prod(self.shape),
+            levels=tuple(self.levels),
+            points_per_level=tuple(self.points),
+            rounds=tuple(self.rounds),
+            initial="network" if self.from_network else "grid",
+            disagreement=disagreement,
+            seconds=seconds,
+        )
+
+    def _coarsest(self) -> NodeGrid:
+        counts = node_counts(self.shape, self.stride)
+        flags = torch.full(counts, not self.from_network, device=self.device)
+        nodes = NodeGrid(self.shape, self.stride, flags, flags)
+        label = self._predict if self.from_network else self._answer
+        keys = (torch.arange(i, min(i + self.budget, flags.numel())) for i in range(0, flags.numel(), self.budget))
+        labels = torch.cat([label(nodes.voxels(part.to(self.device))) for part in keys])
+        return NodeGrid(self.shape, self.stride, labels.view(counts), flags)
+
+    def _predict(self, voxels: Tensor) -> Tensor:
+        return labels_of(self.network.coarse_logits(voxels))
+
+    def _answer(self, voxels: Tensor) -> Tensor:
+        logits = self.network.logits(voxels)
+        if self.kept is not None:
+            _, width, depth = self.shape
+            self.kept.append(((voxels[:, 0] * width + voxels[:, 1]) * depth + voxels[:, 2], logits))
+        self.asked += len(voxels)
+        self._advance(len(voxels))
+        return labels_of(logits)
+
+    def _logits(self, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
+        channels, labels = self.network.channels, self.grid.labels
+        if channels == 1:
+            whole = labels[None].float().mul_(2 * NOT_ASKED_LOGIT).sub_(NOT_ASKED_LOGIT)
+        else:
+            whole = torch.zeros(channels, *self.shape, device=self.device)
+            for channel in range(channels):
+                whole[channel].masked_fill_(labels == channel, NOT_ASKED_LOGIT)
+        for keys, logits in kept:
+            whole.view(channels, -1)[:, keys] = logits.T.float()
+        return whole
+
+    @contextlib.contextmanager
+    def _bar(self, name: str) -> Iterator[None]:
+        bar = tqdm(desc=name, unit="point", unit_scale=True) if self.progress else None
+        self._advance: Callable[[int], Any] = bar.update if bar is not None else int
+        try:
+            yield
+        finally:
+            if bar is not None:
+                bar.close()
+
+
+def _check_volume(volume: Tensor) -> None:
+    if volume.dim() != 5 or volume.numel() == 0:
+        raise ValueError(
+            f"OctreeInferer works on volumes (B, C, H, W, D) with voxels, got shape {tuple(volume.shape)}."
+        )
+    if volume.is_floating_point() and not all(bool(end.isfinite()) for end in volume.aminmax()):
+        raise ValueError("the volume has voxels that are NaN or infinite; replace them, with torch.nan_to_num say.")
+
+
+def _summed(reports: Sequence[OctreeReport]) -> OctreeReport:
+    """One report of a batch; its items have the same levels."""
+    wrong = [report.disagreement for report in reports if report.disagreement is not None]
+    return replace(
+        reports[0],
+        points_asked=sum(report.points_asked for report in reports),
+        voxels=sum(report.voxels for report in reports),
+        points_per_level=tuple(map(sum, zip(*(report.points_per_level for report in reports), strict=True))),
+        rounds=tuple(map(max, zip(*(report.rounds for report in reports), strict=True))),
+        disagreement=sum(wrong) if wrong else None,
+        seconds=sum(report.seconds for report in reports),
+    )
+
+
+def _like_input(output: Tensor, volume: Tensor) -> Tensor:
+    """Carry the metadata of a MetaTensor over to an output on the same grid."""
+    if not isinstance(volume, MetaTensor):
+        return output
+    result = MetaTensor(output).copy_meta_from(volume)
+    result.is_batch = volume.is_batch
+    return result
