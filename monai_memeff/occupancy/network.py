@@ -177,8 +177,9 @@ class OccupancyNet(nn.Module):
         plain = plain_tensor(volume)
         points = checked_points(points, plain)
         shape = tuple(plain.shape[2:])
-        unit = index_to_unit(points, shape).to(plain.dtype)
-        known = [unit if self.normalize_coordinates else points.to(plain.dtype)]
+        points = points.to(torch.promote_types(points.dtype, plain.dtype))  # never rounded to half precision
+        unit = index_to_unit(points, shape)
+        known = [unit if self.normalize_coordinates else points]
         if self.patch_encoder is not None:
             voxels = voxels_of(points, shape)
             patches = [gather_patches(plain, voxels)]
@@ -186,8 +187,8 @@ class OccupancyNet(nn.Module):
                 patches.append(gather_patches(latent.halved, voxels, step=2))
             known.append(self.patch_encoder(torch.cat(patches, 2).flatten(2)))
         known.append(latent.conditions[0][:, None].expand(-1, points.shape[1], -1))
-        known += [sample_at(level, unit.to(level.dtype)).transpose(1, 2) for level in latent.features]
-        return self.decoder(torch.cat(known, 2), latent.conditions[1:])
+        known += [sample_at(level.to(unit.dtype), unit).transpose(1, 2) for level in latent.features]
+        return self.decoder(torch.cat(known, 2).to(plain.dtype), latent.conditions[1:])
 
     def coarse_logits(self, latent: Latent) -> Tensor | None:
         """Auxiliary logits (B, K, h, w, d) at low resolution; None for variants without that head."""

@@ -212,7 +212,7 @@ def test_monais_trainer_learns_a_ball(own_points: bool, variant: str) -> None:
 
     trainer = SupervisedTrainer(
         device=torch.device("cpu"),
-        max_epochs=45 if variant == "c" else 20,
+        max_epochs=45,
         train_data_loader=DataLoader(Dataset(data, points), batch_size=2),
         network=network,
         optimizer=occupancy_optimizer(network, lr=1e-2, pade_lr=1e-2),
