@@ -2,6 +2,7 @@
 
 from monai_memeff.clstm.cell import GatedConvLSTMCell
 from monai_memeff.clstm.engine import FreezeUNetHandler
+from monai_memeff.clstm.figure import SaveAgreementD, SaveAgreementd, SaveAgreementDict, save_agreement
 from monai_memeff.clstm.inferer import SlabInferer
 from monai_memeff.clstm.network import CLSTMUNet
 from monai_memeff.clstm.slabs import NiftiSlabs
@@ -13,6 +14,9 @@ __all__ = [
     "FreezeUNetHandler",
     "GatedConvLSTMCell",
     "NiftiSlabs",
+    "SaveAgreementD",
+    "SaveAgreementDict",
+    "SaveAgreementd",
     "SlabInferer",
     "SliceBatchNorm2d",
     "SliceSequence",
@@ -20,4 +24,5 @@ __all__ = [
     "SliceSequenceDict",
     "SliceSequenced",
     "SliceUNet",
+    "save_agreement",
 ]

@@ -118,7 +118,7 @@ class Host:
         script = shutil.which(command, path=os.path.dirname(sys.executable)) or command
         return self._run([script, *map(str, arguments)], extra)
 
-    def run_in_one_process(self, *commands: list[object]) -> str:
+    def run_in_one_process(self, *commands: list[object], **extra: str) -> str:
         """Run several commands' entry points one after the other in one new process (the imports are paid once)."""
         script = self.folder / "run_commands.py"
         script.write_text(
@@ -130,7 +130,7 @@ class Host:
             "        scripts[command[0]].load()()\n"
         )
         listed = json.dumps([[str(word) for word in command] for command in commands])
-        return self._run([sys.executable, str(script), listed], {})
+        return self._run([sys.executable, str(script), listed], extra)
 
     def _run(self, command: list[str], extra: dict[str, str]) -> str:
         done = subprocess.run(command, env=self.environment(**extra), capture_output=True, text=True, cwd=self.folder)

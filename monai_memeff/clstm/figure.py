@@ -1,0 +1,120 @@
+"""A picture of a segmentation beside its reference: agreement green, missed red, too much purple, three sections."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.config import KeysCollection, NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from monai.utils import convert_to_numpy, optional_import
+
+GREEN, RED, PURPLE = (0.1, 0.8, 0.2), (0.9, 0.1, 0.1), (0.6, 0.1, 0.9)
+
+
+def agreement_colours(image: np.ndarray, prediction: np.ndarray, reference: np.ndarray, opacity: float) -> np.ndarray:
+    """Grey image (H, W) in 0 ... 1 with the colours laid over it: (H, W, 3)."""
+    colours = np.repeat(image[..., None], 3, axis=-1)
+    for where, colour in (
+        (prediction & reference, GREEN),
+        (~prediction & reference, RED),
+        (prediction & ~reference, PURPLE),
+    ):
+        colours[where] = (1 - opacity) * colours[where] + opacity * np.asarray(colour)
+    return colours
+
+
+def save_agreement(
+    path: str | os.PathLike[str],
+    image: NdarrayOrTensor,
+    prediction: NdarrayOrTensor,
+    reference: NdarrayOrTensor,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    window: tuple[float, float] | None = None,
+    opacity: float = 0.45,
+) -> None:
+    """Write sagittal, coronal and axial sections through the middle of the reference, as in the paper's figure 2.
+
+    Args:
+        path: of the picture, for example a .png.
+        image: (H, W, D), in the orientation RAS.
+        prediction: likewise; above 0 is inside.
+        reference: likewise; where it is empty, the sections go through the middle of the volume.
+        spacing: in millimetres, for the proportions.
+        window: intensities that are black and white; None: the 1st and 99th percentile.
+        opacity: of the colours.
+
+    Raises:
+        ValueError: the three have different shapes, or are not 3D.
+    """
+    volume, inside, truth = (np.asarray(convert_to_numpy(v), dtype=float) for v in (image, prediction, reference))
+    if not volume.shape == inside.shape == truth.shape or volume.ndim != 3:
+        raise ValueError(
+            f"three volumes (H, W, D) of one shape are needed, got {[v.shape for v in (volume, inside, truth)]}."
+        )
+    low, high = np.percentile(volume, [1, 99]) if window is None else window
+    grey = np.clip((volume - low) / max(high - low, 1e-6), 0, 1)
+    found = np.argwhere(truth > 0)
+    middle = found.mean(0).round().astype(int) if len(found) else np.array(volume.shape) // 2
+    agg, _ = optional_import("matplotlib.backends.backend_agg")
+    figure_module, _ = optional_import("matplotlib.figure")
+    figure = figure_module.Figure(figsize=(12, 4.4), facecolor="black")
+    agg.FigureCanvasAgg(figure)
+    for axis, name in enumerate(("sagittal", "coronal", "axial")):
+        section = [slice(None)] * 3
+        section[axis] = middle[axis]
+        place: Any = tuple(section)
+        colours = agreement_colours(grey[place], inside[place] > 0, truth[place] > 0, opacity)
+        across, up = (s for number, s in enumerate(spacing) if number != axis)
+        axes = figure.add_subplot(1, 3, axis + 1)
+        axes.imshow(colours.transpose(1, 0, 2), origin="lower", aspect=up / across)
+        axes.set_title(name, color="white")
+        axes.axis("off")
+    figure.text(0.5, 0.02, "green: agreement   red: missed   purple: too much", color="white", ha="center")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, facecolor="black")
+
+
+class SaveAgreementd(MapTransform):
+    """Write the picture of :func:`save_agreement` for every case that passes; the data goes through unchanged.
+
+    Args:
+        keys: predictions (1, H, W, D), above 0 is inside.
+        image_key: of the image.
+        label_key: of the reference.
+        output_dir: folder; the picture is named after the image's file.
+        window: see :func:`save_agreement`.
+        allow_missing_keys: pass over predictions that are not there.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        image_key: str = "image",
+        label_key: str = "label",
+        output_dir: str | os.PathLike[str] = ".",
+        window: tuple[float, float] | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.image_key, self.label_key, self.output_dir, self.window = image_key, label_key, Path(output_dir), window
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Write one picture per key."""
+        result = dict(data)
+        image = result[self.image_key]
+        for key in self.key_iterator(result):
+            spacing, name = (1.0, 1.0, 1.0), "case"
+            if isinstance(image, MetaTensor):
+                spacing = tuple(float(s) for s in image.pixdim)  # type: ignore[assignment]
+                name = Path(str(image.meta.get("filename_or_obj", name))).name.split(".")[0]
+            path = self.output_dir / f"{name}_{key}.png"
+            save_agreement(path, image[0], result[key][0], result[self.label_key][0], spacing, self.window)
+        return result
+
+
+SaveAgreementD = SaveAgreementDict = SaveAgreementd
