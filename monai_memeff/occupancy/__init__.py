@@ -4,6 +4,7 @@ from monai_memeff.occupancy.activation import PadeActivation
 from monai_memeff.occupancy.engine import PrepareBatchOccupancy
 from monai_memeff.occupancy.inferer import OctreeInferer, OctreeReport
 from monai_memeff.occupancy.loss import OccupancyLoss
+from monai_memeff.occupancy.mesh import SurfaceMesh, labels_to_mesh, logits_to_mesh, write_mesh
 from monai_memeff.occupancy.metrics import SampledDiceMetric
 from monai_memeff.occupancy.network import OccupancyNet
 from monai_memeff.occupancy.norm import ConditionalBatchNorm
@@ -29,6 +30,10 @@ __all__ = [
     "RandOccupancyPointsDict",
     "RandOccupancyPointsd",
     "SampledDiceMetric",
+    "SurfaceMesh",
+    "labels_to_mesh",
+    "logits_to_mesh",
     "occupancy_optimizer",
     "occupancy_scheduler",
+    "write_mesh",
 ]

@@ -1,0 +1,168 @@
+"""From labels or logits to a closed surface in millimetres, written as STL or PLY."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+from monai_memeff.geometry import check_affine
+
+
+class SurfaceMesh(NamedTuple):
+    """A closed surface.
+
+    Attributes:
+        vertices: float64 (V, 3), millimetres in the affine's space (MONAI: RAS+).
+        faces: int64 (F, 3), indices of vertices, anticlockwise seen from outside.
+    """
+
+    vertices: np.ndarray
+    faces: np.ndarray
+
+    @property
+    def volume(self) -> float:
+        """Enclosed cubic millimetres; positive, as faces look outwards."""
+        a, b, c = (self.vertices[self.faces[:, corner]] for corner in range(3))
+        return float(np.einsum("ij,ij->", a, np.cross(b, c)) / 6)
+
+
+def labels_to_mesh(
+    labels: Tensor | np.ndarray, affine: Tensor | np.ndarray | None = None, label: int = 1
+) -> SurfaceMesh:
+    """The surface of one label (marching cubes, Lorensen and Cline 1987, in the variant of Lewiner et al. 2003).
+
+    It runs half-way between voxel centres, and half a voxel outside the border where the label touches it.
+
+    Args:
+        labels: integers (H, W, D), or with leading axes of size 1, such as the (1, 1, H, W, D) of OctreeInferer.
+        affine: (4, 4), voxel index -> millimetres; default that of a MetaTensor.
+        label: which one.
+
+    Raises:
+        ValueError: no voxel has the label; the shape or the affine is none of a volume; a plain tensor has no affine.
+    """
+    matrix, volume = _affine(labels, affine), _volume(labels)
+    inside = volume == label
+    if not inside.any():
+        raise ValueError(f"label {label} is empty: no voxel of the volume has it, so it has no surface.")
+    box = _box(inside)
+    return _surface(inside[box].astype(np.float32) - 0.5, box, matrix)
+
+
+def logits_to_mesh(logits: Tensor, affine: Tensor | np.ndarray | None = None, label: int = 1) -> SurfaceMesh:
+    """The surface of one class at sub-voxel precision, where its logit equals the largest of the others.
+
+    OctreeInferer asks all corners of every cell that the surface passes, so this is the surface of the densely
+    evaluated logits.
+
+    Args:
+        logits: (K, H, W, D) or (1, K, H, W, D), as OctreeInferer gives them; one channel is positive inside label 1.
+        affine: (4, 4), voxel index -> millimetres; default that of a MetaTensor.
+        label: which class.
+
+    Raises:
+        ValueError: as for :func:`labels_to_mesh`, and where there is no such class.
+    """
+    matrix = _affine(logits, affine)
+    stack = logits.detach().as_subclass(Tensor)
+    stack = stack[0] if stack.dim() == 5 and len(stack) == 1 else stack
+    if stack.dim() != 4 or not (label == 1 if len(stack) == 1 else 0 <= label < len(stack)):
+        raise ValueError(f"class {label} needs logits (K, H, W, D) that have it, got shape {tuple(logits.shape)}.")
+    field = stack[0]
+    if len(stack) > 1:
+        others = torch.cat([stack[:label], stack[label + 1 :]])
+        field = stack[label] - others.amax(0)
+    values = field.float().cpu().numpy()
+    if not (values > 0).any():
+        raise ValueError(f"class {label} is empty: its logit is the largest nowhere, so it has no surface.")
+    box = _box(values > 0)
+    return _surface(values[box], box, matrix)
+
+
+def write_mesh(path: str | Path, mesh: SurfaceMesh, space: str = "LPS") -> None:
+    """Write a binary STL or PLY in millimetres, by the file's suffix.
+
+    Args:
+        path: ends in .stl or .ply; its folder exists.
+        mesh: in RAS+ millimetres.
+        space: "LPS", as DICOM and 3D Slicer take files (the header says so), or "RAS", as it is.
+
+    Raises:
+        ValueError: another suffix or space, or a mesh without faces.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in (".stl", ".ply"):
+        raise ValueError(f"a mesh is written as .stl or .ply, got {path.name!r}.")
+    if space not in ("LPS", "RAS"):
+        raise ValueError(f"space must be 'LPS' or 'RAS', got {space!r}.")
+    if not len(mesh.faces):
+        raise ValueError("a mesh without faces cannot be written.")
+    points = (mesh.vertices * ([-1.0, -1.0, 1.0] if space == "LPS" else 1.0)).astype("<f4")
+    path.write_bytes(_stl(points, mesh.faces, space) if kind == ".stl" else _ply(points, mesh.faces, space))
+
+
+def _stl(points: np.ndarray, faces: np.ndarray, space: str) -> bytes:
+    corners = points[faces]
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+    record = np.zeros(len(faces), dtype=[("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("unused", "<u2")])
+    record["normal"], record["corners"] = normals, corners
+    header = f"monai-memeff; UNIT=mm; SPACE={space}".encode().ljust(80)
+    return header + struct.pack("<I", len(faces)) + record.tobytes()
+
+
+def _ply(points: np.ndarray, faces: np.ndarray, space: str) -> bytes:
+    record = np.zeros(len(faces), dtype=[("count", "u1"), ("corners", "<i4", 3)])
+    record["count"], record["corners"] = 3, faces
+    header = (
+        f"ply\nformat binary_little_endian 1.0\ncomment monai-memeff; UNIT=mm; SPACE={space}\n"
+        f"element vertex {len(points)}\nproperty float x\nproperty float y\nproperty float z\n"
+        f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
+    )
+    return header.encode() + points.tobytes() + record.tobytes()
+
+
+def _surface(field: np.ndarray, box: tuple[slice, ...], affine: np.ndarray) -> SurfaceMesh:
+    """The zero of a field that is positive inside, closed half a voxel outside its border."""
+    from skimage.measure import marching_cubes
+
+    size = np.maximum(np.abs(field), np.finfo(np.float32).tiny)
+    away = np.where(field > 0, size, -size)  # a zero is outside, as for labels
+    padded = np.pad(away, 1, mode="edge")
+    rim = np.pad(np.zeros(field.shape, bool), 1, constant_values=True)
+    padded[rim] = -np.abs(padded[rim])
+    vertices, faces, _, _ = marching_cubes(padded, 0.0)
+    index = vertices.astype(np.float64) + [part.start - 1 for part in box]
+    mesh = SurfaceMesh(index @ affine[:3, :3].T + affine[:3, 3], faces.astype(np.int64))
+    return mesh if mesh.volume > 0 else mesh._replace(faces=mesh.faces[:, ::-1].copy())
+
+
+def _box(inside: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box with all of the mask and one voxel more on each side, within the volume."""
+    box = []
+    for axis, extent in enumerate(inside.shape):
+        hit = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
+        box.append(slice(max(int(hit[0]) - 1, 0), min(int(hit[-1]) + 2, extent)))
+    return tuple(box)
+
+
+def _affine(volume: Tensor | np.ndarray, affine: Tensor | np.ndarray | None) -> np.ndarray:
+    if affine is None:
+        if not isinstance(volume, MetaTensor):
+            raise ValueError("a plain tensor has no affine: give affine= (4, 4), voxel index -> millimetres.")
+        affine = volume.affine[0] if volume.affine.dim() == 3 else volume.affine
+    return check_affine(affine).cpu().numpy()
+
+
+def _volume(labels: Tensor | np.ndarray) -> np.ndarray:
+    values = labels.detach().as_subclass(Tensor).cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if values.ndim < 3 or any(extent != 1 for extent in values.shape[:-3]):
+        raise ValueError(f"labels must be one volume (H, W, D), got shape {values.shape}.")
+    return values.reshape(values.shape[-3:])
