@@ -18,7 +18,7 @@ SMALL = 16384  # storages up to this size stay where they are: statistics, scala
 
 
 class HostStore:
-    """Waiting room in host memory (pinned if the device is a GPU); buffers are used again.
+    """Waiting room in host memory, pinned if the device is a GPU (torch keeps pinned buffers for the next use).
 
     Args:
         device: where the tensors come from.
@@ -26,12 +26,10 @@ class HostStore:
 
     def __init__(self, device: torch.device) -> None:
         self._pin = device.type == "cuda"
-        self._free: dict[int, list[torch.Tensor]] = {}
 
     def write(self, data: torch.Tensor) -> torch.Tensor:
         """Copy bytes in; returns the ticket."""
-        free = self._free.get(data.numel())
-        slot = free.pop() if free else torch.empty(data.numel(), dtype=torch.uint8, pin_memory=self._pin)
+        slot = torch.empty(data.numel(), dtype=torch.uint8, pin_memory=self._pin)
         return slot.copy_(data, non_blocking=self._pin)
 
     def read(self, slot: torch.Tensor, data: torch.Tensor) -> None:
@@ -39,12 +37,10 @@ class HostStore:
         data.copy_(slot, non_blocking=self._pin)
 
     def release(self, slot: torch.Tensor) -> None:
-        """Give a ticket back."""
-        self._free.setdefault(slot.numel(), []).append(slot)
+        """Give a ticket back: nothing to do, the buffer goes with it."""
 
     def close(self) -> None:
-        """Drop all buffers."""
-        self._free.clear()
+        """Nothing is left."""
 
 
 class FolderStore:
