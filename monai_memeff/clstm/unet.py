@@ -119,13 +119,14 @@ class SliceUNet(nn.Module):
     def costs(self) -> list[tuple[int, float]]:
         """Multiplications of every convolution: per output value, and per pixel of the slice."""
         halvings = [*range(len(self.encoder)), *reversed(range(len(self.decoder))), 0]
-        parts = [*self.encoder, *self.decoder, self.last]
-        return [
-            (layer.weight[0].numel(), layer.weight.numel() / 4**halved)
-            for part, halved in zip(parts, halvings, strict=True)
-            for layer in part.modules()
-            if isinstance(layer, nn.Conv2d)
-        ]
+        found = []
+        for part, halved in zip([*self.encoder, *self.decoder, self.last], halvings, strict=True):
+            layers = [(m.out_channels, m.weight[0].numel()) for m in part.modules() if isinstance(m, nn.Conv2d)]
+            if isinstance(part, _Up) and part.halve is None:
+                high, inputs = layers[0][0], part.pair.first.conv.in_channels
+                layers[:1] = [(high, 9 * high), (high, 4 * (inputs - high))]
+            found += [(each, outputs * each / 4**halved) for outputs, each in layers]
+        return found
 
 
 class _Layer(nn.Module):
@@ -139,8 +140,8 @@ class _Layer(nn.Module):
         self.norm = _norm_layer(norm, out_channels)
         self.act = get_act_layer(act)
 
-    def forward(self, x: Tensor, slices: int) -> Tensor:
-        x = self.conv(x)
+    def forward(self, x: Tensor, slices: int, low: Tensor | None = None) -> Tensor:
+        x = self.conv(x) if low is None else _convolve_beside_upsampled(x, low, self.conv)
         x = self.norm(x, slices) if isinstance(self.norm, SliceBatchNorm2d) else self.norm(x)
         return self.act(x)
 
@@ -153,8 +154,8 @@ class _Pair(nn.Module):
         self.first = _Layer(in_channels, out_channels, norm, act)
         self.second = _Layer(out_channels, out_channels, norm, act)
 
-    def forward(self, x: Tensor, slices: int) -> Tensor:
-        return self.second(self.first(x, slices), slices)
+    def forward(self, x: Tensor, slices: int, low: Tensor | None = None) -> Tensor:
+        return self.second(self.first(x, slices, low), slices)
 
 
 class _Up(nn.Module):
@@ -166,10 +167,35 @@ class _Up(nn.Module):
         self.pair = _Pair(2 * high if up_conv else low + high, high, norm, act)
 
     def forward(self, x: Tensor, skip: Tensor, slices: int) -> Tensor:
+        if self.halve is None:
+            return self.pair(skip, slices, x)
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        if self.halve is not None:
-            x = self.halve(F.pad(x, (0, 1, 0, 1)), slices)  # its kernel reaches one place right and down
+        x = self.halve(F.pad(x, (0, 1, 0, 1)), slices)  # its kernel reaches one place right and down
         return self.pair(torch.cat((skip, x), dim=1), slices)
+
+
+def _convolve_beside_upsampled(skip: Tensor, low: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``conv(torch.cat((skip, upsampled(low)), 1))`` for a 3x3 kernel, without computing the same products repeatedly.
+
+    Nearest upsampling repeats every value 2x2 times, so a 3x3 kernel meets at most 2x2 different ones: their weights
+    are added first, for the four places of a pixel within its block apart. This takes 4 instead of 9 multiplications
+    per value, and neither the upsampled nor the joined features are ever in memory.
+    """
+    channels, (height, width) = skip.shape[1], low.shape[-2:]
+    rows = _added_taps(conv.weight[:, channels:], 2)  # (2, out, in, 2, 3): even and odd rows
+    kernels = _added_taps(rows, 4)  # (2 of columns, 2 of rows, out, in, 2, 2)
+    blocks = F.conv2d(low, kernels.flatten(0, 2), padding=1)
+    blocks = blocks.unflatten(1, (2, 2, conv.out_channels))
+    # odd places look one value further than even ones
+    parts = [[blocks[:, x, y, :, y : y + height, x : x + width] for x in (0, 1)] for y in (0, 1)]
+    upsampled = torch.stack([torch.stack(row, dim=-1) for row in parts], dim=-3)
+    return F.conv2d(skip, conv.weight[:, :channels], conv.bias, padding=1) + upsampled.flatten(-2).flatten(2, 3)
+
+
+def _added_taps(weight: Tensor, dim: int) -> Tensor:
+    """Three taps as the two of an even and the two of an odd place, stacked in front."""
+    first, middle, last = weight.unbind(dim)
+    return torch.stack((torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)))
 
 
 def _norm_layer(norm: str | tuple | None, channels: int) -> nn.Module:

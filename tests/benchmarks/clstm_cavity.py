@@ -50,9 +50,15 @@ def cavity_of(hounsfield: np.ndarray, spacing: np.ndarray, closing: float = 10.0
 
 
 def visible_human(data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The Visible Human head: image, cavity derived from its skull, affine."""
+    """The Visible Human head, cut out of its wide field of view; cavity derived from its skull; affine."""
     image, affine = load(data / "head_ct" / "vhf_head_ct.nii.gz")
-    return image, cavity_of(image, np.linalg.norm(affine[:3, :3], axis=0)), affine
+    cavity = cavity_of(image, np.linalg.norm(affine[:3, :3], axis=0))
+    body, _ = ndimage.label(image[::2, ::2, ::2] > -300)
+    body = body == np.bincount(body.ravel())[1:].argmax() + 1
+    first, last = (2 * f(np.argwhere(body[:, :, body.shape[2] // 2 :]), axis=0) for f in (np.min, np.max))
+    box = tuple(slice(max(0, a - 10), b + 10) for a, b in zip(first[:2], last[:2], strict=True))
+    affine = affine @ np.array([[1, 0, 0, box[0].start], [0, 1, 0, box[1].start], [0, 0, 1, 0], [0, 0, 0, 1]])
+    return image[box], cavity[box], affine
 
 
 def template(data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -88,7 +94,7 @@ def main() -> None:
     parser.add_argument("--train", choices=HEADS, default="visible_human", help="the other one is predicted")
     parser.add_argument("--pixdim", type=float, default=4.0, help="millimetres")
     parser.add_argument("--channels", type=int, nargs="+", default=[8, 16, 32, 64, 128])
-    parser.add_argument("--slices", type=int, default=500, help="iterations of stage 1")
+    parser.add_argument("--slices", type=int, default=1000, help="iterations of stage 1")
     parser.add_argument("--frozen", type=int, default=25, help="iterations of stage 2 with the U-Net fixed")
     parser.add_argument("--volumes", type=int, default=75, help="iterations of stage 2")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of stage 2")

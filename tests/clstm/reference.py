@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from monai_memeff.clstm import CLSTMUNet
+from monai_memeff.clstm import CLSTMUNet, SliceUNet
 
 
 def unrolled(network: CLSTMUNet, x: Tensor) -> Tensor:
@@ -24,6 +25,26 @@ def unrolled(network: CLSTMUNet, x: Tensor) -> Tensor:
             outputs.append(torch.einsum("bchw,oc->bohw", torch.cat(states, 1), network.head.weight[:, :, 0, 0]))
             outputs[-1] = outputs[-1] + network.head.bias[:, None, None]
     return torch.stack(outputs, 2 + network.axis)
+
+
+def plain_unet(unet: SliceUNet, x: Tensor) -> Tensor:
+    """The U-Net as the paper draws it: upsampled features beside the encoder's, for sizes that halve."""
+
+    def pair(level: torch.nn.Module, x: Tensor) -> Tensor:
+        for layer in (level.first, level.second):
+            x = layer.act(layer.norm(layer.conv(x)))
+        return x
+
+    skips = []
+    for level in unet.encoder:
+        x = pair(level, F.max_pool2d(x, 2) if skips else x)
+        skips.append(x)
+    for level, skip in zip(unet.decoder, skips[-2::-1], strict=True):
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if level.halve is not None:
+            x = level.halve.act(level.halve.norm(level.halve.conv(F.pad(x, (0, 1, 0, 1)))))
+        x = pair(level.pair, torch.cat((skip, x), 1))
+    return unet.last(x)
 
 
 def _walk(cell: torch.nn.Module, gates: list[Tensor]) -> list[Tensor]:

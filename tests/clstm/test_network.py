@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from monai_memeff.clstm import CLSTMUNet, SliceUNet
 from monai_memeff.memory import measure_peak
-from tests.clstm.reference import unrolled
-from tests.oracles import assert_same_as_whole, assert_tensors_agree, asymmetric
+from tests.clstm.reference import plain_unet, unrolled
+from tests.oracles import assert_less_memory, assert_same_as_whole, assert_tensors_agree, asymmetric
 
 SMALL: dict[str, Any] = {"channels": (2, 3, 4, 5, 6)}
 
@@ -115,6 +115,29 @@ def test_statistics_are_those_of_single_slices(momentum: float | None) -> None:
     assert_tensors_agree(
         {"y": together, **dict(layers[0].named_buffers())}, {"y": alone, **dict(layers[1].named_buffers())}
     )
+
+
+@pytest.mark.parametrize("up_conv", [False, True], ids=["concatenate", "2x2 convolution"])
+def test_the_unet_computes_what_the_paper_draws(up_conv: bool) -> None:
+    """Upsampling and concatenation are folded into two convolutions; values, gradients and statistics stay."""
+    nets = [SliceUNet(2, 3, (2, 3, 5), up_conv=up_conv).double() for _ in range(2)]
+    x = volume(2, 2, 12, 20)
+    assert_same_as_whole(nets[0], lambda x: plain_unet(nets[1], x), x, modules=(nets[0], nets[1]))
+
+
+def test_folding_upsampling_saves_multiplications_and_memory() -> None:
+    with torch.device("meta"):
+        unet, x = SliceUNet(1, 4), torch.zeros(1, 1, 512, 512)
+        found = []
+        for run in (unet, lambda x: plain_unet(unet, x)):
+            with FlopCounterMode(display=False) as counter:
+                run(x)
+            found.append(counter.get_total_flops() / 2e9)
+    assert found[1] == pytest.approx(222.5, abs=0.2)  # thousand million multiplications per slice, as published
+    assert found[0] == pytest.approx(sum(cost for _, cost in unet.costs()) * 512 * 512 / 1e9, rel=0.02)
+    assert found[0] < 0.82 * found[1]
+    unet, x = SliceUNet(1, 4, (8, 16, 32)), torch.rand(1, 1, 64, 64)
+    assert_less_memory(lambda: unet(x), lambda: plain_unet(unet, x), 0.9)
 
 
 # Frozen
