@@ -16,7 +16,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import monai.networks.nets as nets
 import nibabel
 import torch
+from process_memory import Resident
 from torch import nn
 
 from monai_memeff.halo import SpatialPartitionInferer
@@ -45,28 +45,6 @@ def load(image: Path) -> torch.Tensor:
     """The head as (1, 1, H, W, D) float32 in [0, 1]."""
     data = nibabel.load(image).get_fdata(dtype="float32")
     return torch.from_numpy(data)[None, None].div_(1024).add_(0.5).clamp_(0, 1)
-
-
-class Resident:
-    """Samples the resident set of this process: anonymous bytes, and all of it, above their level at entry."""
-
-    def __enter__(self) -> Resident:
-        self._level, self.peak, self._over = self._now(), [0, 0], threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _now(self) -> list[int]:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return [1024 * int(lines[field].split()[0]) for field in ("RssAnon", "VmRSS")]
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.02):
-            self.peak = [max(p, n - lv) for p, n, lv in zip(self.peak, self._now(), self._level, strict=True)]
 
 
 def stream(options: argparse.Namespace, store: str) -> dict[str, float]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import os
 import signal
 import statistics
@@ -150,6 +151,8 @@ def main() -> None:
         import torch._dynamo  # noqa: F401  what the first step imports
 
         import monai_memeff.halo  # noqa: F401
+
+        gc.freeze()
     logs = options.logs or Path(tempfile.mkdtemp(prefix="halo_soak_"))
     logs.mkdir(parents=True, exist_ok=True)
     busy = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(options.busy)]
@@ -171,7 +174,9 @@ def main() -> None:
     for way in sorted(set(options.ways)):
         print(f"{way}: {counts[way, True]} launches ended well, {counts[way, False]} did not")
     beside = f"{options.processes} processes each, {options.busy} busy ones beside"
-    print(f"{beside}: median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s")
+    print(
+        f"{beside}: load {os.getloadavg()[2]:.0f}: median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s"
+    )
 
 
 if __name__ == "__main__":

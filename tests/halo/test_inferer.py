@@ -88,6 +88,21 @@ def test_labels_are_the_argmax(tmp_path: Path) -> None:
         assert torch.equal(labels, whole(network, x).argmax(1, keepdim=True).to(torch.uint8))
 
 
+@pytest.mark.parametrize("classes", [104, 300])
+def test_labels_of_many_classes_need_no_float_for_each(classes: int, tmp_path: Path) -> None:
+    network = nets.BasicUNet(out_channels=classes, features=(2, 2, 2, 2, 2, 2)).eval()
+    x = torch.randn(1, 1, 128, 16, 16)
+    inferer = SpatialPartitionInferer(8, store=tmp_path, labels=True)
+    with measure_peak("cpu") as meter:
+        labels = inferer(x, network)
+    logits = whole(network, x)
+    assert labels.dtype == (torch.uint8 if classes <= 256 else torch.int16)
+    assert torch.equal(labels, logits.argmax(1, keepdim=True).to(labels.dtype))
+    assert meter.peak_bytes < logits.nbytes / 6
+    assert inferer.last_report is not None
+    assert inferer.last_report.device_peak_bytes < logits.nbytes / 6
+
+
 def test_auto_takes_as_few_parts_as_fit() -> None:
     network, x = unet().eval(), torch.randn(1, 1, 64, 32, 32)
     total = whole_peak_bytes(network, x.shape, x.dtype)
