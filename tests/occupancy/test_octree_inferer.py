@@ -153,7 +153,7 @@ class ByMean(nn.Module):
 
     def query(self, latent: Tensor, points: Tensor, volume: Tensor) -> Tensor:
         """(B, N, 1)."""
-        return latent[:, None, None] - (points - torch.tensor([22.0, 30.0, 19.0])).norm(dim=-1, keepdim=True)
+        return latent[:, None, None] - (points - points.new_tensor([22.0, 30.0, 19.0])).norm(dim=-1, keepdim=True)
 
 
 class Wrapper(nn.Module):
@@ -188,6 +188,17 @@ def test_batches_metadata_and_wrappers(output: str) -> None:
     plain = inferer(volume, ByMean())
     assert not isinstance(plain, MetaTensor)
     assert torch.equal(plain, result.as_tensor())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_the_labels_stay_where_the_volume_is(home: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    volume = torch.full((1, 1, *EXTENTS), 12.0)
+    logits = OctreeInferer(stride=4)(volume.to(home), ByMean().cuda())
+    assert logits.device.type == home
+    assert torch.equal(logits.cpu() > 0, OctreeInferer(stride=4)(volume, ByMean()) > 0)
 
 
 def test_report() -> None:
