@@ -1,7 +1,7 @@
 """monai-memeff: memory-efficient 3D models for MONAI and nnU-Net pipelines, switched on by configuration alone."""
 
-from monai_memeff import halo, sparse
+from monai_memeff import clstm, halo, occupancy, sparse
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "halo", "sparse"]
+__all__ = ["__version__", "clstm", "halo", "occupancy", "sparse"]
