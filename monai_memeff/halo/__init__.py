@@ -1,6 +1,6 @@
 """Halo wing: split the volume, share the edges; any CNN over many devices or streamed through one."""
 
-from monai_memeff.halo.communicator import HaloMesh, close, init_mesh, no_mesh, virtual_mesh
+from monai_memeff.halo.communicator import close, init_mesh
 from monai_memeff.halo.engine import (
     GatheredNetwork,
     PartitionPrepareBatch,
@@ -11,7 +11,9 @@ from monai_memeff.halo.engine import (
 )
 from monai_memeff.halo.inferer import SpatialPartitionInferer, StreamingReport
 from monai_memeff.halo.loss import SpatialLoss
-from monai_memeff.halo.network import spatial_partition, unpartition, verify
+from monai_memeff.halo.mesh import HaloMesh, no_mesh, virtual_mesh
+from monai_memeff.halo.network import spatial_partition, unpartition
+from monai_memeff.halo.proof import verify
 from monai_memeff.halo.region import NotPartitionable
 from monai_memeff.halo.transforms import (
     HounsfieldToUnit,

@@ -6,29 +6,20 @@ import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
+from monai_memeff.geometry import split_axis
+
 Bounds = tuple[int, ...]  # P + 1 rising row numbers: part i owns rows [bounds[i], bounds[i + 1])
 Span = tuple[int, int]  # rows [low, high) of one axis, in global row numbers
-Box = tuple[Span, ...]  # one span per split axis
+Spans = tuple[Span, ...]  # one span per split axis; a geometry.Box has all axes
 
 
 def cut(size: int, parts: int, multiple: int = 1) -> Bounds:
     """Cut an axis into parts that start at multiples of the network's total stride; the last part takes the rest.
 
-    Args:
-        size: number of rows (voxels) of the axis.
-        parts: number of parts.
-        multiple: every inner cut is a multiple of this number of rows.
-
     Raises:
-        ValueError: if a part would be left without rows.
+        ValueError: if a part would be left without rows, see `monai_memeff.geometry.split_axis`.
     """
-    units = size // multiple
-    if parts < 1 or units < parts:
-        raise ValueError(
-            f"Cannot cut {size} voxels into {parts} parts at multiples of {multiple}: at least {parts * multiple} "
-            f"voxels are needed; take fewer partitions or pad the volume."
-        )
-    return (*(multiple * (units * i // parts) for i in range(parts)), size)
+    return (0, *(stop for _, stop in split_axis(size, parts, multiple)))
 
 
 def conv_size(size: int, kernel: int, stride: int, low: int, high: int, dilation: int, ceil: bool = False) -> int:
@@ -36,11 +27,6 @@ def conv_size(size: int, kernel: int, stride: int, low: int, high: int, dilation
     span = size + low + high - dilation * (kernel - 1) - 1
     rows = (span + (stride - 1 if ceil else 0)) // stride + 1
     return rows - 1 if ceil and (rows - 1) * stride >= size + low else rows
-
-
-def transposed_size(size: int, kernel: int, stride: int, padding: int, dilation: int, extra: int) -> int:
-    """Output rows of a transposed convolution; `extra` is its output padding."""
-    return (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + extra + 1
 
 
 def down_bounds(bounds: Bounds, out_size: int, stride: int) -> Bounds:
@@ -51,17 +37,6 @@ def down_bounds(bounds: Bounds, out_size: int, stride: int) -> Bounds:
 def up_bounds(bounds: Bounds, out_size: int, factor: int) -> Bounds:
     """Cuts of the output of a layer that multiplies the number of rows."""
     return (0, *(min(b * factor, out_size) for b in bounds[1:-1]), out_size)
-
-
-def conv_window(out: Span, kernel: int, stride: int, padding: int, dilation: int) -> Span:
-    """Input rows that output rows `out` read; may reach beyond the volume."""
-    return out[0] * stride - padding, (out[1] - 1) * stride - padding + dilation * (kernel - 1) + 1
-
-
-def transposed_window(out: Span, size: int, kernel: int, stride: int, padding: int, dilation: int) -> Span:
-    """Input rows (of `size`) that write into output rows `out` of a transposed convolution."""
-    low = -((dilation * (kernel - 1) - padding - out[0]) // stride)
-    return max(low, 0), min((out[1] - 1 + padding) // stride + 1, size)
 
 
 @dataclass(frozen=True)
@@ -91,7 +66,7 @@ class Piece:
     """One message: rows `source` of `peer`, to stand at `offset` of the receiver's window."""
 
     peer: int
-    source: Box
+    source: Spans
     offset: tuple[int, ...]
 
 
@@ -107,8 +82,8 @@ class Plan:
         sends: pieces of `own` by receiver (`offset` is the receiver's business).
     """
 
-    own: Box
-    window: Box
+    own: Spans
+    window: Spans
     kept: Piece | None
     receives: tuple[Piece, ...]
     sends: tuple[Piece, ...]

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from monai_memeff.geometry import Stencil
 from monai_memeff.halo import arithmetic as ints
-from monai_memeff.halo.arithmetic import Bounds, Box, Span
+from monai_memeff.halo.arithmetic import Bounds, Span
 from monai_memeff.halo.exchange import Flight, assemble, finish, start, strip_boxes, window
+from monai_memeff.halo.padding import border, clip_for, pad_axis, pad_whole_axes
 from monai_memeff.halo.region import Layout, Margin, Region, margin_of, set_margin
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -109,13 +111,13 @@ def conv(
     """
     x, weight, bias = cast(x, weight, bias)
     bounds = spread(region, x)
-    x = _pad_whole_axes(region, x, taps, mode)
+    x = pad_whole_axes(region, x, taps.low, taps.high, mode)
     at = [d + region.spatial_dims for d in region.dims]
     k, s, d, lo, hi = ([v[i] for i in at] for v in (taps.kernel, taps.stride, taps.dilation, taps.low, taps.high))
     sizes = [ints.conv_size(b[-1], *a) for b, *a in zip(bounds, k, s, lo, hi, d, strict=False)]
     out_bounds = [ints.down_bounds(b, n, t) for b, n, t in zip(bounds, sizes, s, strict=False)]
     layout = new_layout(region, out_bounds)
-    wanted = per_part(out_bounds, lambda a, o: ints.conv_window(o, k[a], s[a], lo[a], d[a]))
+    wanted = per_part(out_bounds, lambda a, o: Stencil(k[a], s[a], d[a], lo[a]).inputs_of(*o))
     inner = [0 if i in at or mode != "zeros" or taps.low != taps.high else taps.low[i] for i in range(len(taps.kernel))]
     geometry = _Conv(region, layout, weight, taps, at, inner, groups)
     if mode == "zeros":
@@ -124,16 +126,6 @@ def conv(
     else:
         y = geometry.padded(x, bounds, bias, wanted, mode)
     return set_margin(region.tag(y, layout), _pointwise_margin(x, weight, bias, taps, groups))
-
-
-def _pad_whole_axes(region: Region, x: torch.Tensor, taps: Taps, mode: str) -> torch.Tensor:
-    """Pad the axes that are not split, unless the convolution itself can do it."""
-    if mode == "zeros" and taps.low == taps.high:
-        return x
-    split = {d + region.spatial_dims for d in region.dims}
-    pads = [(0, 0) if i in split else (taps.low[i], taps.high[i]) for i in range(len(taps.kernel))]
-    flat = [n for pair in reversed(pads) for n in pair]
-    return F.pad(x, flat, mode="constant" if mode == "zeros" else mode) if any(flat) else x
 
 
 def _pointwise_margin(
@@ -260,8 +252,8 @@ class _Conv:
             weight = weight.narrow(dim, t_low, t_high - t_low)
         else:
             length = (last - first - 1) * s + d * (k - 1) + 1
-            strip = _pad_axis(strip, dim, before, 0)
-            strip = _pad_axis(strip, dim, 0, max(length - strip.shape[dim], 0)).narrow(dim, 0, length)
+            strip = pad_axis(strip, dim, before, 0)
+            strip = pad_axis(strip, dim, 0, max(length - strip.shape[dim], 0)).narrow(dim, 0, length)
         pads = list(padding)
         for earlier in range(axis + 1):
             pads[self.at[earlier]] = 0
@@ -274,12 +266,6 @@ def _spoils_weight_gradient(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return learns and x.device.type == "cpu" and x.dtype is torch.bfloat16 and x.shape[2] == 2
 
 
-def _pad_axis(x: torch.Tensor, dim: int, low: int, high: int) -> torch.Tensor:
-    if low == 0 and high == 0:
-        return x
-    return F.pad(x, [0, 0] * (-dim - 1) + [low, high])
-
-
 def _from_margin(x: torch.Tensor, region: Region, plan: ints.Plan) -> Any:
     """Strips cut from the margin that came with the tensor, or None if it is too thin."""
     margin = margin_of(x)
@@ -289,34 +275,3 @@ def _from_margin(x: torch.Tensor, region: Region, plan: ints.Plan) -> Any:
     if any(r is None for r in rows):
         return None
     return assemble(x.shape, region.dims, plan, [r for r in rows if r is not None], x)
-
-
-def clip_for(mode: str, wanted: Span, size: int) -> Span:
-    """Rows inside the volume that a padded window needs (reflection reads further in than it pads)."""
-    low, high = max(wanted[0], 0), min(wanted[1], size)
-    if mode == "reflect":
-        high = max(high, min(1 - wanted[0], size)) if wanted[0] < 0 else high
-        low = min(low, max(2 * size - 1 - wanted[1], 0)) if wanted[1] > size else low
-    else:
-        low, high = min(low, size - 1), max(high, 1)
-    return low, high
-
-
-def border(
-    x: torch.Tensor,
-    region: Region,
-    have: Box,
-    want: Sequence[Span],
-    bounds: Sequence[Bounds],
-    mode: str,
-    value: float = 0.0,
-) -> torch.Tensor:
-    """Extend a window beyond the volume's border by a padding mode, then cut it to the rows wanted."""
-    pads = [0] * (2 * region.spatial_dims)
-    for dim, (low, high), b in zip(region.dims, want, bounds, strict=False):
-        pads[2 * (-dim - 1)], pads[2 * (-dim - 1) + 1] = max(-low, 0), max(high - b[-1], 0)
-    if any(pads):
-        x = F.pad(x, pads, mode=mode, value=value) if mode == "constant" else F.pad(x, pads, mode=mode)
-    for dim, (low, high), (got, _) in zip(region.dims, want, have, strict=False):
-        x = x.narrow(dim, low - (got - max(-low, 0)), high - low)
-    return x

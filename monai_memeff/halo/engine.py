@@ -11,7 +11,8 @@ from monai.engines import PrepareBatch, default_prepare_batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from monai_memeff.halo.communicator import HaloMesh, init_mesh, start_processes
+from monai_memeff.halo.communicator import init_mesh, start_processes
+from monai_memeff.halo.mesh import HaloMesh
 from monai_memeff.halo.network import spatial_partition
 from monai_memeff.halo.volume import gather, scatter, with_meta
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from monai_memeff.halo.arithmetic import Box, Piece, Plan
-from monai_memeff.halo.communicator import Communicator, Pending
+from monai_memeff.halo.arithmetic import Piece, Plan, Spans
+from monai_memeff.halo.transport import Communicator, Pending
 
 Dims = tuple[int, ...]  # split axes as negative dimensions
 
 
-def cutout(x: torch.Tensor, dims: Dims, box: Box, origin: Sequence[int]) -> torch.Tensor:
+def cutout(x: torch.Tensor, dims: Dims, box: Spans, origin: Sequence[int]) -> torch.Tensor:
     """View of the rows `box` (global numbers) of a tensor whose first rows are `origin`."""
     for dim, (low, high), start in zip(dims, box, origin, strict=False):
         x = x.narrow(dim, low - start, high - low)
@@ -160,7 +160,7 @@ class _Start(torch.autograd.Function):
         return ctx.flight.add_gradients(gradient.contiguous()), None
 
 
-def strip_boxes(plan: Plan) -> list[tuple[int, bool, Box]]:
+def strip_boxes(plan: Plan) -> list[tuple[int, bool, Spans]]:
     """The window minus the own rows, as strips: (axis, upper side, box in global rows).
 
     A strip spans the whole window on the axes before its own and the own rows on the axes after it.
@@ -184,7 +184,7 @@ def _strip_of(piece: Piece, plan: Plan) -> tuple[int, bool]:
     return axis, spans[axis][0] >= plan.own[axis][1]
 
 
-def _in_strip(strip: torch.Tensor, box: Box, dims: Dims, plan: Plan, piece: Piece) -> torch.Tensor:
+def _in_strip(strip: torch.Tensor, box: Spans, dims: Dims, plan: Plan, piece: Piece) -> torch.Tensor:
     starts = [w[0] + o - b[0] for w, o, b in zip(plan.window, piece.offset, box, strict=False)]
     for dim, start, (low, high) in zip(dims, starts, piece.source, strict=False):
         strip = strip.narrow(dim, start, high - low)

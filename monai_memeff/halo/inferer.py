@@ -17,11 +17,11 @@ from monai.utils import optional_import
 from torch import nn
 
 from monai_memeff.halo import arithmetic as ints
-from monai_memeff.halo.communicator import HaloMesh, virtual_mesh
+from monai_memeff.halo.mesh import HaloMesh, virtual_mesh
 from monai_memeff.halo.network import replica, spatial_partition, unpartition
 from monai_memeff.halo.pager import FolderStore, HostStore, Pager, Watch
 from monai_memeff.halo.region import Margin, region_of, set_margin
-from monai_memeff.halo.stride import on_meta, spatial_dims_of, total_stride
+from monai_memeff.halo.stride import network_stride, on_meta, spatial_dims_of
 from monai_memeff.halo.virtual import Hub
 from monai_memeff.halo.volume import boxes, slices, with_meta
 
@@ -198,7 +198,7 @@ class SpatialPartitionInferer(Inferer):
         network = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
         began = time.perf_counter()
         shape = inputs.shape[2:]
-        volume = _padded(inputs.as_subclass(torch.Tensor).detach(), total_stride(network, spatial_dims_of(network)))
+        volume = _padded(inputs.as_subclass(torch.Tensor).detach(), network_stride(network, spatial_dims_of(network)))
         parts = self._parts(network, volume)
         device = self.device or next(iter(network.parameters())).device
         store = HostStore(device) if self.store == "host" else FolderStore(self.store)
@@ -221,7 +221,7 @@ class SpatialPartitionInferer(Inferer):
         if budget is None:
             raise ValueError("partitions='auto' needs memory_budget= (bytes) when there is no GPU.")
         peak = whole_peak_bytes(network, volume.shape, volume.dtype)
-        limit = volume.shape[2 + self.axis] // total_stride(network, dims)[self.axis]
+        limit = volume.shape[2 + self.axis] // network_stride(network, dims)[self.axis]
         parts = 1 if peak <= budget else int(-(-peak * _HEADROOM // budget))
         if parts > limit:
             raise ValueError(

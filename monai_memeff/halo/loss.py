@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from monai_memeff.halo.arithmetic import rank_at
-from monai_memeff.halo.communicator import HaloMesh
 from monai_memeff.halo.exchange import sum_loss
 from monai_memeff.halo.guard import PER_CHANNEL, QUESTIONS, VOXELWISE, name_of, tensors_in
+from monai_memeff.halo.mesh import HaloMesh
 from monai_memeff.halo.region import NotPartitionable
 from monai_memeff.halo.volume import gather as gather_parts
 

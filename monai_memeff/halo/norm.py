@@ -9,9 +9,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from monai_memeff.halo import arithmetic as ints
-from monai_memeff.halo.communicator import Communicator
 from monai_memeff.halo.exchange import Flight
 from monai_memeff.halo.region import Layout, Margin, Region, set_margin
+from monai_memeff.halo.transport import Communicator
 
 
 def _wide(dtype: torch.dtype, device: torch.device) -> torch.dtype:

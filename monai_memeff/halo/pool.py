@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from monai_memeff.geometry import Stencil
 from monai_memeff.halo import arithmetic as ints
 from monai_memeff.halo.arithmetic import Bounds, Span
 from monai_memeff.halo.conv import Taps, new_layout, per_part, spread
@@ -27,7 +28,7 @@ def _gathered(
     sizes = [ints.conv_size(b[-1], k[a], s[a], p[a], p[a], d[a], ceil) for a, b in enumerate(bounds)]
     out_bounds = [ints.down_bounds(b, n, t) for b, n, t in zip(bounds, sizes, s, strict=False)]
     layout = new_layout(region, out_bounds)
-    wanted = per_part(out_bounds, lambda a, o: ints.conv_window(o, k[a], s[a], p[a], d[a]))
+    wanted = per_part(out_bounds, lambda a, o: Stencil(k[a], s[a], d[a], p[a]).inputs_of(*o))
     plan = ints.plan(region.comm.rank, bounds, wanted)
     if plan.receives or plan.sends or plan.window != plan.own:
         x = window(region.comm, region.dims, x, plan, fill)

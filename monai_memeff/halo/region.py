@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from monai_memeff.halo.arithmetic import Bounds, Box
-from monai_memeff.halo.communicator import Communicator, HaloMesh
+from monai_memeff.halo.arithmetic import Bounds, Spans
+from monai_memeff.halo.mesh import HaloMesh
+from monai_memeff.halo.transport import Communicator
 
 
 class NotPartitionable(RuntimeError):
@@ -171,9 +172,9 @@ class Margin:
     """
 
     width: int
-    pieces: dict[Box, torch.Tensor]
+    pieces: dict[Spans, torch.Tensor]
 
-    def rows(self, box: Box, dims: tuple[int, ...]) -> torch.Tensor | None:
+    def rows(self, box: Spans, dims: tuple[int, ...]) -> torch.Tensor | None:
         """The rows of a box, cut from the piece that holds it; None if no piece does."""
         for larger, tensor in self.pieces.items():
             if all(bl <= lo and hi <= bh for (bl, bh), (lo, hi) in zip(larger, box, strict=False)):

@@ -72,7 +72,7 @@ def trace_shapes(network: nn.Module, shape: tuple[int, ...]) -> list[tuple[int, 
     return shapes
 
 
-def total_stride(network: nn.Module, dims: int) -> tuple[int, ...]:
+def network_stride(network: nn.Module, dims: int) -> tuple[int, ...]:
     """Rows of the input per row of the coarsest level, along each spatial axis.
 
     Raises:

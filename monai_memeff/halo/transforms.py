@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable, RandomizableTransform, SpatialCrop, Transform
 from monai.utils import TransformBackends, convert_to_tensor
 
-from monai_memeff.halo.communicator import HaloMesh
+from monai_memeff.halo.mesh import HaloMesh
 from monai_memeff.halo.volume import slices
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from monai_memeff.geometry import Stencil
 from monai_memeff.halo import arithmetic as ints
+from monai_memeff.halo.arithmetic import Span
 from monai_memeff.halo.conv import Taps, cast, new_layout, per_part, spread
 from monai_memeff.halo.exchange import window
 from monai_memeff.halo.region import Margin, Region, margin_of, set_margin
@@ -40,10 +42,11 @@ def transposed(
     bounds = spread(region, x)
     at = [d + region.spatial_dims for d in region.dims]
     k, s, d, p, e = ([v[i] for i in at] for v in (taps.kernel, taps.stride, taps.dilation, taps.low, extra))
-    sizes = [ints.transposed_size(b[-1], *a) for b, *a in zip(bounds, k, s, p, d, e, strict=False)]
+    stencils = [Stencil(*a, transposed=True) for a in zip(k, s, d, p, e, strict=True)]
+    sizes = [stencil.output_size(b[-1]) for stencil, b in zip(stencils, bounds, strict=True)]
     out_bounds = [ints.up_bounds(b, n, t) for b, n, t in zip(bounds, sizes, s, strict=False)]
     layout = new_layout(region, out_bounds)
-    wanted = per_part(out_bounds, lambda a, o: ints.transposed_window(o, bounds[a][-1], k[a], s[a], p[a], d[a]))
+    wanted = per_part(out_bounds, lambda a, o: _inside(stencils[a].inputs_of(*o), bounds[a][-1]))
     plan = ints.plan(region.comm.rank, bounds, wanted)
     wide = x
     if plan.receives or plan.sends or plan.window != plan.own:
@@ -65,6 +68,10 @@ def transposed(
     for dim, offset, rows in crops:
         y = y.narrow(dim, offset, rows) if y.shape[dim] != rows else y
     return set_margin(region.tag(y.contiguous(), layout), _grown_margin(x, weight, bias, taps, extra, groups, at))
+
+
+def _inside(span: Span, size: int) -> Span:
+    return max(span[0], 0), min(span[1], size)
 
 
 def _grown_margin(

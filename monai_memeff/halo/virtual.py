@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from monai_memeff.halo.transport import Counters, Message, Pending
+
 _HERE = threading.local()
 
 
@@ -107,6 +109,54 @@ class Hub:
         if self.failure is not None:
             raise self.failure
         return results
+
+
+class VirtualCommunicator(Counters):
+    """One of several ranks in one process; a thread of `Hub`."""
+
+    def __init__(self, hub: Hub, rank: int) -> None:
+        super().__init__(rank, hub.size)
+        self._hub = hub
+        self._round = 0
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        """Post tensors into the receivers' mailboxes; `wait` hands the baton on until the answers are there."""
+        self.count(sends)
+        for peer, tensor in sends:
+            self._hub.mail.setdefault((self.rank, peer), deque()).append(tensor)
+        return _Mail(self._hub, self.rank, [peer for peer, _ in receives])
+
+    def _rendezvous(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        number, self._round = self._round, self._round + 1
+        slots = self._hub.rounds.setdefault(number, [None] * (self.size + 1))
+        slots[self.rank] = tensor
+        slots[-1] = (slots[-1] or 0) + 1
+        self._hub.wait(self.rank, lambda: slots[-1] >= self.size)
+        result = list(slots[:-1])
+        slots[-1] += 1
+        if slots[-1] == 2 * self.size:
+            del self._hub.rounds[number]
+        return result
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, added in rank order."""
+        self.reductions += 1
+        return torch.stack(self._rendezvous(tensor)).sum(0)
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors of all ranks, by rank."""
+        return self._rendezvous(tensor)
+
+
+class _Mail:
+    def __init__(self, hub: Hub, rank: int, peers: list[int]) -> None:
+        self._hub, self._rank, self._peers = hub, rank, peers
+
+    def wait(self) -> list[torch.Tensor]:
+        boxes = [self._hub.mail.setdefault((peer, self._rank), deque()) for peer in self._peers]
+        need = {peer: self._peers.count(peer) for peer in self._peers}
+        self._hub.wait(self._rank, lambda: all(len(self._hub.mail[p, self._rank]) >= n for p, n in need.items()))
+        return [box.popleft() for box in boxes]
 
 
 def _grad_mode() -> Callable[[], Any]:

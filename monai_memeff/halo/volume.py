@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from monai.data import MetaTensor
 
-from monai_memeff.halo.arithmetic import Bounds, Box, coordinates, cut
-from monai_memeff.halo.communicator import HaloMesh
+from monai_memeff.halo.arithmetic import Bounds, Spans, coordinates, cut
+from monai_memeff.halo.mesh import HaloMesh
 from monai_memeff.halo.region import NotPartitionable
 
 
@@ -26,7 +26,7 @@ def boxes(mesh: HaloMesh, shape: Sequence[int]) -> tuple[Bounds, ...]:
     return tuple(cut(shape[a], n, m) for a, n, m in zip(mesh.axes, mesh.spatial, mesh.multiple, strict=False))
 
 
-def own_box(mesh: HaloMesh, shape: Sequence[int]) -> Box:
+def own_box(mesh: HaloMesh, shape: Sequence[int]) -> Spans:
     """This rank's rows along the mesh's split axes, for a volume of a spatial shape."""
     return tuple((b[p], b[p + 1]) for b, p in zip(boxes(mesh, shape), mesh.position, strict=False))
 

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from monai_memeff.halo import HaloMesh, VolumeUNet, spatial_partition
 from monai_memeff.halo.arithmetic import coordinates, cut
-from monai_memeff.halo.communicator import Message, NoCommunicator, Pending
 from monai_memeff.halo.pager import Pager, Watch
+from monai_memeff.halo.transport import Message, NoCommunicator, Pending
 
 MESHES = ((2, 1), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8), (16, 16))
 

@@ -173,10 +173,8 @@ def main() -> None:
         process.kill()
     for way in sorted(set(options.ways)):
         print(f"{way}: {counts[way, True]} launches ended well, {counts[way, False]} did not")
-    beside = f"{options.processes} processes each, {options.busy} busy ones beside"
-    print(
-        f"{beside}: load {os.getloadavg()[2]:.0f}: median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s"
-    )
+    print(f"{options.processes} processes each, {options.busy} busy ones beside, load {os.getloadavg()[2]:.0f}")
+    print(f"median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s")
 
 
 if __name__ == "__main__":

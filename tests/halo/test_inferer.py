@@ -128,7 +128,7 @@ def test_metatensors_progress_and_refusals(capfd: pytest.CaptureFixture[str]) ->
     assert "2 partitions" in capfd.readouterr().err
     with pytest.raises(ValueError, match="positive number"):
         SpatialPartitionInferer(0)
-    with pytest.raises(ValueError, match="Cannot cut 16 voxels into 5 parts"):
+    with pytest.raises(ValueError, match="16 voxels cut at multiples of 4 has at most 4 parts, got 5"):
         SpatialPartitionInferer(5)(x, network)
     with pytest.raises(NotPartitionable, match="LocalResponseNorm"):
         SpatialPartitionInferer(2)(x, nn.Sequential(nn.Conv3d(1, 1, 1), nn.LocalResponseNorm(1)))

@@ -141,7 +141,7 @@ def test_bad_input_is_refused_on_every_rank() -> None:
     hub = Hub(2)
     mesh = virtual_mesh(hub, (2,))
     network = spatial_partition(unet(), mesh)
-    with pytest.raises(ValueError, match="at least 8 voxels"):
+    with pytest.raises(ValueError, match="at most 1 parts, got 2"):
         scatter(torch.zeros(1, 1, 6, 8, 8), mesh)
     errors: list[str] = []
 
