@@ -10,7 +10,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from monai.losses import DiceCELoss
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
@@ -54,15 +53,19 @@ class SparseMethod:
 
 
 class DenseMethod:
-    """MONAI's U-Net, which predicts the implant with Dice and cross-entropy: the usual dense recipe."""
+    """MONAI's U-Net, which completes the skull with cross-entropy.
+
+    Of the recipes tried for a few hundred steps (skull or implant as target, cross-entropy with or without Dice, batch
+    or instance norm) this one did best by far.
+    """
 
     def __init__(self) -> None:
         self.network: nn.Module = UNet(3, 1, 1, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2, norm="batch")
-        self.criterion = DiceCELoss(sigmoid=True)
+        self.criterion = nn.BCEWithLogitsLoss()
 
     def loss(self, defective: Tensor, skull: Tensor) -> Tensor:
-        """Dice plus cross-entropy of the implant."""
-        return self.criterion(self.network(defective), skull - defective)
+        """Cross-entropy of the complete skull."""
+        return self.criterion(self.network(defective), skull)
 
     def complete(self, defective: Tensor) -> Tensor:
         """The defective skull and the voxels with a positive logit."""
