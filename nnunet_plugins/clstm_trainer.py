@@ -14,6 +14,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_plugins import whole_volume
 
@@ -176,9 +177,7 @@ def edit_plans(plans: dict, configuration: str, defaults: dict[str, Any]) -> Non
         ValueError: a 2D configuration or an unknown setting.
     """
     edited = plans["configurations"][configuration]
-    resolved = edited
-    while "patch_size" not in resolved and "inherits_from" in resolved:
-        resolved = {**plans["configurations"][resolved["inherits_from"]], **edited}
+    resolved = PlansManager(deepcopy(plans)).get_configuration(configuration).configuration  # with what it inherits
     if len(resolved["patch_size"]) != 3:
         raise ValueError(
             f"CLSTMTrainer works on volumes, configuration {configuration} has the patch size "

@@ -54,7 +54,8 @@ def save_agreement(
     volume, inside, truth = (np.asarray(convert_to_numpy(v), dtype=float) for v in (image, prediction, reference))
     if not volume.shape == inside.shape == truth.shape or volume.ndim != 3:
         raise ValueError(
-            f"three volumes (H, W, D) of one shape are needed, got {[v.shape for v in (volume, inside, truth)]}."
+            "image, prediction and reference must be volumes (H, W, D) of one shape, got "
+            f"{volume.shape}, {inside.shape} and {truth.shape}."
         )
     low, high = np.percentile(volume, [1, 99]) if window is None else window
     grey = np.clip((volume - low) / max(high - low, 1e-6), 0, 1)

@@ -79,7 +79,7 @@ class SlabInferer(Inferer):
         if not isinstance(inputs, Tensor):
             return self._stream(inputs, bare)
         if torch.is_grad_enabled() and bare.training:  # a trainer: the network keeps its own memory low
-            return bare(inputs)
+            return network(inputs)
         return self._volume(inputs, bare)
 
     def write(self, inputs: Tensor | Iterable[Tensor], network: nn.Module, out: Any) -> None:
@@ -102,8 +102,7 @@ class SlabInferer(Inferer):
     def _volume(self, volume: Tensor, network: Any) -> Tensor:
         whole: Tensor | None = None
         device, first = self.device or volume.device, 0
-        plain = volume.as_subclass(Tensor)
-        for result in self._stream(self._cut(plain, network.axis), network, device):
+        for result in self._stream(self._cut(volume, network.axis), network, device):
             if whole is None:
                 shape = (*result.shape[:2], *volume.shape[2:])
                 whole = torch.empty(shape, dtype=result.dtype, device=device)
@@ -116,7 +115,7 @@ class SlabInferer(Inferer):
     def _cut(self, volume: Tensor, axis: int) -> list[Tensor]:
         if volume.ndim != 5:
             raise ValueError(f"SlabInferer takes a volume (B, C, H, W, D), got {tuple(volume.shape)}.")
-        return list(volume.split(self.slab, dim=2 + axis))
+        return list(volume.as_subclass(Tensor).split(self.slab, dim=2 + axis))
 
     def _stream(self, slabs: Iterable[Tensor], network: Any, device: torch.device | None = None) -> Iterator[Tensor]:
         ends: list[Any] = [None]

@@ -17,7 +17,9 @@ TOLERANCE = 0.01
 
 
 def check_that_slabs_continue(slabs: Iterable[Tensor], axis: int) -> Iterator[Tensor]:
-    """Pass slabs (B, C, H, W, d) on, and compare the affines of those that have one (MetaTensor).
+    """Pass slabs (B, C, H, W, d) on, and compare the affines of those that have one of their own (MetaTensor).
+
+    Slabs that MONAI cut out of a volume by ``split`` all carry the volume's affine, which says nothing.
 
     Args:
         slabs: in order.
@@ -27,6 +29,7 @@ def check_that_slabs_continue(slabs: Iterable[Tensor], axis: int) -> Iterator[Te
         ValueError: a slab has another in-plane size, or does not begin where the one before it ends: the slice spacing
             changes, or slices are missing or repeated.
     """
+    before: np.ndarray | None = None
     expected: np.ndarray | None = None
     plane: tuple[int, ...] | None = None
     for number, slab in enumerate(slabs):
@@ -35,7 +38,7 @@ def check_that_slabs_continue(slabs: Iterable[Tensor], axis: int) -> Iterator[Te
             raise ValueError(f"slab {number} has the in-plane shape {shape}, the ones before {plane}; resample first.")
         plane = shape
         affine = affine_of(slab)
-        if affine is not None and expected is not None:
+        if affine is not None and expected is not None and not np.array_equal(affine, before):
             step = np.linalg.norm(expected[:3, axis])
             moved = np.linalg.norm(affine[:3, 3] - expected[:3, 3])
             if moved > TOLERANCE * step or not np.allclose(affine[:3, :3], expected[:3, :3], atol=TOLERANCE * step):
@@ -44,6 +47,7 @@ def check_that_slabs_continue(slabs: Iterable[Tensor], axis: int) -> Iterator[Te
                     f"its slice spacing is {np.linalg.norm(affine[:3, axis]):.4g} mm after {step:.4g}; resample to "
                     "one spacing first."
                 )
+        before = affine
         expected = None if affine is None else shifted(affine, axis, slab.shape[2 + axis])
         yield slab
 

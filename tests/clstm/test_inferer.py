@@ -169,11 +169,17 @@ def test_labels_need_a_name_that_can_be_written_in_place(tmp_path: Path) -> None
         NiftiSlabs(tmp_path / "4d.nii")
 
 
+def test_slabs_that_monai_split_share_an_affine_and_are_taken() -> None:
+    net, x = network(), MetaTensor(torch.randn(1, 1, 9, 11, 10, dtype=torch.float64))
+    results = list(SlabInferer()(x.split(4, -1), net))
+    torch.testing.assert_close(torch.cat([r.as_tensor() for r in results], -1), whole(net, x.as_tensor()))
+
+
 def test_write_fills_an_array_from_a_volume() -> None:
-    net, x = network(), torch.randn(1, 1, 9, 11, 10, dtype=torch.float64)
+    net, x = network(), MetaTensor(torch.randn(1, 1, 9, 11, 10, dtype=torch.float64))
     for out in (np.zeros((1, 1, 9, 11, 10)), torch.zeros(1, 1, 9, 11, 10, dtype=torch.float64)):
         SlabInferer(slab=3).write(x, net, out)
-        torch.testing.assert_close(torch.as_tensor(out), whole(net, x))
+        torch.testing.assert_close(torch.as_tensor(out), whole(net, x.as_tensor()))
 
 
 # Refusals

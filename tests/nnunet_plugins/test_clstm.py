@@ -21,8 +21,9 @@ from tests.nnunet_plugins.host import Host, labels_of, write_dataset
 NAME = "Dataset903_Heads"
 TRAINER = "ShortCLSTMTrainer"
 
-SHORT = '''"""Short, and it writes down the shapes it trained on."""
+SHORT = '''"""Short; it writes down the shapes it trained on, and validates when it is asked to."""
 import os
+import sys
 
 from nnunet_plugins import CLSTMTrainer
 
@@ -38,6 +39,10 @@ class ShortCLSTMTrainer(CLSTMTrainer):
     def train_step(self, batch):
         print("trained on", tuple(batch["data"].shape), tuple(batch["target"].shape))
         return super().train_step(batch)
+
+    def perform_actual_validation(self, save_probabilities=False):
+        if "--val" in sys.argv:
+            super().perform_actual_validation(save_probabilities)
 '''
 
 
@@ -64,7 +69,7 @@ def test_from_training_to_a_shared_model(host: Host, tmp_path: Path) -> None:
     printed = host.run(*train)
     trained = [tuple(map(int, found)) for found in re.findall(r"trained on \(1, 2, (\d+), (\d+), (\d+)\)", printed)]
     assert {tuple(sorted(shape)) for shape in trained} == {(26, 33, 37)}
-    more = [*train, "--val"], [*predict, tmp_path / "before"], export, [*train, "--c"]
+    more = [*train, "--c"], [*train, "--val"], [*predict, tmp_path / "before"], export
     continued = host.run_in_one_process(*more, SHORT_EPOCHS="2")
     assert "Epoch 1" in continued
     assert "Epoch 0" not in continued
@@ -150,13 +155,19 @@ def test_prediction_is_the_networks_own_and_leaves_its_settings() -> None:
 def plans(**changes: Any) -> dict[str, Any]:
     """As much of a plan as is read."""
     full = {"patch_size": [8, 8, 8], "batch_size": 2, "architecture": {"network_class_name": "stock"}, **changes}
-    return {"configurations": {"3d_fullres": full, "3d_child": {"inherits_from": "3d_fullres"}}}
+    return {
+        "configurations": {
+            "3d_fullres": full,
+            "3d_child": {"inherits_from": "3d_fullres"},
+            "3d_grandchild": {"inherits_from": "3d_child"},
+        }
+    }
 
 
 DEFAULTS = {name: getattr(CLSTMTrainer, name) for name in SETTINGS}
 
 
-@pytest.mark.parametrize("configuration", ["3d_fullres", "3d_child"])
+@pytest.mark.parametrize("configuration", ["3d_fullres", "3d_child", "3d_grandchild"])
 def test_editing_twice_changes_nothing_and_the_plans_go_first(configuration: str) -> None:
     edited = plans(**{KEY: {"hidden_channels": 3}})
     edit_plans(edited, configuration, DEFAULTS)
