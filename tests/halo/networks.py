@@ -1,13 +1,16 @@
-"""Small networks of both hosts, and one comparison of parts with the whole."""
+"""Small networks of both hosts, and the scripts that the how-tos show."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import monai.networks.nets as nets
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
+HOWTOS = Path(__file__).parents[2] / "docs" / "howto"
 FEATURES = (2, 2, 4, 4, 4, 2)
 
 
@@ -50,3 +53,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "PlainConvUNet": lambda: nnunet(PlainConvUNet, n_conv_per_stage=1),
     "ResidualEncoderUNet": lambda: nnunet(ResidualEncoderUNet, n_blocks_per_stage=1),
 }
+
+
+def snippets(page: str) -> list[str]:
+    """The Python scripts on a page of the how-tos."""
+    return re.findall(r"```python\n(.*?)```", (HOWTOS / page).read_text(encoding="utf-8"), re.DOTALL)

@@ -56,7 +56,7 @@ def test_an_overlay_trains_in_parts_like_the_stock_bundle(
     tmp_path: Path,
 ) -> None:
     files = listed("configs/train.json", overlay_path("halo"))
-    where = ["--dataset_dir", str(organ_data), "--ckpt_dir", str(tmp_path)]
+    where = ["--dataset_dir", str(organ_data), "--ckpt_dir", str(tmp_path), "--halo_spatial", "[2]"]
     run = torchrun(stock, 2, "run", "--config_file", files, *where)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     parts = torch.load(tmp_path / "model.pt", weights_only=True)

@@ -13,7 +13,7 @@ from torch import nn
 from monai_memeff.halo import NotPartitionable, SpatialPartitionInferer
 from monai_memeff.halo.inferer import whole_peak_bytes
 from monai_memeff.memory.meter import measure_peak
-from tests.halo.networks import NETWORKS, unet
+from tests.halo.networks import NETWORKS, snippets, unet
 
 
 def whole(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -134,3 +134,10 @@ def test_metatensors_progress_and_refusals(capfd: pytest.CaptureFixture[str]) ->
         SpatialPartitionInferer(2)(x, nn.Sequential(nn.Conv3d(1, 1, 1), nn.LocalResponseNorm(1)))
     with pytest.raises(TypeError, match=r"nn\.Module"):
         SpatialPartitionInferer(2)(x, lambda t: t)
+
+
+def test_the_how_to_runs_as_it_stands() -> None:
+    (script,) = snippets("halo_inference.md")
+    names = {"network": unet().eval(), "volume": torch.randn(1, 1, 64, 16, 16)}
+    exec(script, names)
+    torch.testing.assert_close(names["logits"], whole(names["network"], names["volume"]), atol=1e-5, rtol=0)

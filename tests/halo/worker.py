@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from monai_memeff.halo import NotPartitionable, SpatialLoss, close, gather, init_mesh, scatter, spatial_partition
-from tests.halo.networks import NETWORKS, unet
+from tests.halo.networks import NETWORKS, snippets, unet
 
 
 def report(name: str, value: float) -> None:
@@ -162,6 +162,18 @@ def refused() -> None:
     report("refusals missing", 4 * dist.get_world_size() - int(total))
 
 
+def as_documented() -> None:
+    """The script of the how-to on training, line by line, over gloo."""
+    (script,) = snippets("halo_training.md")
+    image, label = volume(1, 16, 8, 8)
+    started = script.replace('dist.init_process_group("nccl")\n', "")
+    assert started != script
+    names: dict[str, Any] = {"network": unet().double(), "image": image, "label": label}
+    exec(started, names)
+    assert all(p.grad is not None for p in names["network"].parameters())
+    assert not dist.is_initialized()
+
+
 def main(task: str) -> None:
     """Run one task in this process."""
     torch.set_num_threads(1)
@@ -176,6 +188,7 @@ def main(task: str) -> None:
         )
         networks((2,), (32, 16, 16), ["BasicUNet deconv", "BasicUNet nontrainable", "BasicUNetPlusPlus"])
         refused()
+        as_documented()
     elif task == "three":
         networks((3,), (20, 8, 8), ["UNet instance", "ResidualEncoderUNet"])
         networks((3,), (12, 8, 8), ["AttentionUnet"])
