@@ -133,7 +133,7 @@ def main() -> None:
     truth, _ = load(test / "labelsTr" / f"{unseen}.nii.gz")
     found, _ = load(bundle / "eval" / unseen / f"{unseen}_cavity.nii.gz")
     dice = 2 * (found * truth).sum() / (found.sum() + truth.sum())
-    score = (bundle / "eval" / "metrics.csv").read_text().split()[-1]
+    score = (bundle / "eval" / "metrics.csv").read_text().strip().split(",")[-1]
     print(f"trained on {choice.train}, Dice of {unseen}: {score} at {choice.pixdim} mm, {dice:.4f} on its own grid")
     print(f"prediction twice: {third + fourth:.0f} processor seconds")
     print(f"all stages: {time.perf_counter() - began:.0f} s on the wall")
