@@ -18,7 +18,8 @@ class SampledDiceMetric(CumulativeIterationMetric):
     """Dice over points drawn as the paper does, not over all voxels.
 
     Reich et al., BMVC 2021 (arXiv 2110.10640), section 4 and code: 2^17 uniform points for BraTS; 2^14 points, 40 % of
-    them near the border, for LiTS. Points near the border are the hard ones, so this score lies below the dense one.
+    them near the border, for LiTS. Points near the border are the hard ones, so for a large organ this score lies below
+    the dense one.
 
     Args:
         number: of points per volume.
