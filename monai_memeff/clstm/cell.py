@@ -17,8 +17,9 @@ class GatedConvLSTMCell(nn.Module):
         i, f, o = sigmoid(u + conv(h_before) + b)      g = tanh(u + conv(h_before) + b)
         c = f * c_before + i * g                       h = o * tanh(c)
 
-    The paper does not say the size of the hidden-to-hidden kernels (3x3 assumed) nor how they start (torch's default
-    here, and 1 for the bias of f, so that the state lasts for a few slices before anything is learned).
+    The paper does not say the size of the hidden-to-hidden kernels (3x3 assumed) nor how they start. Here kernels and
+    biases start at zero: volumes then begin with what the gates learned from single slices. Single slices cannot teach
+    the kernels, and random ones would disturb.
 
     Args:
         hidden_channels: of both states.
@@ -36,9 +37,8 @@ class GatedConvLSTMCell(nn.Module):
             )
         self.hidden_channels = hidden_channels
         self.conv = nn.Conv2d(hidden_channels, 4 * hidden_channels, kernel_size, padding=kernel_size // 2)
-        assert self.conv.bias is not None
+        nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
-        nn.init.ones_(self.conv.bias.data[hidden_channels : 2 * hidden_channels])
 
     def forward(self, gates: Tensor, h: Tensor, c: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Walk over slices.

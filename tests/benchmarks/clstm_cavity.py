@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--train", choices=HEADS, default="visible_human", help="the other one is predicted")
     parser.add_argument("--pixdim", type=float, default=4.0, help="millimetres")
     parser.add_argument("--channels", type=int, nargs="+", default=[8, 16, 32, 64, 128])
+    parser.add_argument("--norm", default="instance", help="batch, as published, or instance")
     parser.add_argument("--slices", type=int, default=1000, help="iterations of stage 1")
     parser.add_argument("--frozen", type=int, default=25, help="iterations of stage 2 with the U-Net fixed")
     parser.add_argument("--volumes", type=int, default=75, help="iterations of stage 2")
@@ -108,9 +109,8 @@ def main() -> None:
         save(choice.work / "heads" / f"images{part}" / f"{name}.nii.gz", image.astype(np.int16), affine)
         save(choice.work / "heads" / f"labels{part}" / f"{name}.nii.gz", cavity.astype(np.uint8), affine)
     shift = round(20 / choice.pixdim)
-    options = [f"--{k}={v}" for k, v in {
-        "dataset_dir": choice.work / "heads", "pixdim": [choice.pixdim] * 3, "network_def#channels": choice.channels,
-    }.items()]  # fmt: skip
+    options = [f"--dataset_dir={choice.work / 'heads'}", f"--pixdim={[choice.pixdim] * 3}"]
+    options += [f"--network_def#channels={choice.channels}", f"--network_def#norm={choice.norm}"]
     spell = "['configs/train.json', 'configs/{}.json']"
     train = [*options, f"--shift={shift}"]
     _, printed = run(bundle, "--config_file", spell.format("statistics"), *options)

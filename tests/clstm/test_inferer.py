@@ -22,7 +22,9 @@ def network(bidirectional: bool = False, **options: Any) -> CLSTMUNet:
     torch.manual_seed(0)
     settings = {"channels": (2, 3, 4), "hidden_channels": 2, "bidirectional": bidirectional, **options}
     net = CLSTMUNet(**settings).double().eval()
-    nn.init.uniform_(net.cell.conv.weight, -0.6, 0.7)
+    for name, parameter in net.named_parameters():
+        if name.startswith("cell"):
+            nn.init.uniform_(parameter, -0.6, 0.7)
     return net
 
 
