@@ -17,8 +17,8 @@ class PrepareBatchOccupancy(PrepareBatch):
     """Points for the network and their labels for the loss, for ``prepare_batch`` of MONAI's trainers.
 
     Takes the points of :class:`~monai_memeff.occupancy.RandOccupancyPointsd` if the batch has them, else draws them on
-    the device from the label, so that a stock bundle needs no other transform. Give the trainer ``decollate=False``:
-    its predictions are points and no volumes.
+    the device from the label, so that a stock bundle needs no other transform. Predictions then are points and no
+    volumes: metrics and post-processing of volumes belong to validation.
 
     Returns ``(image, (labels of points (B, N), label (B, 1, H, W, D)), (points (B, N, 3),), {})``, for
     :class:`~monai_memeff.occupancy.OccupancyNet` and :class:`~monai_memeff.occupancy.OccupancyLoss`.

@@ -8,8 +8,8 @@ what is learnt there is that volume, not the organs. Its labels are a model's, n
 Both networks train without augmentation, with Adam at the same rate and the same loss, until their time is up: CPU
 seconds of this process, so that other work on the machine does not count, or wall time on a GPU. The U-Net (MONAI,
 residual) sees random 64^3 crops, half of them around an organ, and is run by MONAI's sliding window; OccupancyNet sees
-whole volumes and answers 2^12 points of each, and is run by OctreeInferer from a grid; on the first case of each set the
-octree is compared with asking every voxel. Sampled Dice is the paper's for LiTS: 2^14 points, 40 % of them near a
+whole volumes and answers 2^12 points of each, and is run by OctreeInferer from a grid; on the first case of each set
+the octree is compared with asking every voxel. Sampled Dice is the paper's for LiTS: 2^14 points, 40 % of them near a
 border, so it is not the dense one.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/occupancy_organs.py --seconds 100

@@ -94,7 +94,7 @@ def test_why_not_listed(listed, tmp_path):
 
 def test_trainers_are_attributes_loaded_when_asked_for():
     assert "SparseTrainer" in dir(nnunet_plugins)
-    with pytest.raises(AttributeError, match="its trainers are SparseTrainer"):
+    with pytest.raises(AttributeError, match=r"its trainers are .*SparseTrainer"):
         nnunet_plugins.SparseTrianer  # noqa: B018
 
 
@@ -153,5 +153,5 @@ def test_an_unknown_name_is_answered_with_close_ones(listed, capsys):
     assert main(["doctor", "SparseTrianer"]) == 1
     assert "did you mean SparseTrainer" in capsys.readouterr().out
     assert main(["doctor", "Xqz"]) == 1
-    assert "ours are SparseTrainer" in capsys.readouterr().out
+    assert f"ours are {', '.join(nnunet_plugins.TRAINERS)}" in capsys.readouterr().out
     assert main(["doctor", "nnUNetTrainer"]) == 0

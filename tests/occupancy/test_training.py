@@ -218,7 +218,6 @@ def test_monais_trainer_learns_a_ball(own_points: bool, variant: str) -> None:
         optimizer=occupancy_optimizer(network, lr=1e-2, pade_lr=1e-2),
         loss_function=Recording(),
         prepare_batch=PrepareBatchOccupancy(number=512),
-        decollate=False,
     )
     trainer.run()
     assert all(map(math.isfinite, losses))
