@@ -157,6 +157,8 @@ class _Conv:
         """Ordinary convolution."""
         weight = self.weight if weight is None else weight
         stride, dilation = self.taps.stride, self.taps.dilation
+        if _wants_onednn(x, weight):
+            return torch.mkldnn_convolution(x, weight, bias, tuple(padding), stride, dilation, self.groups)
         return _CONV[len(stride)](x, weight, bias, stride, tuple(padding), dilation, self.groups)
 
     def joined(self, x: torch.Tensor, bounds: Any, bias: Any, wanted: Any, periodic: bool = False) -> torch.Tensor:
@@ -258,6 +260,13 @@ class _Conv:
         for earlier in range(axis + 1):
             pads[self.at[earlier]] = 0
         return self.run(strip, None, pads, weight), first
+
+
+def _wants_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """In inference on the CPU torch takes a slow path when all but the last axis are small, as in thin parts."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype is not torch.float32 or x.dim() < 4:
+        return False
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and weight[0, 0].numel() > 1
 
 
 def _spoils_weight_gradient(x: torch.Tensor, weight: torch.Tensor) -> bool:

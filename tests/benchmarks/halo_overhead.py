@@ -95,23 +95,34 @@ def steps(sides: list[int], repeats: int, width: int) -> None:
     close()
 
 
-def stream(side: int, partitions: list[int], width: int, store: str) -> None:
-    """Print peak, traffic and time of whole-volume inference by number of partitions."""
+def stream(side: int, partitions: list[int], width: int, store: str, repeats: int) -> None:
+    """Print peak, traffic and time of whole-volume inference by number of partitions, each paired with the whole."""
     model, x = network(width, False).eval(), torch.randn(1, 1, side, side, side)
-    with torch.no_grad():
-        began = time.perf_counter()
-        whole = model(x)
-    seconds = time.perf_counter() - began
-    print(f"whole: {whole_peak_bytes(model, x.shape, x.dtype) / 2**20:.0f} MiB, {seconds:.2f} s")
+    print(f"whole: {whole_peak_bytes(model, x.shape, x.dtype) / 2**20:.0f} MiB")
     for parts in partitions:
         inferer = SpatialPartitionInferer(parts, store=store)
-        error = float((inferer(x, model) - whole).abs().max())
+        pairs = []
+        for _ in range(repeats):
+            whole, *alone = timed(model, x)
+            streamed, *inside = timed(lambda v: inferer(v, model), x)  # noqa: B023
+            pairs.append([*alone, *inside])
+        error = float((streamed - whole).abs().max())
+        cpu, wall = (statistics.median(p[i + 2] / p[i] for p in pairs) for i in (0, 1))
         r = inferer.last_report
         assert r is not None
         print(
             f"{parts:>3} partitions: {r.device_peak_bytes / 2**20:.0f} MiB, moved {r.moved_bytes / 1e9:.2f} GB, "
-            f"{r.seconds:.2f} s (x{r.seconds / seconds:.2f}), largest difference {error:.1e}"
+            f"CPU x{cpu:.2f}, wall x{wall:.2f} ({r.seconds:.2f} s), largest difference {error:.1e}",
+            flush=True,
         )
+
+
+@torch.no_grad()
+def timed(call: Any, x: torch.Tensor) -> tuple[torch.Tensor, float, float]:
+    """Output, CPU-seconds and wall seconds."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    y = call(x)
+    return y, time.process_time() - cpu, time.perf_counter() - wall
 
 
 def main() -> None:
@@ -130,7 +141,7 @@ def main() -> None:
         torch.set_num_threads(1)
         steps(options.sides, options.repeats, options.width)
     else:
-        stream(options.side, options.partitions, options.width, options.store)
+        stream(options.side, options.partitions, options.width, options.store, options.repeats)
 
 
 if __name__ == "__main__":
