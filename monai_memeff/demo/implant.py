@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -167,23 +166,6 @@ def implant_mesh(field: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.
     points = (vertices - 1) @ affine[:3, :3].T + affine[:3, 3]
     volume = np.einsum("ij,ij->i", points[faces[:, 0]], np.cross(points[faces[:, 1]], points[faces[:, 2]])).sum() / 6
     return points.astype(np.float32), (faces if volume > 0 else faces[:, ::-1]).astype(np.int64)
-
-
-def write_stl(path: Path, vertices: np.ndarray, faces: np.ndarray) -> None:
-    """Write a binary STL in millimetres, in LPS coordinates as DICOM and 3D Slicer use them (its header says so).
-
-    Args:
-        path: the file.
-        vertices: (V, 3) in RAS+ millimetres.
-        faces: (F, 3) indices, anticlockwise seen from outside.
-    """
-    points = (vertices * np.array([-1.0, -1.0, 1.0]))[faces].astype("<f4")
-    normals = np.cross(points[:, 1] - points[:, 0], points[:, 2] - points[:, 0])
-    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
-    record = np.zeros(len(faces), dtype=[("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("unused", "<u2")])
-    record["normal"], record["corners"] = normals, points
-    header = b"monai-memeff implant; UNIT=mm; SPACE=LPS".ljust(80)
-    path.write_bytes(header + struct.pack("<I", len(faces)) + record.tobytes())
 
 
 def write_mask(path: Path, mask: np.ndarray, affine: np.ndarray) -> None:

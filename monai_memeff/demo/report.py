@@ -222,6 +222,7 @@ def write_case(
     """
     from monai_memeff.demo import implant as shapes
     from monai_memeff.demo.render import render_png
+    from monai_memeff.occupancy import SurfaceMesh, write_mesh
 
     remaining = shapes.defective_bone(head, defective)
     removed = head.bone & ~remaining
@@ -231,7 +232,7 @@ def write_case(
         shape = shapes.implant_field(head, defective, prediction)
         drawn = shapes.implant_in_ct(head, *shape, remaining)
     if shape is not None and (shape[0] > 0).any():
-        shapes.write_stl(folder / "implant.stl", *shapes.implant_mesh(*shape))
+        write_mesh(folder / "implant.stl", SurfaceMesh(*shapes.implant_mesh(*shape)))
     for name, mask in (("implant", drawn), ("removed_bone", removed), ("defective_skull", remaining)):
         shapes.write_mask(folder / f"{name}.nii.gz", mask, head.ct_affine)
     true_shape = shapes.implant_field(head, defective, truth)

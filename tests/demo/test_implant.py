@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 
 from monai_memeff.demo import implant as shapes
 from monai_memeff.demo.volume import prepare_head, resample_to_grid
+from monai_memeff.occupancy import SurfaceMesh, write_mesh
 from tests.demo.conftest import Case
 
 
@@ -111,7 +112,7 @@ def test_an_implant_at_the_border_of_its_grid_is_closed_too() -> None:
 def test_stl_is_lps_millimetres_with_outward_normals(tmp_path: Path, shape: tuple[np.ndarray, np.ndarray]) -> None:
     vertices, faces = shapes.implant_mesh(*shape)
     path = tmp_path / "implant.stl"
-    shapes.write_stl(path, vertices, faces)
+    write_mesh(path, SurfaceMesh(vertices, faces))
     header, normals, points = _read_stl(path)
     assert b"SPACE=LPS" in header
     assert b"UNIT=mm" in header
