@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from monai_memeff.occupancy.activation import PadeActivation, activation
 
 
-class ResidualBlock(nn.Module):
+class ResidualDownBlock(nn.Module):
     """Two 3^3 convolutions with half the resolution in between, beside a 1^3 convolution; Reich et al., section 3.
 
     Shape: (B, in_channels, H, W, D) -> (B, out_channels, ceil(H / 2), ceil(W / 2), ceil(D / 2)); an odd last plane is
@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualEncoder(nn.Module):
-    """A chain of :class:`ResidualBlock`; the features after each of them, finest first, at strides 2, 4, 8, ...
+    """A chain of :class:`ResidualDownBlock`; the features after each of them, finest first, at strides 2, 4, 8, ...
 
     Args:
         in_channels: of the volume.
@@ -50,7 +50,7 @@ class ResidualEncoder(nn.Module):
     def __init__(self, in_channels: int, channels: Sequence[int], act: tuple | str, norm: tuple | str) -> None:
         super().__init__()
         pairs = pairwise((in_channels, *channels))
-        self.blocks = nn.ModuleList(ResidualBlock(before, after, act, norm) for before, after in pairs)
+        self.blocks = nn.ModuleList(ResidualDownBlock(before, after, act, norm) for before, after in pairs)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features of (B, in_channels, H, W, D), one tensor per block."""
