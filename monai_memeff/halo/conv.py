@@ -263,8 +263,8 @@ class _Conv:
 
 
 def _wants_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """In inference on the CPU torch takes a slow path when all but the last axis are small, as in thin parts."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype is not torch.float32 or x.dim() < 4:
+    """On the CPU torch takes a slow path when all but the last axis are small, as they are in thin parts."""
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or x.dim() < 4:
         return False
     return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and weight[0, 0].numel() > 1
 

@@ -1,4 +1,4 @@
-"""Autocast to bfloat16: parts differ from the whole by no more than the whole differs from single precision."""
+"""Single precision, and autocast to bfloat16: parts differ from the whole by no more than rounding does."""
 
 from __future__ import annotations
 
@@ -79,6 +79,16 @@ def test_training_in_parts(name: str, overlap: bool) -> None:
         assert rounding > 0
         assert distance(one, single) < ROUNDING * rounding
         assert distance(one, all_in_one) < ROUNDING * rounding
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_in_single_precision(name: str) -> None:
+    torch.manual_seed(2)
+    network, x = NETWORKS[name](), torch.randn(1, 1, 28, 16, 16)
+    output, gradients = step(copy.deepcopy(network), x, False)
+    parts, in_parts, _ = spread_step(copy.deepcopy(network), x, True)
+    torch.testing.assert_close(parts, output, atol=1e-4, rtol=0)
+    assert distance(in_parts, gradients) < 1e-4 * float(gradients.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("name", NAMES)
