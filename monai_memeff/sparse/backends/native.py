@@ -2,14 +2,13 @@
 
 A block of output rows is finished while it is in cache: for every plane of kernel offsets its input rows are gathered
 through the neighbour table into one (rows, offsets * channels) matrix and multiplied by that plane's weights. Nothing
-is scattered, so the result does not depend on the order in which threads run. With many channels the multiplications by
-absent neighbours cost more than a scatter within the block, so there each offset takes only the rows that are present.
-Maps with few pairs per offset (transposed convolutions) go offset by offset through pairs: gather, multiply, index_add.
+is scattered, so the result does not depend on the order in which threads run. Maps with few pairs per offset
+(transposed convolutions) go offset by offset through pairs instead: gather, multiply, index_add.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import torch
@@ -17,16 +16,13 @@ from torch import Tensor
 
 from monai_memeff.sparse.kernel_map import KernelMap
 
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
-"""Elements of one gathered block: about one megabyte in float32 keeps it in a core's cache."""
+BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
+"""Elements of one gathered block: at most eight megabytes in float32 stay in a shared cache."""
 
 MIN_BLOCK_ROWS = 1024
 
-COMPACT_CHANNELS = 64
-"""Channels from which leaving out absent neighbours is faster than multiplying by zeros, as measured on shells."""
-
-COMPACT_FILL = 0.75
-"""Fraction of present neighbours up to which it is."""
+PLANNED_ROWS = 256
+"""Rows of the smallest block that is worth a plan of oneDNN's."""
 
 
 def unavailable() -> str | None:
@@ -89,9 +85,7 @@ def gather_multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kerne
         return out
     if kernel_map.flipped:
         weight = weight.flip(0)
-    if kernel_map.table is not None and _is_worth_compacting(kernel_map, weight):
-        _by_present(features, weight, kernel_map.table, out)
-    elif kernel_map.table is not None:
+    if kernel_map.table is not None:
         _by_table(features, weight, kernel_map.table, out)
     else:
         _by_pairs(features, weight, kernel_map, out)
@@ -140,9 +134,7 @@ def both_gradients(features: Tensor, grad: Tensor, weight: Tensor, transposed: K
         return grad_features, grad_weight
     if transposed.flipped:
         weight = weight.flip(0)
-    if transposed.table is not None and _is_worth_compacting(transposed, weight):
-        _both_by_present(features, grad, weight, transposed.table, grad_features, grad_weight)
-    elif transposed.table is not None:
+    if transposed.table is not None:
         _both_by_table(features, grad, weight, transposed.table, grad_features, grad_weight)
     else:
         _both_by_pairs(features, grad, weight, transposed, grad_features, grad_weight)
@@ -153,11 +145,27 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _is_worth_compacting(kernel_map: KernelMap, weight: Tensor) -> bool:
-    """Whether the table's absent neighbours should be left out; a GPU would wait for every count, so never there."""
-    assert kernel_map.table is not None
-    wide = weight.device.type == "cpu" and min(weight.shape[1:]) >= COMPACT_CHANNELS
-    return wide and kernel_map.num_pairs < COMPACT_FILL * kernel_map.table.numel()
+def _add_product(total: Tensor, a: Tensor, b: Tensor, rows: int) -> None:
+    """Add ``a @ b`` of a block of rows in place.
+
+    In float32 on the CPU oneDNN multiplies, which uses 512-bit vectors on every processor that has them; torch's own
+    BLAS does so on Intel's only. oneDNN plans every new shape, so it gets blocks of 2^n rows and torch the last few.
+    """
+    planned = rows >= PLANNED_ROWS and rows & (rows - 1) == 0
+    if planned and a.dtype == torch.float32 and a.device.type == "cpu" and _has_onednn():
+        total += torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    else:
+        total.addmm_(a, b)
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether torch has oneDNN's matrix product, and it gives what torch's own gives."""
+    a, b = torch.randn(24, 18), torch.randn(18, 16)
+    try:
+        return torch.allclose(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""), a @ b, atol=1e-4)
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def _initial_output(bias: Tensor | None, rows: int, channels: int, like: Tensor) -> Tensor:
@@ -167,9 +175,15 @@ def _initial_output(bias: Tensor | None, rows: int, channels: int, like: Tensor)
 
 
 def _blocks(rows: int, row_elements: int, device: torch.device) -> list[slice]:
-    """Row ranges whose gathered block fits the budget."""
-    size = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(row_elements, 1))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    """Row ranges whose gathered blocks fit the budget: of 2^n rows each, then halves of that, and the last few."""
+    most = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(row_elements, 1))
+    size, start, blocks = 1 << (most.bit_length() - 1), 0, []
+    while start < rows:
+        while size > max(rows - start, PLANNED_ROWS):
+            size //= 2
+        blocks.append(slice(start, min(start + size, rows)))
+        start += size
+    return blocks
 
 
 def _with_absent_row(features: Tensor) -> Tensor:
@@ -187,28 +201,10 @@ def _by_table(features: Tensor, weight: Tensor, table: Tensor, out: Tensor) -> N
         for plane in range(planes):
             gathered = padded.index_select(0, table[plane, rows].flatten()).view(block.shape[0], -1)
             if exact:
-                block.addmm_(gathered, plane_weights[plane])
+                _add_product(block, gathered, plane_weights[plane], len(block))
             else:
                 block += gathered @ plane_weights[plane]
             del gathered  # before the next one is made: one block is alive at a time, always the same memory
-        if not exact:
-            out[rows] = block
-
-
-def _present(table: Tensor, absent: int, rows: slice) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Offset, rows it reads and where they go within a block of the table, for every offset."""
-    for offset, column in enumerate(table[:, rows].transpose(1, 2).flatten(0, 1)):
-        into = (column < absent).nonzero()[:, 0]
-        yield offset, column.index_select(0, into), into
-
-
-def _by_present(features: Tensor, weight: Tensor, table: Tensor, out: Tensor) -> None:
-    exact = _accumulator(out.dtype) == out.dtype
-    for rows in _blocks(len(out), max(weight.shape[1:]), features.device):
-        block = out[rows] if exact else out[rows].float()
-        for offset, read, into in _present(table, len(features), rows):
-            product = features.index_select(0, read) @ weight[offset]
-            block.index_add_(0, into, product.to(block.dtype))
         if not exact:
             out[rows] = block
 
@@ -250,8 +246,8 @@ def _both_by_table(
         for plane in range(planes):
             gathered = padded.index_select(0, table[plane, rows].flatten()).view(block.shape[0], -1)
             if exact:
-                block.addmm_(gathered, plane_weights[plane])
-                plane_results[plane].addmm_(turned, gathered)
+                _add_product(block, gathered, plane_weights[plane], len(block))
+                _add_product(plane_results[plane], turned, gathered, len(block))
             else:
                 block += gathered @ plane_weights[plane]
                 plane_results[plane] += turned @ gathered
@@ -260,24 +256,6 @@ def _both_by_table(
             grad_features[rows] = block
     by_offset = plane_results.view(planes, channels, per_plane, out_channels).transpose(1, 2)
     grad_weight.copy_(by_offset.reshape(grad_weight.shape))
-
-
-def _both_by_present(
-    features: Tensor, grad: Tensor, weight: Tensor, table: Tensor, grad_features: Tensor, grad_weight: Tensor
-) -> None:
-    exact = grad_weight.dtype == grad_features.dtype
-    for rows in _blocks(len(features), max(weight.shape[1:]), features.device):
-        block = grad_features[rows] if exact else grad_features[rows].float()
-        met = features[rows]
-        for offset, read, into in _present(table, len(grad), rows):
-            gathered = grad.index_select(0, read)
-            block.index_add_(0, into, (gathered @ weight[offset].t()).to(block.dtype))
-            if exact:
-                grad_weight[offset].addmm_(met.index_select(0, into).t(), gathered)
-            else:
-                grad_weight[offset] += met.index_select(0, into).t() @ gathered
-        if not exact:
-            grad_features[rows] = block
 
 
 def _both_by_pairs(
