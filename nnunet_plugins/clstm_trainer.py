@@ -17,6 +17,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_plugins import whole_volume
+from nnunet_plugins.split import ClearSplitError
 
 KEY = "clstm_trainer"
 """Key of a configuration in the plans: settings to change beforehand, and afterwards what was used."""
@@ -28,7 +29,7 @@ SETTINGS = ("channels", "hidden_channels", "bidirectional", "checkpoint", "recom
 whole_volume.install()
 
 
-class CLSTMTrainer(nnUNetTrainer):
+class CLSTMTrainer(ClearSplitError, nnUNetTrainer):
     """``nnUNetv2_train DATASET 3d_fullres 0 -tr CLSTMTrainer``: one whole image per iteration, any dataset.
 
     No patches and no stitching: every training and validation iteration sees one preprocessed image as a whole,
@@ -130,17 +131,6 @@ class CLSTMTrainer(nnUNetTrainer):
         return NonDetMultiThreadedAugmenter(
             loader, None, workers, num_cached=workers, pin_memory=self.device.type == "cuda", wait_time=0.002
         )
-
-    def do_split(self) -> tuple[list[str], list[str]]:
-        """Refuse what nnU-Net's five-fold split cannot do with a one-line way out; else as in stock."""
-        try:
-            return super().do_split()
-        except ValueError as error:
-            cases = self.dataset_json.get("numTraining")
-            raise ValueError(
-                f"fold {self.fold} needs a split, and nnU-Net's has five folds for {cases} training cases: train with "
-                f"fold `all`, or write {self.preprocessed_dataset_folder_base}/splits_final.json. ({error})"
-            ) from error
 
 
 class WholeVolumeLoader(nnUNetDataLoader):

@@ -10,11 +10,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunet_plugins.sparse_plans import KEY, NETWORK_SETTINGS, edit_plans
+from nnunet_plugins.split import ClearSplitError
 
 SETTINGS = ("memory_share", "patch_size", *NETWORK_SETTINGS)
 
 
-class SparseTrainer(nnUNetTrainer):
+class SparseTrainer(ClearSplitError, nnUNetTrainer):
     """``nnUNetv2_train DATASET 3d_fullres 0 -tr SparseTrainer``: any dataset, 3d_fullres and 3d_lowres.
 
     The plan's U-Net is replaced by :class:`nnunet_plugins.plans_network.CoarseToSparsePlansUNet`: its first stage, at
@@ -85,14 +86,3 @@ class SparseTrainer(nnUNetTrainer):
         if isinstance(loss, DeepSupervisionWrapper):
             loss.weight_factors = (2 / 3, 1 / 3)
         return loss
-
-    def do_split(self) -> tuple[list[str], list[str]]:
-        """Refuse what nnU-Net's five-fold split cannot do with a one-line way out; else as in stock."""
-        try:
-            return super().do_split()
-        except ValueError as error:
-            cases = self.dataset_json.get("numTraining")
-            raise ValueError(
-                f"fold {self.fold} needs a split, and nnU-Net's has five folds for {cases} training cases: train with "
-                f"fold `all`, or write {self.preprocessed_dataset_folder_base}/splits_final.json. ({error})"
-            ) from error

@@ -210,8 +210,6 @@ def test_the_names_of_all_exist_and_have_docstrings() -> None:
 
 def test_monai_resolves_our_short_names() -> None:
     """Undocumented in MONAI: `_target_` by class name alone works for modules whose name begins with "monai"."""
-    if not hasattr(monai_memeff, "sparse") or not hasattr(monai_memeff.sparse, "SparseUNet"):
-        pytest.skip("the sparse wing is not there yet")
     from monai.bundle import ConfigParser
 
     arguments = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": [2, 4], "strides": [2]}

@@ -24,7 +24,7 @@ def test_colours() -> None:
 
 
 def test_every_case_gets_a_picture_of_its_own(tmp_path: Path) -> None:
-    pixels = pytest.importorskip("matplotlib.image")
+    pixels = pytest.importorskip("matplotlib.image", reason="the picture needs matplotlib")
     image = MetaTensor(torch.zeros(1, 9, 11, 7), affine=torch.diag(torch.tensor([1.0, 2.0, 3.0, 1.0])))
     image.meta["filename_or_obj"] = "/somewhere/case7.nii.gz"
     label = torch.zeros(1, 9, 11, 7)
