@@ -73,41 +73,58 @@ def is_strictly_increasing(keys: Tensor) -> bool:
 
 
 class RowLookup:
-    """Row of a key in a sorted list: through a dense table while the grid is small, else by binary search.
+    """Where the window that begins at a key starts: through a dense table while the grid is small, else by search.
+
+    A window is ``window`` consecutive keys. Of a window that holds a key of the list, the start is that key's slot
+    minus the key's place in the window; the slots must agree on it, which they do where they differ as the keys do, or
+    by at least ``window``.
 
     Args:
         keys: (N,) int64, strictly increasing, in 0 ... cells - 1.
         cells: number of keys that the grid has.
+        slots: (N,) int32, increasing; None: the rows 0 ... N - 1.
+        absent: what is found for a window without a key; default N.
+        window: see above; 1 looks up single keys.
     """
 
-    def __init__(self, keys: Tensor, cells: int) -> None:
+    def __init__(
+        self, keys: Tensor, cells: int, slots: Tensor | None = None, absent: int | None = None, window: int = 1
+    ) -> None:
         self.keys = keys
-        self.absent = keys.numel()
-        self.rows: Tensor | None = None
-        if is_small_grid(cells, self.absent):
-            self.rows = torch.full((cells,), self.absent, dtype=torch.int32, device=keys.device)
-            self.rows[keys] = torch.arange(self.absent, dtype=torch.int32, device=keys.device)
+        self.slots = slots
+        self.absent = keys.numel() if absent is None else absent
+        self.window = window
+        self.starts: Tensor | None = None
+        if is_small_grid(cells, keys.numel()):
+            self.starts = torch.full((cells + window - 1,), self.absent, dtype=torch.int32, device=keys.device)
+            rows = torch.arange(keys.numel(), dtype=torch.int32, device=keys.device) if slots is None else slots
+            for back in reversed(range(window)):  # shifted by window - 1, as the first key may be 0
+                self.starts[keys + (window - 1 - back)] = rows - back
 
     def __call__(self, queries: Tensor, out: Tensor | None = None) -> Tensor:
-        """Look keys up.
+        """Look windows up.
 
         Args:
-            queries: integers of any shape, all in 0 ... cells - 1.
+            queries: integers of any shape, all in 0 ... cells - 1: the first keys of the windows.
             out: contiguous int32 of the same shape to write into; default a new tensor.
 
         Returns:
-            int32 rows, ``absent`` (= N) where a key is not in the list.
+            int32 starts, ``absent`` where no key of the list is in the window.
         """
         out = torch.empty(queries.shape, dtype=torch.int32, device=queries.device) if out is None else out
-        if self.rows is not None:
-            torch.index_select(self.rows, 0, queries.flatten(), out=out.view(-1))
-        elif self.absent == 0:
-            out.zero_()
+        if self.starts is not None:
+            torch.index_select(self.starts, 0, (queries + (self.window - 1)).flatten(), out=out.view(-1))
+        elif self.keys.numel() == 0:
+            out.fill_(self.absent)
         else:
-            position = torch.searchsorted(self.keys, queries).clamp_(max=self.absent - 1)
-            found = self.keys.index_select(0, position.flatten()).view(queries.shape) == queries
-            out.copy_(position.masked_fill_(~found, self.absent))
+            out.copy_(self._search(queries))
         return out
+
+    def _search(self, queries: Tensor) -> Tensor:
+        row = torch.searchsorted(self.keys, queries).clamp_(max=self.keys.numel() - 1)
+        ahead = self.keys.index_select(0, row.flatten()).view(queries.shape) - queries
+        slot = row if self.slots is None else self.slots.index_select(0, row.flatten()).view(queries.shape)
+        return torch.where((ahead >= 0) & (ahead < self.window), slot - ahead, self.absent)
 
 
 def is_small_grid(cells: int, count: int) -> bool:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_memeff.sparse.conv import Size, _triple
-from monai_memeff.sparse.kernel_map import KernelShape, kernel_map_between
+from monai_memeff.sparse.kernel_map import kernel_map_between
+from monai_memeff.sparse.neighbours import KernelShape
 from monai_memeff.sparse.tensor import SparseTensor
 
 
@@ -165,7 +166,7 @@ class _SparsePool3d(nn.Module):
         outputs = x.voxels if self.stride == (1, 1, 1) else x.voxels.coarsened(self.stride)
         shape = KernelShape(self.kernel_size, self.stride, padding=(i, j, k))
         pairs = list(kernel_map_between(x.voxels, outputs, shape).each_pair())
-        in_rows, out_rows = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+        in_rows, out_rows = (torch.cat(rows).long() for rows in zip(*pairs, strict=True))
         pooled = x.features.new_zeros(len(outputs), x.features.shape[1])
         target_rows = out_rows[:, None].expand(-1, x.features.shape[1])
         pooled = pooled.scatter_reduce(0, target_rows, x.features[in_rows], self.reduction, include_self=False)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from monai_memeff.sparse import backends
-from monai_memeff.sparse.kernel_map import KernelMap, KernelShape, Triple, generate, kernel_map_between
+from monai_memeff.sparse.generate import generate
+from monai_memeff.sparse.kernel_map import ConvolutionGeometry
+from monai_memeff.sparse.neighbours import KernelShape, Triple
 from monai_memeff.sparse.tensor import SparseTensor
 from monai_memeff.sparse.voxel_set import VoxelSet
 
@@ -51,9 +53,8 @@ class SparseConv3d(nn.Conv3d):
         _check_channels(self, x)
         shape = _shape_of(self)
         outputs = x.voxels if shape.stride == (1, 1, 1) else x.voxels.coarsened(shape.stride)
-        kernel_map = None if shape.is_pointwise else kernel_map_between(x.voxels, outputs, shape)
         weight = self.weight.flatten(2).permute(2, 1, 0)
-        return _apply(x, weight, self.bias, outputs, kernel_map)
+        return _apply(x, weight, self.bias, ConvolutionGeometry(x.voxels, outputs, shape))
 
 
 class SparseConvTranspose3d(nn.ConvTranspose3d):
@@ -108,9 +109,8 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
         _check_channels(self, x)
         shape = _shape_of(self)
         outputs = self._outputs(x, target, shape)
-        kernel_map = kernel_map_between(outputs, x.voxels, shape).transposed
         weight = self.weight.flatten(2).permute(2, 0, 1)
-        return _apply(x, weight, self.bias, outputs, kernel_map)
+        return _apply(x, weight, self.bias, ConvolutionGeometry(x.voxels, outputs, shape, transposed=True))
 
     def _outputs(self, x: SparseTensor, target: SparseTensor | None, shape: KernelShape) -> VoxelSet:
         if self.generative:
@@ -128,10 +128,8 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
         return outputs
 
 
-def _apply(
-    x: SparseTensor, weight: Tensor, bias: Tensor | None, outputs: VoxelSet, kernel_map: KernelMap | None
-) -> SparseTensor:
-    """Run the engine in use, in autocast's dtype where autocast is on; no map means a plain matrix product."""
+def _apply(x: SparseTensor, weight: Tensor, bias: Tensor | None, geometry: ConvolutionGeometry) -> SparseTensor:
+    """Run the engine in use, in autocast's dtype where autocast is on; 1^3 kernels are a plain matrix product."""
     device = x.device.type
     features = x.features
     if torch.is_autocast_enabled(device):
@@ -139,11 +137,11 @@ def _apply(
     weight = weight.to(features.dtype)
     bias = None if bias is None else bias.to(features.dtype)
     with torch.autocast(device, enabled=False):
-        if kernel_map is None:
+        if geometry.shape.is_pointwise and geometry.inputs is geometry.outputs:
             result = nn.functional.linear(features, weight[0].t(), bias)
         else:
-            result = backends.current().convolve(features, weight, bias, kernel_map)
-    return SparseTensor.on(outputs, result)
+            result = backends.current().convolve(features, weight, bias, geometry)
+    return SparseTensor.on(geometry.outputs, result)
 
 
 def _shape_of(layer: nn.Conv3d | nn.ConvTranspose3d) -> KernelShape:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from monai_memeff.sparse import SparseConv3d, SparseTensor, backends
 from monai_memeff.sparse.backends import native, registry
-from monai_memeff.sparse.kernel_map import KernelMap
+from monai_memeff.sparse.backends.native import product
+from monai_memeff.sparse.kernel_map import ConvolutionGeometry
 from tests.sparse.reference import random_mask
 
 SHAPE = (5, 4, 6)
@@ -29,9 +30,9 @@ def add_engine(monkeypatch: pytest.MonkeyPatch, name: str, reason: str | None) -
     module = types.ModuleType(f"made_up_{name}")
     module.calls = 0
 
-    def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:
+    def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvolutionGeometry) -> Tensor:
         module.calls += 1
-        return native.convolve(features, weight, bias, kernel_map)
+        return native.convolve(features, weight, bias, geometry)
 
     module.convolve, module.unavailable = convolve, lambda: reason
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -117,21 +118,21 @@ def test_block_size_does_not_change_the_result(elements: int, monkeypatch: pytes
         return [y, *torch.autograd.grad(y.square().sum(), [features, *layer.parameters()])]
 
     expected = run()
-    monkeypatch.setattr(native, "MIN_BLOCK_ROWS", 7)
-    monkeypatch.setitem(native.BLOCK_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(product, "MIN_BLOCK_ROWS", 7)
+    monkeypatch.setitem(product.BLOCK_ELEMENTS, "cpu", elements)
     for ours, reference in zip(run(), expected, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.skipif(not native._has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not product.has_onednn(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("occupancy", [0.3, 1.0])
 def test_onednn_and_torch_multiply_alike(occupancy: float, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = torch.nn.Sequential(SparseConv3d(2, 5), SparseConv3d(5, 4, 3, 2), SparseConv3d(4, 3))
     shape = (11, 9, 8)
     x = SparseTensor.from_dense(torch.randn(2, 2, *shape), random_mask(2, shape, occupancy))
-    monkeypatch.setattr(native, "MIN_BLOCK_ROWS", 50)
-    monkeypatch.setattr(native, "PLANNED_ROWS", 4)
-    monkeypatch.setitem(native.BLOCK_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(product, "MIN_BLOCK_ROWS", 50)
+    monkeypatch.setattr(product, "PLANNED_ROWS", 4)
+    monkeypatch.setitem(product.BLOCK_ELEMENTS, "cpu", 1)
     asked = []
 
     def run() -> list[Tensor]:
@@ -139,9 +140,9 @@ def test_onednn_and_torch_multiply_alike(occupancy: float, monkeypatch: pytest.M
         y = layer(x.replace(features)).features
         return [y, *torch.autograd.grad(y.square().sum(), [features, *layer.parameters()])]
 
-    monkeypatch.setattr(native, "_has_onednn", lambda: asked.append(True) or True)
+    monkeypatch.setattr(product, "has_onednn", lambda: asked.append(True) or True)
     found = run()
     assert asked
-    monkeypatch.setattr(native, "_has_onednn", lambda: False)
+    monkeypatch.setattr(product, "has_onednn", lambda: False)
     for ours, reference in zip(found, run(), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)

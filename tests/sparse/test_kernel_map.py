@@ -13,7 +13,8 @@ from torch import nn
 
 from monai_memeff.geometry import voxels
 from monai_memeff.sparse import SparseConv3d, SparseConvTranspose3d, SparseTensor, kernel_map
-from monai_memeff.sparse.kernel_map import KernelMap, KernelShape, plan_kernel_map
+from monai_memeff.sparse.kernel_map import KernelMap, plan_kernel_map
+from monai_memeff.sparse.neighbours import KernelShape
 from monai_memeff.sparse.voxel_set import VoxelSet
 from tests.sparse.reference import (
     DenseConv,

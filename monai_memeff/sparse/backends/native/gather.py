@@ -1,0 +1,89 @@
+"""Convolution by gathering: every output row collects its input rows through the neighbour table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from monai_memeff.sparse.backends.native.product import accumulator, add_product, row_blocks
+from monai_memeff.sparse.kernel_map import KernelMap
+
+PRODUCT_COLUMNS = 512
+"""Gathered columns of one product: more of them would leave the cache, fewer would add to the total more often."""
+
+
+def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:
+    """(num_in, in_channels) -> (num_out, out_channels)."""
+    out = features.new_zeros(kernel_map.num_out, weight.shape[2])
+    if bias is not None:
+        out += bias
+    gathering = _Gathering(features, kernel_map)
+    weights = gathering.split(weight.flatten(0, 1))
+    for rows in gathering.blocks():
+        total = out[rows].to(accumulator(out.dtype))
+        for gathered, part in zip(gathering.of(rows), weights, strict=True):
+            add_product(total, gathered, part, len(total))
+            del gathered  # before the next one is made: one block is alive at a time, always the same memory
+        if total.dtype != out.dtype:
+            out[rows] = total
+    return out
+
+
+def weight_gradient(features: Tensor, grad: Tensor, kernel_map: KernelMap, result: Tensor) -> None:
+    """Add the gradient of the weights to ``result`` (num_offsets, in_channels, out_channels)."""
+    gathering = _Gathering(features, kernel_map)
+    parts = gathering.split(result.view(-1, result.shape[2]))
+    for rows in gathering.blocks():
+        for gathered, part in zip(gathering.of(rows), parts, strict=True):
+            part += gathered.t() @ grad[rows]
+            del gathered
+
+
+def both_gradients(
+    features: Tensor, grad: Tensor, weight: Tensor, transposed: KernelMap, grad_weight: Tensor
+) -> Tensor:
+    """The gradient of the features; that of the weights is added to ``grad_weight``."""
+    grad_features = torch.zeros_like(features)
+    gathering = _Gathering(grad, transposed)
+    weights = gathering.split(weight.transpose(1, 2).flatten(0, 1))
+    sums = [grad_weight.new_zeros(part.shape[::-1]) for part in weights]
+    for rows in gathering.blocks():
+        total = grad_features[rows].to(accumulator(grad_features.dtype))
+        turned = features[rows].t()
+        for gathered, part, collected in zip(gathering.of(rows), weights, sums, strict=True):
+            add_product(total, gathered, part, len(total))
+            add_product(collected, turned, gathered, len(total))
+            del gathered
+        if total.dtype != grad_features.dtype:
+            grad_features[rows] = total
+    offsets, channels, out_channels = grad_weight.shape
+    grad_weight += torch.cat(sums, dim=1).view(channels, offsets, out_channels).transpose(0, 1)
+    return grad_features
+
+
+class _Gathering:
+    """Blocks of gathered rows: a few lines of the kernel side by side, so that each product has enough columns."""
+
+    def __init__(self, features: Tensor, kernel_map: KernelMap) -> None:
+        assert kernel_map.table is not None
+        self.entries = kernel_map.table.entries
+        self.windows = kernel_map.table.windows(features)
+        lines, width = self.entries.shape[1], self.windows.shape[1]
+        parts = -(-lines * width // PRODUCT_COLUMNS)
+        self.lines = max(1, -(-lines // parts))
+        self.width = width
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Cut a matrix with one row for each gathered column into what belongs to each product."""
+        return rows.split(self.lines * self.width)
+
+    def blocks(self) -> list[slice]:
+        """Ranges of output rows."""
+        return row_blocks(len(self.entries), self.lines * self.width, self.entries.device)
+
+    def of(self, rows: slice) -> Iterator[Tensor]:
+        """The gathered rows of a block: (rows, columns) for each product."""
+        for entries in self.entries[rows].split(self.lines, dim=1):
+            yield self.windows.index_select(0, entries.flatten()).view(len(entries), -1)
