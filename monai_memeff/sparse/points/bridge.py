@@ -1,0 +1,192 @@
+"""Between volumes, points and sparse tensors: masks to points in millimetres and back, points to tensors and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+from monai_memeff.geometry import grid, voxels
+from monai_memeff.sparse.points.data import Data, attributes, batch_of, check_points, with_attributes
+from monai_memeff.sparse.points.grid_sampling import most_frequent
+from monai_memeff.sparse.points.placed import place, placed_coordinates, rows_at
+from monai_memeff.sparse.tensor import SparseTensor
+
+
+def points_from_mask(mask: Tensor, image: Tensor | None = None, labels: Tensor | None = None) -> Data:
+    """The voxels of a mask as points in millimetres.
+
+    Args:
+        mask: (1, H, W, D), a voxel is taken where it is not zero; the affine of a MetaTensor says where its centre is,
+            without one a voxel is a millimetre.
+        image: (C, H, W, D) on the same grid: its values become the features ``x``; without one ``x`` is a column of
+            ones.
+        labels: (1, H, W, D) on the same grid: its values become ``y``.
+
+    Returns:
+        Points with ``pos`` (N, 3) float32 in the millimetres of the affine (MONAI: RAS), in lexicographic order of the
+        voxels, ``x`` (N, C) float32, and ``y`` (N,) int64 where labels are given.
+
+    Raises:
+        ValueError: the mask is not (1, H, W, D), or the others are not on its grid.
+    """
+    shape = _spatial_shape("mask", mask)
+    for name, other in (("image", image), ("labels", labels)):
+        if other is not None and (other.ndim != 4 or tuple(other.shape[1:]) != shape):
+            raise ValueError(f"{name} must be (C, H, W, D) on the mask's grid {shape}, got {tuple(other.shape)}.")
+    active = _plain(mask)[0] != 0
+    pos = grid.index_to_mm(active.nonzero(), _affine(mask)).float()
+    x = pos.new_ones(len(pos), 1) if image is None else _plain(image)[:, active].t().float().contiguous()
+    return Data(pos, x, None if labels is None else _plain(labels)[0][active].to(torch.int64))
+
+
+def mask_from_points(
+    data: Any, reference: Tensor, values: str | None = "y", within: Tensor | None = None
+) -> MetaTensor:
+    """Points in millimetres as a volume on the grid of a reference.
+
+    A voxel that holds points gets their most frequent value (of equals the smallest). Where the points are sparser
+    than the voxels, ``within`` names the voxels to fill: each gets the value of the point nearest to its centre.
+
+    Args:
+        data: points with ``pos`` (N, 3) in the millimetres of the reference's affine, one cloud.
+        reference: (C, H, W, D), whose grid and affine the result has.
+        values: the attribute to write, (N,) integers or booleans; None marks the voxels with 1.
+        within: (1, H, W, D): write these voxels and no others, by the nearest point.
+
+    Returns:
+        (1, H, W, D) with the reference's metadata; int64, uint8 for ``values=None``; 0 where nothing is written.
+
+    Raises:
+        ValueError: the points hold several clouds or lack the attribute, or a point lies outside the grid.
+    """
+    check_points(data)
+    shape, affine = _spatial_shape("reference", reference, channels=None), _affine(reference)
+    written = _values_of(data, values)
+    pos = data.pos.detach()
+    if within is not None:
+        if tuple(within.shape) != (1, *shape):
+            raise ValueError(f"within must be (1, H, W, D) on the grid {shape}, got {tuple(within.shape)}.")
+        volume = _by_nearest(pos, written, _plain(within)[0] != 0, affine)
+    else:
+        volume = _by_voxel(pos, written, shape, affine)
+    return MetaTensor(volume[None], meta={**getattr(reference, "meta", {}), "affine": affine})
+
+
+def to_sparse_tensor(data: Any) -> SparseTensor:
+    """Points on a grid as a SparseTensor: ``x`` on the voxels ``coords``, a column of ones where there is no ``x``.
+
+    Args:
+        data: as :class:`GridSampling3D` leaves it with ``quantize_coords=True``.
+
+    Raises:
+        ValueError: there are no ``coords``, or two points share a voxel.
+    """
+    found = attributes(data)
+    if "coords" not in found:
+        raise ValueError(
+            "the points have no coords, the voxels they stand on; use GridSampling3D(size, quantize_coords=True) first."
+        )
+    features = found.get("x")
+    if features is None:
+        features = data.pos.new_ones(len(data.pos), 1)
+    features = features if features.ndim == 2 else features[:, None]
+    return place(features, data.coords, batch_of(data))
+
+
+def data_from_sparse(x: SparseTensor, like: Any = None, grid_size: float | None = None) -> Any:
+    """A SparseTensor as points.
+
+    Args:
+        x: from :func:`to_sparse_tensor` or ``points.nn.SparseTensor``, or from layers on such a tensor.
+        like: points with ``coords``: a shallow copy of them comes back, with the features in their order as ``x``; at
+            a coarser level every point gets the features of its cell.
+        grid_size: without ``like``, the edge of a voxel of the finest level.
+
+    Returns:
+        ``like`` with other features; or :class:`Data` with one point per voxel at the centre of its cell, ``x``,
+        ``batch``, ``coords`` (the finest level's) and ``grid_size`` (of this level).
+
+    Raises:
+        ValueError: neither or both of ``like`` and ``grid_size`` are given, or a point of ``like`` has no voxel.
+    """
+    if (like is None) == (grid_size is None):
+        raise ValueError("data_from_sparse needs like=points or grid_size=..., one of the two.")
+    if like is not None:
+        rows = rows_at(x, like.coords, batch_of(like))
+        missing = int((rows == len(x)).sum())
+        if missing:
+            raise ValueError(
+                f"{missing} of {len(rows)} points stand on no voxel of the tensor; give the points it was made from."
+            )
+        return with_attributes(like, {"x": x.features[rows]})
+    assert grid_size is not None
+    batch, *_ = (where := placed_coordinates(x)).unbind(1)
+    stride = torch.tensor(x.stride, device=x.device)
+    centre = where[:, 1:].double() + (stride - 1) / 2
+    points = Data((centre * grid_size).to(x.dtype), x.features, batch=batch)
+    size = x.features.new_tensor([grid_size * max(x.stride)])
+    return with_attributes(points, {"coords": where[:, 1:].to(torch.int32), "grid_size": size})
+
+
+def _by_voxel(pos: Tensor, written: Tensor, shape: tuple[int, int, int], affine: Tensor) -> Tensor:
+    index = grid.mm_to_index(pos, affine).round().to(torch.int64)
+    limits = torch.tensor(shape, device=index.device)
+    outside = int(((index < 0) | (index >= limits)).any(dim=1).sum())
+    if outside:
+        raise ValueError(
+            f"{outside} of {len(pos)} points lie outside the reference's grid of {shape}; remove them, or give the "
+            "volume they came from (align_origin and center move points away)."
+        )
+    keys = voxels.coordinates_to_keys(torch.nn.functional.pad(index, (1, 0)), shape)
+    held, cell = torch.unique(keys, return_inverse=True)
+    volume = written.new_zeros(shape[0] * shape[1] * shape[2])
+    volume[held] = most_frequent(written, cell, len(held))
+    return volume.view(shape)
+
+
+def _by_nearest(pos: Tensor, written: Tensor, within: Tensor, affine: Tensor) -> Tensor:
+    from scipy.spatial import cKDTree
+
+    volume = written.new_zeros(within.shape)
+    centres = grid.index_to_mm(within.nonzero(), affine)
+    if len(centres) == 0:
+        return volume
+    if len(pos) == 0:
+        raise ValueError("there is no point, and voxels to fill from the nearest one; give points or no voxels.")
+    _, rows = cKDTree(pos.double().cpu().numpy()).query(centres.cpu().numpy())
+    volume[within.to(volume.device)] = written[torch.from_numpy(np.asarray(rows)).to(written.device)]
+    return volume
+
+
+def _values_of(data: Any, name: str | None) -> Tensor:
+    if int(batch_of(data).unique().numel()) > 1:
+        raise ValueError("the points hold several clouds (batch), and a volume holds one; give them one by one.")
+    if name is None:
+        return torch.ones(len(data.pos), dtype=torch.uint8, device=data.pos.device)
+    values = attributes(data).get(name)
+    if not isinstance(values, Tensor) or values.numel() != len(data.pos) or values.is_floating_point():
+        raise ValueError(
+            f"the points need an attribute {name!r} with one integer each; set it (for logits, the argmax), or "
+            "values=None for a mask."
+        )
+    return values.reshape(-1).to(torch.int64)
+
+
+def _spatial_shape(name: str, volume: Tensor, channels: int | None = 1) -> tuple[int, int, int]:
+    if volume.ndim != 4 or (channels is not None and volume.shape[0] != channels):
+        first = "C" if channels is None else channels
+        raise ValueError(f"{name} must be ({first}, H, W, D), got {tuple(volume.shape)}; add or take a channel.")
+    _, height, width, depth = volume.shape
+    return height, width, depth
+
+
+def _affine(volume: Tensor) -> Tensor:
+    return grid.check_affine(volume.affine) if isinstance(volume, MetaTensor) else torch.eye(4, dtype=torch.float64)
+
+
+def _plain(volume: Tensor) -> Tensor:
+    return volume.as_subclass(Tensor)

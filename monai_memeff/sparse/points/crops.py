@@ -1,0 +1,218 @@
+"""Crops and samples of points: balls, cubes, a fixed number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import Randomizable
+from torch import Tensor
+
+from monai_memeff.sparse.points.data import Data, PointTransform, select_points, with_attributes
+from monai_memeff.sparse.points.grid_sampling import GridSampling3D
+
+STRATEGIES = ("random", "freq_class_based")
+CLASS_WEIGHTS = ("sqrt", "normal")
+
+
+class SphereSampling(PointTransform):
+    """Keep the points of one ball.
+
+    Args:
+        radius: in the unit of ``pos`` (millimetres); points at exactly this distance are kept.
+        sphere_centre: (3,) the centre.
+        align_origin: move the centre to the origin.
+    """
+
+    def __init__(self, radius: float, sphere_centre: Sequence[float] | Tensor, align_origin: bool = True) -> None:
+        self.radius, self.align_origin = _positive("radius", radius), align_origin
+        self.centre = torch.as_tensor(sphere_centre, dtype=torch.float64).reshape(3)
+
+    def _process(self, data: Any) -> Any:
+        centre = self.centre.to(data.pos)
+        kept = select_points(data, _in_ball(data.pos, centre, self.radius))
+        return with_attributes(kept, {"pos": kept.pos - centre}) if self.align_origin else kept
+
+
+class RandomSphere(Randomizable, PointTransform):
+    """Keep the points of a ball around a random point.
+
+    Args:
+        radius: in the unit of ``pos``.
+        strategy: ``"random"``: every point is as likely; ``"freq_class_based"``: points of rare classes are likelier.
+        class_weight_method: for ``"freq_class_based"``, the weight of a point of a class with n points: ``"sqrt"``:
+            1 / sqrt(n), ``"normal"``: 1 / n, so that all classes are as likely.
+        center: move the centre to the origin.
+
+    Raises:
+        ValueError: an unknown strategy or weight, or labels ``y`` are wanted and missing.
+    """
+
+    def __init__(
+        self, radius: float, strategy: str = "random", class_weight_method: str = "sqrt", center: bool = True
+    ) -> None:
+        if strategy not in STRATEGIES or class_weight_method not in CLASS_WEIGHTS:
+            raise ValueError(
+                f"strategy must be one of {', '.join(STRATEGIES)} and class_weight_method one of "
+                f"{', '.join(CLASS_WEIGHTS)}, got {strategy!r} and {class_weight_method!r}."
+            )
+        self.radius, self.center = _positive("radius", radius), center
+        self.strategy, self.class_weight_method = strategy, class_weight_method
+        self._row = 0
+
+    def randomize(self, data: Any) -> None:
+        """Draw the point at the centre."""
+        if self.strategy == "random":
+            self._row = int(self.R.randint(len(data.pos)))
+            return
+        labels = getattr(data, "y", None)
+        if not isinstance(labels, Tensor) or len(labels.reshape(-1)) != len(data.pos):
+            raise ValueError("strategy='freq_class_based' needs one label y per point; set it or use 'random'.")
+        _, kind, counts = torch.unique(labels.reshape(-1), return_inverse=True, return_counts=True)
+        rarity = 1 / counts.double() if self.class_weight_method == "normal" else counts.double().rsqrt()
+        weights = rarity[kind].cpu().numpy()
+        self._row = int(self.R.choice(len(weights), p=weights / weights.sum()))
+
+    def _process(self, data: Any) -> Any:
+        _check_not_empty(self, data)
+        self.randomize(data)
+        return SphereSampling(self.radius, data.pos[self._row], align_origin=self.center)(data)
+
+
+class CubeCrop(Randomizable, PointTransform):
+    """Keep the points of a randomly turned cube around a random point; positions stay as they are.
+
+    The centre is drawn evenly over space: among one point per cell of ``grid_size_center``.
+
+    Args:
+        c: half the edge of the cube, in the unit of ``pos``.
+        rot_x: the cube is turned about x by an angle in [-rot_x, rot_x] degrees; 0 for a cube along the axes.
+        rot_y: the same about y.
+        rot_z: the same about z.
+        grid_size_center: edge of the cells that make centres even, in the unit of ``pos``; the default of
+            torch-points3d is in metres: give some millimetres.
+    """
+
+    def __init__(
+        self,
+        c: float = 1,
+        rot_x: float = 180,
+        rot_y: float = 180,
+        rot_z: float = 180,
+        grid_size_center: float = 0.01,
+    ) -> None:
+        self.c, self.angles = _positive("c", c), (rot_x, rot_y, rot_z)
+        self.even = GridSampling3D(_positive("grid_size_center", grid_size_center), mode="last")
+        self._centre, self._turn = torch.zeros(3), torch.eye(3)
+
+    def randomize(self, data: Any) -> None:
+        """Draw the centre and the turn."""
+        self._centre = _even_centres(self, self.even, data.pos, 1)[0]
+        self._turn = torch.from_numpy(_rotation([np.radians(self.R.uniform(-a, a)) for a in self.angles]))
+
+    def _process(self, data: Any) -> Any:
+        _check_not_empty(self, data)
+        self.randomize(data)
+        turned = (data.pos - self._centre) @ self._turn.to(data.pos).T
+        return select_points(data, (turned.abs() <= self.c).all(dim=1))
+
+
+class RandomSphereDropout(Randomizable, PointTransform):
+    """Remove the points of random balls.
+
+    The centres are drawn evenly over space, as in :class:`CubeCrop`.
+
+    Args:
+        num_sphere: number of balls.
+        radius: of every ball, in the unit of ``pos``.
+        grid_size_center: edge of the cells that make centres even, in the unit of ``pos``; the default of
+            torch-points3d is in metres: give some millimetres.
+    """
+
+    def __init__(self, num_sphere: int = 10, radius: float = 5, grid_size_center: float = 0.01) -> None:
+        if num_sphere < 0:
+            raise ValueError(f"num_sphere must not be negative, got {num_sphere}.")
+        self.num_sphere, self.radius = num_sphere, _positive("radius", radius)
+        self.even = GridSampling3D(_positive("grid_size_center", grid_size_center), mode="last")
+        self._centres = torch.zeros(0, 3)
+
+    def randomize(self, data: Any) -> None:
+        """Draw the centres."""
+        self._centres = _even_centres(self, self.even, data.pos, self.num_sphere)
+
+    def _process(self, data: Any) -> Any:
+        if len(data.pos) == 0:
+            return select_points(data, torch.zeros(0, dtype=torch.int64, device=data.pos.device))
+        self.randomize(data)
+        keep = torch.ones(len(data.pos), dtype=torch.bool, device=data.pos.device)
+        for centre in self._centres:
+            keep &= ~_in_ball(data.pos, centre, self.radius)
+        return select_points(data, keep)
+
+
+class FixedPoints(Randomizable, PointTransform):
+    """Keep a fixed number of random points, as torch_geometric's transform of this name.
+
+    Args:
+        num: number of points.
+        replace: draw with replacement.
+        allow_duplicates: without replacement, take points again once all are taken, so that there are always ``num``;
+            else a smaller cloud keeps all its points.
+    """
+
+    def __init__(self, num: int, replace: bool = True, allow_duplicates: bool = False) -> None:
+        if num < 1:
+            raise ValueError(f"num must be at least 1, got {num}.")
+        self.num, self.replace, self.allow_duplicates = num, replace, allow_duplicates
+        self._rows = np.zeros(0, dtype=np.int64)
+
+    def randomize(self, data: Any) -> None:
+        """Draw the rows."""
+        count = len(data.pos)
+        if self.replace:
+            self._rows = self.R.randint(count, size=self.num)
+            return
+        rounds = math.ceil(self.num / count) if self.allow_duplicates else 1
+        self._rows = np.concatenate([self.R.permutation(count) for _ in range(rounds)])[: self.num]
+
+    def _process(self, data: Any) -> Any:
+        _check_not_empty(self, data)
+        self.randomize(data)
+        return select_points(data, torch.from_numpy(self._rows.astype(np.int64)).to(data.pos.device))
+
+
+def _in_ball(pos: Tensor, centre: Tensor, radius: float) -> Tensor:
+    return (pos - centre).square().sum(dim=1) <= radius**2
+
+
+def _even_centres(owner: Randomizable, even: GridSampling3D, pos: Tensor, count: int) -> Tensor:
+    """(count, 3) positions, drawn by the owner's random state among one point per cell."""
+    even.R = owner.R
+    candidates = even(Data(pos)).pos
+    return candidates[torch.from_numpy(owner.R.randint(len(candidates), size=count)).to(pos.device)]
+
+
+def _rotation(angles: Sequence[float]) -> np.ndarray:
+    """(3, 3): about x, then y, then z, in radians."""
+    turn = np.eye(3)
+    for axis, angle in enumerate(angles):
+        one, two = [a for a in range(3) if a != axis]
+        step = np.eye(3)
+        step[one, one] = step[two, two] = np.cos(angle)
+        step[one, two], step[two, one] = -np.sin(angle), np.sin(angle)
+        turn = step @ turn
+    return turn
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive number in the unit of pos, got {value}.")
+    return float(value)
+
+
+def _check_not_empty(owner: PointTransform, data: Any) -> None:
+    if len(data.pos) == 0:
+        raise ValueError(f"{type(owner).__name__} needs at least one point, got none; check the mask they came from.")
