@@ -15,7 +15,7 @@ MAX_KEY = 2**63 - 1
 
 
 TABLE_SPAN = 16
-"""A dense table over the grid is used while it has at most this many entries per voxel."""
+"""A dense table over the grid is used while it has at most this many entries for each voxel, or each look-up."""
 
 
 def check_extent(spatial_shape: Sequence[int], batch_size: int) -> None:
@@ -85,17 +85,24 @@ class RowLookup:
         slots: (N,) int32, increasing; None: the rows 0 ... N - 1.
         absent: what is found for a window without a key; default N.
         window: see above; 1 looks up single keys.
+        queries: how many keys will be looked up, about; default N. A dense table is worth more look-ups.
     """
 
     def __init__(
-        self, keys: Tensor, cells: int, slots: Tensor | None = None, absent: int | None = None, window: int = 1
+        self,
+        keys: Tensor,
+        cells: int,
+        slots: Tensor | None = None,
+        absent: int | None = None,
+        window: int = 1,
+        queries: int = 0,
     ) -> None:
         self.keys = keys
         self.slots = slots
         self.absent = keys.numel() if absent is None else absent
         self.window = window
         self.starts: Tensor | None = None
-        if is_small_grid(cells, keys.numel()):
+        if is_small_grid(cells, max(keys.numel(), queries)):
             self.starts = torch.full((cells + window - 1,), self.absent, dtype=torch.int32, device=keys.device)
             rows = torch.arange(keys.numel(), dtype=torch.int32, device=keys.device) if slots is None else slots
             for back in reversed(range(window)):  # shifted by window - 1, as the first key may be 0

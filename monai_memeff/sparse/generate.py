@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -22,23 +20,21 @@ def generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
         shape: geometry of the transposed convolution; voxel c reaches ``stride * c - padding + dilation * t``.
     """
     grid = _finer_grid(coarse, shape.stride)
-    coordinates = coarse.coordinates
-    grown = [_reached_along(coordinates[:, axis + 1], axis, shape, grid) for axis in range(3)]
-    _, width, depth = grid.spatial_shape
-    batch = coordinates[:, 0] * grid.spatial_shape[0]
-    keys = [
-        ((batch + i)[inside] * width + j[inside]) * depth + k[inside]
-        for (i, in_i), (j, in_j), (k, in_k) in itertools.product(*grown)
-        for inside in (in_i & in_j & in_k,)
-    ]
-    return grid.with_keys(voxels.sorted_unique(torch.cat(keys), grid.cells))
+    batch, *axes = coarse.coordinates.unbind(1)
+    (i, in_i), (j, in_j), (k, in_k) = (_reached_along(c, axis, shape, grid) for axis, c in enumerate(axes))
+    height, width, depth = grid.spatial_shape
+    planes = (batch * height)[:, None] + i
+    lines = planes[:, :, None] * width + j[:, None]
+    keys = lines[..., None] * depth + k[:, None, None]
+    inside = in_i[:, :, None, None] & in_j[:, None, :, None] & in_k[:, None, None]
+    return grid.with_keys(voxels.sorted_unique(keys[inside], grid.cells))
 
 
-def _reached_along(coordinate: Tensor, axis: int, shape: KernelShape, grid: VoxelSet) -> list[tuple[Tensor, Tensor]]:
-    """Coordinates that every kernel point reaches along one axis, and whether they lie in the grid."""
-    first = coordinate * shape.stride[axis] - shape.padding[axis]
-    reached = [first + shape.dilation[axis] * point for point in range(shape.kernel_size[axis])]
-    return [(c, (c >= 0) & (c < grid.spatial_shape[axis])) for c in reached]
+def _reached_along(coordinate: Tensor, axis: int, shape: KernelShape, grid: VoxelSet) -> tuple[Tensor, Tensor]:
+    """(N, kernel size) coordinates that the kernel reaches along one axis, and whether they lie in the grid."""
+    points = torch.arange(shape.kernel_size[axis], device=coordinate.device) * shape.dilation[axis]
+    reached = (coordinate * shape.stride[axis] - shape.padding[axis])[:, None] + points
+    return reached, (reached >= 0) & (reached < grid.spatial_shape[axis])
 
 
 def _finer_grid(coarse: VoxelSet, stride: Triple) -> VoxelSet:

@@ -63,10 +63,11 @@ class KernelMap:
             return
         assert self.table is not None
         far, near = (self.num_out, self.num_in) if self.scatters else (self.num_in, self.num_out)
-        numbers = torch.arange(near, dtype=torch.int32, device=self.table.entries.device)
-        for rows in self.table.rows(far):
-            present = rows < far
-            found = rows[present], numbers[present]
+        rows = self.table.rows(far)
+        present = rows < far
+        numbers = torch.arange(near, dtype=torch.int32, device=rows.device).expand_as(rows)
+        counts = present.sum(1).tolist()
+        for found in zip(rows[present].split(counts), numbers[present].split(counts), strict=True):
             yield found[::-1] if self.scatters else found
 
     def neighbour_rows(self) -> Tensor:

@@ -16,8 +16,8 @@ from monai_memeff.sparse.voxel_set import VoxelSet
 
 Triple = tuple[int, int, int]
 
-PLANNING_ROWS = 2**15
-"""Output rows whose neighbours are looked up at a time: bounds what planning needs beside the table itself."""
+PLANNING_ROWS = 2**14
+"""Output rows whose neighbours are looked up at a time, in a table of the slab of the grid that they can reach."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,25 @@ def plan_neighbours(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> 
     grown = voxels.regrid(inputs.keys, inputs.spatial_shape, extents, shift=margins)
     window = shape.kernel_size[2] if shape.dilation[2] == 1 and not shape.reads_once else 1
     slots, absent = _slots(grown, window)
-    look_up = voxels.RowLookup(grown, cells, slots, absent, window)
-    first = voxels.regrid(outputs.keys, outputs.spatial_shape, extents, shape.stride)[:, None]
+    first = voxels.regrid(outputs.keys, outputs.spatial_shape, extents, shape.stride)
     steps = _line_steps(shape, window, extents, inputs.device)
     entries = torch.empty((len(outputs), len(steps)), dtype=torch.int32, device=inputs.device)
     for start in range(0, len(outputs), PLANNING_ROWS):
         rows = slice(start, start + PLANNING_ROWS)
-        look_up(first[rows] + steps, out=entries[rows])
+        _look_up(grown, slots, absent, window, first[rows], steps, entries[rows])
     return NeighbourTable(entries, window, slots, absent)
+
+
+def _look_up(
+    keys: Tensor, slots: Tensor | None, absent: int, window: int, first: Tensor, steps: Tensor, out: Tensor
+) -> None:
+    """Find the windows that begin at ``first + steps``; only the keys between the least and the largest matter."""
+    bounds = torch.stack((first[0], first[-1] + steps[-1] + window))
+    low, high = bounds.tolist()
+    start, stop = torch.searchsorted(keys, bounds).tolist()
+    rows = torch.arange(start, stop, dtype=torch.int32, device=keys.device) if slots is None else slots[start:stop]
+    look_up = voxels.RowLookup(keys[start:stop] - low, high - low, rows, absent, window, out.numel())
+    look_up((first - low)[:, None] + steps, out=out)
 
 
 def _line_steps(shape: KernelShape, window: int, extents: Triple, device: torch.device) -> Tensor:
