@@ -15,7 +15,7 @@ from monai_memeff.sparse.points.data import Data, PointTransform, select_points,
 from monai_memeff.sparse.points.grid_sampling import GridSampling3D
 
 STRATEGIES = ("random", "freq_class_based")
-CLASS_WEIGHTS = ("sqrt", "normal")
+CLASS_WEIGHTS = ("sqrt",)
 
 
 class SphereSampling(PointTransform):
@@ -42,9 +42,9 @@ class RandomSphere(Randomizable, PointTransform):
 
     Args:
         radius: in the unit of ``pos``.
-        strategy: ``"random"``: every point is as likely; ``"freq_class_based"``: points of rare classes are likelier.
-        class_weight_method: for ``"freq_class_based"``, the weight of a point of a class with n points: ``"sqrt"``:
-            1 / sqrt(n), ``"normal"``: 1 / n, so that all classes are as likely.
+        strategy: ``"random"``: every point is as likely; ``"freq_class_based"``: a class of the labels ``y`` is drawn,
+            a rare one with higher probability, and then a point of it.
+        class_weight_method: ``"sqrt"``: a class with n points has the weight 1 / sqrt(n); there is no other.
         center: move the centre to the origin.
 
     Raises:
@@ -72,8 +72,7 @@ class RandomSphere(Randomizable, PointTransform):
         if not isinstance(labels, Tensor) or len(labels.reshape(-1)) != len(data.pos):
             raise ValueError("strategy='freq_class_based' needs one label y per point; set it or use 'random'.")
         _, kind, counts = torch.unique(labels.reshape(-1), return_inverse=True, return_counts=True)
-        rarity = 1 / counts.double() if self.class_weight_method == "normal" else counts.double().rsqrt()
-        weights = rarity[kind].cpu().numpy()
+        weights = counts.double().pow(-1.5)[kind].cpu().numpy()  # 1 / sqrt(n) for the class, spread over n points
         self._row = int(self.R.choice(len(weights), p=weights / weights.sum()))
 
     def _process(self, data: Any) -> Any:
@@ -84,6 +83,8 @@ class RandomSphere(Randomizable, PointTransform):
 
 class CubeCrop(Randomizable, PointTransform):
     """Keep the points of a randomly turned cube around a random point; positions stay as they are.
+
+    The turns about the three axes follow each other in random order.
 
     The centre is drawn evenly over space: among one point per cell of ``grid_size_center``.
 
@@ -111,7 +112,8 @@ class CubeCrop(Randomizable, PointTransform):
     def randomize(self, data: Any) -> None:
         """Draw the centre and the turn."""
         self._centre = _even_centres(self, self.even, data.pos, 1)[0]
-        self._turn = torch.from_numpy(_rotation([np.radians(self.R.uniform(-a, a)) for a in self.angles]))
+        angles = [np.radians(self.R.uniform(-a, a)) for a in self.angles]
+        self._turn = torch.from_numpy(_rotation(angles, self.R.permutation(3)))
 
     def _process(self, data: Any) -> Any:
         _check_not_empty(self, data)
@@ -195,11 +197,11 @@ def _even_centres(owner: Randomizable, even: GridSampling3D, pos: Tensor, count:
     return candidates[torch.from_numpy(owner.R.randint(len(candidates), size=count)).to(pos.device)]
 
 
-def _rotation(angles: Sequence[float]) -> np.ndarray:
-    """(3, 3): about x, then y, then z, in radians."""
+def _rotation(angles: Sequence[float], order: Sequence[int] | np.ndarray = (0, 1, 2)) -> np.ndarray:
+    """(3, 3) turns about the axes in radians, one after the other in the given order of axes."""
     turn = np.eye(3)
-    for axis, angle in enumerate(angles):
-        one, two = [a for a in range(3) if a != axis]
+    for axis in order:
+        angle, (one, two) = angles[axis], [a for a in range(3) if a != axis]
         step = np.eye(3)
         step[one, one] = step[two, two] = np.cos(angle)
         step[one, two], step[two, one] = -np.sin(angle), np.sin(angle)
