@@ -162,11 +162,11 @@ def unite(first: Tensor, second: Tensor, cells: int) -> tuple[Tensor, Tensor, Te
         cells: number of keys that the grid has.
 
     Returns:
-        The sorted union and the int64 rows of the first and of the second list in it.
+        The sorted union and the int32 rows of the first and of the second list in it.
     """
     union = sorted_unique(torch.cat((first, second)), cells)
     look_up = RowLookup(union, cells)
-    return union, look_up(first).long(), look_up(second).long()
+    return union, look_up(first), look_up(second)
 
 
 def regrid(

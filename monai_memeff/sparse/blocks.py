@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_memeff.sparse.conv import Size, _triple
+from monai_memeff.sparse.fused import norm_relu
 from monai_memeff.sparse.kernel_map import kernel_map_between
 from monai_memeff.sparse.neighbours import KernelShape
 from monai_memeff.sparse.tensor import SparseTensor
@@ -24,11 +25,32 @@ class SparseBatchNorm3d(nn.BatchNorm3d):
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # rows (N, C) instead of a volume
 
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        """Normalise (N, C) features."""
+    def forward(self, x: SparseTensor, act: nn.Module | None = None) -> SparseTensor:
+        """Normalise (N, C) features.
+
+        Args:
+            x: what to normalise.
+            act: an activation to apply to the result. ``SparseReLU`` is fused with the norm: the graph then keeps one
+                tensor for norm, activation and the convolution behind them, not two.
+        """
         if len(x) < 2 and (self.training or self.running_mean is None):
-            return x.replace(self._without_variance(x.features))
-        return x.replace(super().forward(x.features))
+            normalised = x.replace(self._without_variance(x.features))
+        elif type(act) is SparseReLU:
+            return self._with_relu(x)
+        else:
+            normalised = x.replace(super().forward(x.features))
+        return normalised if act is None else act(normalised)
+
+    def _with_relu(self, x: SparseTensor) -> SparseTensor:
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        running = (self.running_mean, self.running_var)
+        of_batch = self.training or self.running_mean is None
+        features, again = norm_relu(x.features, self.weight, self.bias, running, of_batch, momentum, self.eps)
+        return SparseTensor.on(x.voxels, features, again)
 
     def _without_variance(self, features: Tensor) -> Tensor:
         if self.running_mean is None or self.running_var is None:

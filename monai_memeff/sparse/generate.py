@@ -11,7 +11,7 @@ from monai_memeff.sparse.voxel_set import VoxelSet
 
 
 def generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
-    """All voxels that a transposed convolution can reach, clipped to the volume.
+    """All voxels that a transposed convolution can reach, clipped to the volume; the coarse set keeps them.
 
     The fine grid is that of the set ``coarse`` was coarsened from, when its stride fits; else ``stride`` times larger.
 
@@ -19,6 +19,10 @@ def generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
         coarse: the voxels to grow from.
         shape: geometry of the transposed convolution; voxel c reaches ``stride * c - padding + dilation * t``.
     """
+    return coarse.generated(shape, lambda: _generate(coarse, shape))
+
+
+def _generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
     grid = _finer_grid(coarse, shape.stride)
     batch, *axes = coarse.coordinates.unbind(1)
     (i, in_i), (j, in_j), (k, in_k) = (_reached_along(c, axis, shape, grid) for axis, c in enumerate(axes))

@@ -148,11 +148,11 @@ def _choose_layout(pairs: list[tuple[Tensor, Tensor]], num_in: int, num_out: int
 def kernel_map_between(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> KernelMap:
     """The kernel map from ``inputs`` to ``outputs``, planned once where one set keeps it.
 
-    A set keeps the maps within itself (submanifold convolutions) and those from the finer set it was coarsened from;
-    the ``transposed`` of the latter serve the way back.
+    A set keeps the maps within itself (submanifold convolutions) and those from the finer set that it was coarsened from
+    or that was generated from it; the ``transposed`` of the latter serve the way back.
     """
     if inputs is outputs:
         return inputs.planned(("within", shape), lambda: plan_kernel_map(inputs, inputs, shape))
-    if outputs.finer is inputs:
-        return outputs.planned(("finer", shape), lambda: plan_kernel_map(inputs, outputs, shape))
+    if outputs.finer is inputs or outputs.has_generated(inputs):
+        return outputs.planned(("finer", shape, outputs.finer is inputs), lambda: plan_kernel_map(inputs, outputs, shape))
     return plan_kernel_map(inputs, outputs, shape)

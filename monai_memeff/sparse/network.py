@@ -11,8 +11,10 @@ from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
 from monai_memeff.geometry import voxels
+from monai_memeff.memory import checkpoint
 from monai_memeff.sparse.activity import active_voxels
 from monai_memeff.sparse.blocks import SparseBatchNorm3d, SparseReLU
+from monai_memeff.sparse.budget import check_budget, within_budget
 from monai_memeff.sparse.conv import SparseConv3d, SparseConvTranspose3d
 from monai_memeff.sparse.convert import to_sparse
 from monai_memeff.sparse.tensor import SparseTensor, occupied
@@ -35,6 +37,10 @@ class SparseCompletionNet(nn.Module):
     Args:
         channels: features at strides 1, 2, 4, 8, 16, 32, 64. Published lists and their parameters: (8, 8, 16, 16, 32,
             32, 64) 434,695; (22, 32, 32, 128, 156, 256, 388) 18,137,201; (2, 2, 4, 4, 4, 4, 16) 16,563.
+        checkpointing: recompute the activations of every block in the backward pass instead of keeping them.
+        max_voxels: candidates that one volume may have at one level. Where more would be generated, the voxels with the
+            largest logits go on (in training those of the target before others) and a warning says so; None: no
+            bound. It bounds the memory of the worst case, such as a network that has not learnt to prune yet.
 
     Shape: the input is a SparseTensor with one channel, or a dense (B, 1, H, W, D) volume that is non-zero where
     there is something. In training mode the output is a list of six SparseTensors of candidate logits, coarsest
@@ -45,11 +51,23 @@ class SparseCompletionNet(nn.Module):
     ``final``, frozen and not computed, so that parameter counts and checkpoints agree.
     """
 
-    def __init__(self, channels: Sequence[int] = (8, 8, 16, 16, 32, 32, 64)) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int] = (8, 8, 16, 16, 32, 32, 64),
+        checkpointing: bool = False,
+        max_voxels: int | None = None,
+    ) -> None:
         super().__init__()
         if len(channels) != 7 or min(channels) < 1:
             raise ValueError(f"channels must be seven positive numbers (strides 1 ... 64), got {tuple(channels)}.")
+        if max_voxels is not None and max_voxels < 64:
+            raise ValueError(
+                f"max_voxels must be at least 64, what one voxel can generate at once, got {max_voxels}; give the number "
+                "of voxels that fit into memory, or None for no bound."
+            )
         self.channels = tuple(channels)
+        self.checkpointing = checkpointing
+        self.max_voxels = max_voxels
         self.stem = _conv_block(1, channels[0])
         self.encoder = nn.ModuleList(_down_block(channels[i], channels[i + 1]) for i in range(6))
         kernels = (2, 2, 2, 2, 2, 4)
@@ -67,11 +85,13 @@ class SparseCompletionNet(nn.Module):
             target: the complete structure on the same grid, sparse or dense; required in training, ignored otherwise.
 
         Raises:
-            ValueError: no target is given in training, or shapes do not fit.
+            ValueError: no target is given in training, shapes do not fit, or a volume has more voxels than
+                ``max_voxels`` to begin with.
         """
         if self.training and target is None:
             raise ValueError("SparseCompletionNet prunes with the target in training: call network(x, target).")
         present = occupied(x)
+        check_budget(present.voxels, self.max_voxels)
         wanted = _target_keys(occupied(target), present) if self.training and target is not None else None
         levels = self._decode(self._encode(present), wanted)
         if self.training:
@@ -87,9 +107,9 @@ class SparseCompletionNet(nn.Module):
         return logits.dense(-ABSENT_LOGIT)
 
     def _encode(self, x: SparseTensor) -> list[SparseTensor]:
-        features = [self.stem(x.replace(torch.ones_like(x.features)))]
+        features = [self._run(self.stem, x.replace(torch.ones_like(x.features)))]
         for block in self.encoder:
-            features.append(block(features[-1]))
+            features.append(self._run(block, features[-1]))
         if not torch.is_grad_enabled():  # the decoder works on other voxels: free what the encoder planned
             for level in features:
                 level.voxels.forget_plans()
@@ -99,15 +119,29 @@ class SparseCompletionNet(nn.Module):
         x = features.pop()
         levels: list[SparseTensor] = []
         for number, (block, head) in enumerate(zip(self.decoder, self.heads, strict=True)):
-            x = block(x) + features.pop()
+            x = self._run(block, x) + features.pop()
             logits = head(x)
             levels = [*levels, logits] if self.training else [logits]
             if number < len(self.heads) - 1:
-                keep = logits.features[:, 0] > 0
-                if wanted is not None:
-                    keep |= voxels.contains(wanted[number], x.voxels.keys, x.voxels.cells)
-                x = x.prune(keep)
+                x = x.prune(self._worth_refining(logits, None if wanted is None else wanted[number]))
         return levels
+
+    def _run(self, block: nn.Module, x: SparseTensor) -> SparseTensor:
+        if not (self.checkpointing and self.training):
+            return block(x)
+        result: SparseTensor = checkpoint(block, x)
+        result.voxels.forget_plans()
+        return result
+
+    def _worth_refining(self, logits: SparseTensor, wanted: Tensor | None) -> Tensor:
+        """(N,) boolean: voxels with a logit above zero or in the target, within the budget of the next level."""
+        values = logits.features.detach()[:, 0]
+        keep = values > 0
+        if wanted is not None:
+            in_target = voxels.contains(wanted, logits.voxels.keys, logits.voxels.cells)
+            keep |= in_target
+            values = values.masked_fill(in_target, torch.inf)
+        return within_budget(keep, values, logits.voxels, self.max_voxels)
 
 
 class SparseUNet(UNet):
@@ -224,16 +258,34 @@ def _target_keys(target: SparseTensor, present: SparseTensor) -> list[Tensor]:
     return [voxel_set.keys for voxel_set in reversed(sets)]
 
 
-def _conv_block(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
+class _ConvBlock(nn.Sequential):
+    """Convolution, batch norm and ReLU, the latter two fused."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Run the three layers."""
+        convolution, norm, act = self
+        return norm(convolution(x), act)
+
+
+class _UpBlock(nn.Sequential):
+    """A generative convolution with batch norm and ReLU, and a :class:`_ConvBlock`."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Run all layers."""
+        grow, norm, act, block = self
+        return block(norm(grow(x), act))
+
+
+def _conv_block(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> _ConvBlock:
     convolution = SparseConv3d(in_channels, out_channels, kernel_size, stride, bias=False)
-    return nn.Sequential(convolution, SparseBatchNorm3d(out_channels), SparseReLU())
+    return _ConvBlock(convolution, SparseBatchNorm3d(out_channels), SparseReLU())
 
 
 def _down_block(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(_conv_block(in_channels, out_channels, 2, 2), _conv_block(out_channels, out_channels))
 
 
-def _up_block(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+def _up_block(in_channels: int, out_channels: int, kernel_size: int) -> _UpBlock:
     """The published engine's even kernels reach forward only, 0 ... kernel_size - 1: no padding."""
     grow = SparseConvTranspose3d(in_channels, out_channels, kernel_size, 2, bias=False, generative=True, padding=0)
-    return nn.Sequential(grow, SparseBatchNorm3d(out_channels), SparseReLU(), _conv_block(out_channels, out_channels))
+    return _UpBlock(grow, SparseBatchNorm3d(out_channels), SparseReLU(), _conv_block(out_channels, out_channels))

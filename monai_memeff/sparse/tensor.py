@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from monai_memeff.geometry import voxels
+from monai_memeff.sparse.fused import Again
 from monai_memeff.sparse.voxel_set import VoxelSet
 
 
@@ -50,13 +52,21 @@ class SparseTensor:
         strides = (stride,) * 3 if isinstance(stride, int) else tuple(stride)
         self.features = features
         self.voxels = VoxelSet(keys, spatial_shape, batch_size, strides)
+        self.again: Again | None = None
 
     @classmethod
-    def on(cls, voxel_set: VoxelSet, features: Tensor) -> SparseTensor:
-        """Features (N, C) on an existing voxel set, whose plans are shared."""
+    def on(cls, voxel_set: VoxelSet, features: Tensor, again: Again | None = None) -> SparseTensor:
+        """Features (N, C) on an existing voxel set, whose plans are shared.
+
+        Args:
+            voxel_set: where the features are.
+            features: (N, C).
+            again: computes the same features once more, for graphs to keep in their place where that is cheaper.
+        """
         tensor = cls.__new__(cls)
         tensor.features = features
         tensor.voxels = voxel_set
+        tensor.again = again
         return tensor
 
     @classmethod
@@ -124,8 +134,7 @@ class SparseTensor:
         features = self.features.to(device=device, dtype=dtype)
         if features.device == self.voxels.device:
             return self.replace(features)
-        moved = VoxelSet(self.voxels.keys.to(features.device), self.spatial_shape, self.batch_size, self.voxels.stride)
-        return SparseTensor.on(moved, features)
+        return SparseTensor.on(self.voxels.to(features.device), features)
 
     @property
     def coordinates(self) -> Tensor:
@@ -207,9 +216,27 @@ def union_add(first: SparseTensor, second: SparseTensor) -> SparseTensor:
     if _same_voxels(first, second):
         return first.replace(first.features + second.features)
     union, first_rows, second_rows = _unite(first, second)
-    total = first.features.new_zeros(len(union), first.features.shape[1])
-    total = total.index_copy(0, first_rows, first.features).index_add(0, second_rows, second.features.to(total.dtype))
-    return SparseTensor.on(union, total)
+    return SparseTensor.on(union, _Sum.apply(first.features, second.features, first_rows, second_rows, len(union)))
+
+
+class _Sum(torch.autograd.Function):
+    """Rows of two matrices added at their places; the graph keeps the places as int32."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor, first_rows: Tensor, second_rows: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(first_rows, second_rows)
+        ctx.dtypes = first.dtype, second.dtype
+        total = first.new_zeros(rows, first.shape[1], dtype=torch.promote_types(first.dtype, second.dtype))
+        total.index_copy_(0, first_rows.long(), first.to(total.dtype))
+        return total.index_add_(0, second_rows.long(), second.to(total.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = [
+            grad.index_select(0, rows).to(dtype) if need else None
+            for rows, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        ]
+        return *found, None, None, None
 
 
 def concatenate_channels(tensors: Sequence[SparseTensor]) -> SparseTensor:
@@ -231,7 +258,7 @@ def _concatenate_two(first: SparseTensor, second: SparseTensor) -> SparseTensor:
         return first.replace(torch.cat((first.features, second.features), dim=1))
     union, first_rows, second_rows = _unite(first, second)
     columns = [
-        tensor.features.new_zeros(len(union), tensor.features.shape[1]).index_copy(0, rows, tensor.features)
+        tensor.features.new_zeros(len(union), tensor.features.shape[1]).index_copy(0, rows.long(), tensor.features)
         for tensor, rows in ((first, first_rows), (second, second_rows))
     ]
     return SparseTensor.on(union, torch.cat(columns, dim=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
@@ -29,6 +30,8 @@ class VoxelSet:
         finer: the set that this one was coarsened from, if any.
     """
 
+    _own = ("_plans", "_coarser", "_generated")
+
     def __init__(
         self,
         keys: Tensor,
@@ -44,16 +47,17 @@ class VoxelSet:
         self.finer = finer
         self._plans: dict[Hashable, object] = {}
         self._coarser: weakref.WeakValueDictionary[tuple[int, ...], VoxelSet] = weakref.WeakValueDictionary()
+        self._generated: dict[Hashable, VoxelSet] = {}
 
     def __len__(self) -> int:
         return self.keys.numel()
 
     def __getstate__(self) -> dict[str, object]:
         """What is copied or sent to another process: the voxels, without what was planned for them."""
-        return {name: value for name, value in vars(self).items() if name not in ("_plans", "_coarser")}
+        return {name: value for name, value in vars(self).items() if name not in self._own}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update(state, _plans={}, _coarser=weakref.WeakValueDictionary())
+        vars(self).update(state, _plans={}, _coarser=weakref.WeakValueDictionary(), _generated={})
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +84,22 @@ class VoxelSet:
     def forget_plans(self) -> None:
         """Free the kernel maps kept here; they are planned again when needed."""
         self._plans.clear()
+
+    def generated(self, name: Hashable, generate: Callable[[], VoxelSet]) -> VoxelSet:
+        """The finer set that was generated from this one under ``name``, generating it at the first call."""
+        if name not in self._generated:
+            self._generated[name] = generate()
+        return self._generated[name]
+
+    def has_generated(self, other: VoxelSet) -> bool:
+        """Whether ``other`` was generated from this set."""
+        return any(other is known for known in self._generated.values())
+
+    def to(self, device: torch.device) -> VoxelSet:
+        """The same voxels on another device, without what was planned for them and without the finer set."""
+        moved = copy.copy(self)
+        moved.keys, moved.finer = self.keys.to(device), None
+        return moved
 
     def select(self, keep: Tensor) -> VoxelSet:
         """The subset marked by an (N,) boolean mask."""

@@ -20,8 +20,8 @@ from monai_memeff.sparse.backends.native.product import accumulator
 from monai_memeff.sparse.kernel_map import ConvolutionGeometry, KernelMap
 
 
-def unavailable() -> str | None:
-    """Why this engine cannot be used, or None: it always can."""
+def unavailable(device: torch.device) -> str | None:
+    """Why this engine cannot be used on a device, or None: it always can."""
     return None
 
 
@@ -37,7 +37,7 @@ def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, geometry: Co
     Returns:
         (num_out, out_channels), in the dtype of ``features``.
     """
-    return _Convolution.apply(features, weight, bias, geometry.kernel_map)
+    return _Convolution.apply(features, weight, bias, geometry)
 
 
 class _Convolution(torch.autograd.Function):
@@ -49,25 +49,26 @@ class _Convolution(torch.autograd.Function):
         features: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        kernel_map: KernelMap,
+        geometry: ConvolutionGeometry,
     ) -> Tensor:
         ctx.save_for_backward(features, weight)
-        ctx.kernel_map = kernel_map
-        return multiply(features, weight, bias, kernel_map)
+        ctx.geometry = geometry
+        return multiply(features, weight, bias, geometry.kernel_map)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, weight = ctx.saved_tensors
+        kernel_map = ctx.geometry.kernel_map
         needs_features, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_features: Tensor | None = None
         grad_weight: Tensor | None = None
         if needs_features and needs_weight:
-            grad_features, grad_weight = both_gradients(features, grad, weight, ctx.kernel_map.transposed)
+            grad_features, grad_weight = both_gradients(features, grad, weight, kernel_map.transposed)
         elif needs_features:
-            grad_features = multiply(grad, weight.transpose(1, 2), None, ctx.kernel_map.transposed)
+            grad_features = multiply(grad, weight.transpose(1, 2), None, kernel_map.transposed)
         elif needs_weight:
-            grad_weight = weight_gradient(features, grad, ctx.kernel_map)
+            grad_weight = weight_gradient(features, grad, kernel_map)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_features, grad_weight, grad.sum(0) if needs_bias else None, None

@@ -7,10 +7,13 @@ import functools
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
-"""Elements of one gathered block: at most eight megabytes in float32 stay in a shared cache."""
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+"""Elements of one gathered block: at most four megabytes in float32 stay in a shared cache."""
 
-MIN_BLOCK_ROWS = 1024
+MIN_BLOCK_ROWS = 256
+
+LEAST_BLOCKS = 4
+"""A few rows are cut into this many blocks too, so that a block is small beside the features."""
 
 PLANNED_ROWS = 256
 """Rows of the smallest block that is worth a plan of oneDNN's."""
@@ -48,7 +51,8 @@ def has_onednn() -> bool:
 
 def row_blocks(rows: int, row_elements: int, device: torch.device) -> list[slice]:
     """Row ranges whose gathered blocks fit the budget: of 2^n rows each, then halves of that, and the last few."""
-    most = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(row_elements, 1))
+    budget = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(row_elements, 1)
+    most = max(MIN_BLOCK_ROWS, min(budget, rows // LEAST_BLOCKS))
     size, start, blocks = 1 << (most.bit_length() - 1), 0, []
     while start < rows:
         while size > max(rows - start, PLANNED_ROWS):

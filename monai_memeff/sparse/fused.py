@@ -1,0 +1,160 @@
+"""Batch norm and ReLU in one step that keeps its input only, and features that are computed again, not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+Again = Callable[[], Tensor]
+
+BLOCK_ELEMENTS = 2**18
+"""Elements that the backward pass works on at a time on the CPU: a megabyte in float32 stays in the cache."""
+
+
+def norm_relu(
+    features: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None],
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Again | None]:
+    """``relu(batch_norm(features))``, and how to compute it again from ``features`` without statistics.
+
+    The graph keeps ``features`` (N, C) and per-channel numbers; the sign of the result, which the backward pass needs,
+    is computed again. A layer that follows and would keep the result may keep the second value instead; then norm,
+    activation and convolution together keep one tensor where two are usual.
+
+    Args:
+        features: (N, C), N at least 2 in training.
+        weight: (C,) or None.
+        bias: (C,) or None.
+        running: mean and variance (C,), or None for both; updated in training.
+        training: normalise with the statistics of ``features``.
+        momentum: share of the new statistics in the running ones.
+        eps: added to the variance.
+
+    Returns:
+        (N, C) features, and a function without arguments that returns them again (None where no graph is built); it
+        works until the backward pass has gone through the norm.
+    """
+    result = _NormReLU.apply(features, weight, bias, *running, training, momentum, eps)
+    return result, None if result.grad_fn is None else partial(_result_of, result.grad_fn)
+
+
+def kept_as(features: Tensor, again: Again | None) -> AbstractContextManager[object]:
+    """While it is entered, graphs that would keep ``features`` keep ``again`` instead."""
+    if again is None or features.numel() == 0 or not torch.is_grad_enabled():
+        return nullcontext()
+    place, shape, dtype = features.data_ptr(), features.shape, features.dtype
+
+    def pack(kept: Tensor) -> Tensor | Again:
+        return again if kept.data_ptr() == place and kept.shape == shape else kept
+
+    def unpack(kept: Tensor | Again) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept().to(dtype)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+class _NormReLU(torch.autograd.Function):
+    """Keeps the features, and the mean and the inverse standard deviation that were applied."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        result, mean, inverse = torch.native_batch_norm(
+            features, weight, bias, running_mean, running_var, training, momentum, eps
+        )
+        if not training:
+            assert running_mean is not None
+            assert running_var is not None
+            mean, inverse = running_mean.clone(), (running_var + eps).rsqrt()
+        ctx.save_for_backward(features, weight, bias, mean, inverse)
+        ctx.training, ctx.eps, ctx.kept = training, eps, None
+        return result.relu_()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, weight, bias, mean, inverse = _kept_by(ctx)
+        ctx.kept = None
+        scale, shift = _affine(mean, inverse, weight, bias)
+        if torch.is_grad_enabled() or features.is_cuda:
+            found = _gradients(grad, features, weight, (scale, shift), (mean, inverse), ctx.training, ctx.eps)
+        else:
+            found = _gradients_in_blocks(grad, features, (scale, shift), (mean, inverse), ctx.training)
+        given = (g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False))
+        return *given, None, None, None, None, None
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _gradients(
+    grad: Tensor, features: Tensor, weight: Tensor | None, affine: Pair, moments: Pair, training: bool, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of features, weight and bias, by torch's own operations, which can be differentiated once more."""
+    scale, shift = affine
+    grad = torch.ops.aten.threshold_backward(grad, torch.addcmul(shift, features, scale).to(grad.dtype), 0)
+    running = (None, None) if training else (moments[0], moments[1] ** -2 - eps)
+    learns = weight is not None
+    return torch.ops.aten.native_batch_norm_backward(
+        grad, features, weight, *running, *moments, training, eps, [True, learns, learns]
+    )
+
+
+def _gradients_in_blocks(
+    grad: Tensor, features: Tensor, affine: Pair, moments: Pair, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in blocks of rows, with no other tensor of the features' size than the result."""
+    (scale, shift), (mean, inverse) = affine, moments
+    result = torch.empty_like(features, memory_format=torch.contiguous_format)
+    of_shift, of_scale = torch.zeros_like(mean), torch.zeros_like(mean)
+    blocks = [part.split(max(BLOCK_ELEMENTS // features.shape[1], 1)) for part in (features, grad, result)]
+    for x, g, out in zip(*blocks, strict=True):
+        out.copy_(torch.ops.aten.threshold_backward(g, torch.addcmul(shift, x, scale).to(g.dtype), 0))
+        of_shift += out.sum(0, dtype=mean.dtype)
+        of_scale += (out * (x - mean)).sum(0)
+    of_scale *= inverse
+    if not training:
+        return result.mul_(scale), of_scale, of_shift
+    slope, offset = -inverse * of_scale / len(features), -of_shift / len(features)
+    offset = offset - mean * slope
+    for x, _, out in zip(*blocks, strict=True):
+        out += torch.addcmul(offset, x, slope)
+        out *= scale
+    return result, of_scale, of_shift
+
+
+def _affine(mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> Pair:
+    scale = inverse if weight is None else inverse * weight.detach()
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias.detach()
+
+
+def _result_of(node: Any) -> Tensor:
+    """What a :class:`_NormReLU` returned, from what it kept."""
+    features, weight, bias, mean, inverse = node.kept = _kept_by(node)
+    scale, shift = _affine(mean, inverse, weight, bias)
+    return torch.addcmul(shift, features.detach(), scale).relu_().to(features.dtype)
+
+
+def _kept_by(node: Any) -> tuple[Tensor, ...]:
+    """Its saved tensors, which inside a checkpoint may be asked for only once."""
+    return node.saved_tensors if node.kept is None else node.kept
