@@ -8,7 +8,8 @@ the CT's own grid, 512 x 512 x 234 at 1 mm: 64^3 cells of 8 x 8 x 3.66 mm.
 Organs: `organs` is TotalSegmentator's example at 3 mm made coarse to 12 mm. Trained on the organs of TRAINED and on
 OpenKBP's, tested on vessels and other thin organs of the same body that training never sees. `organs512` is the example
 CT of 512 x 512 x 20 voxels (0.98 x 0.98 x 2 mm) with cells of 4 x 4 x 2 voxels, with the same organs held out. Neither
-holds an oesophagus. All of these labels are a model's, drawn at 3 and 1.5 mm, not a person's.
+holds an oesophagus. All of these labels are a model's, not a person's, and those of the second are its 3 mm voxels
+repeated on the fine grid: they have the size of a clinical segmentation, not its detail.
 
 Peers, all from the same coarse grid: nearest, trilinear of the same binary coarse mask (at 0.5, and at the level that
 is best on the test itself, which no one knows beforehand), and trilinear of the share of each cell, which needs more
