@@ -61,9 +61,9 @@ def _best(keep: Tensor, rank: Tensor, limit: int, stride: int) -> Tensor:
     if asked <= limit:
         return keep
     warnings.warn(
-        f"at stride {stride} a volume would be refined to {CHILDREN * asked} voxels, max_voxels = {CHILDREN * limit} are "
-        f"allowed: the {limit} of {asked} with the largest logits go on. Raise max_voxels, train longer, or take a coarser "
-        "grid.",
+        f"at stride {stride} a volume would be refined to {CHILDREN * asked} voxels, max_voxels = {CHILDREN * limit} "
+        f"are allowed: the {limit} of {asked} with the largest logits go on. Raise max_voxels, train longer, or take a "
+        "coarser grid.",
         stacklevel=2,
     )
     order = rank.masked_fill(~keep, -torch.inf).sort(descending=True, stable=True).indices

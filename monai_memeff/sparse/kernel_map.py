@@ -148,11 +148,12 @@ def _choose_layout(pairs: list[tuple[Tensor, Tensor]], num_in: int, num_out: int
 def kernel_map_between(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> KernelMap:
     """The kernel map from ``inputs`` to ``outputs``, planned once where one set keeps it.
 
-    A set keeps the maps within itself (submanifold convolutions) and those from the finer set that it was coarsened from
-    or that was generated from it; the ``transposed`` of the latter serve the way back.
+    A set keeps the maps within itself (submanifold convolutions) and those from the finer set that it was coarsened
+    from or that was generated from it; the ``transposed`` of the latter serve the way back.
     """
     if inputs is outputs:
         return inputs.planned(("within", shape), lambda: plan_kernel_map(inputs, inputs, shape))
-    if outputs.finer is inputs or outputs.has_generated(inputs):
-        return outputs.planned(("finer", shape, outputs.finer is inputs), lambda: plan_kernel_map(inputs, outputs, shape))
+    origin = outputs.finer is inputs
+    if origin or outputs.has_generated(inputs):
+        return outputs.planned(("finer", shape, origin), lambda: plan_kernel_map(inputs, outputs, shape))
     return plan_kernel_map(inputs, outputs, shape)

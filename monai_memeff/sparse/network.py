@@ -62,8 +62,8 @@ class SparseCompletionNet(nn.Module):
             raise ValueError(f"channels must be seven positive numbers (strides 1 ... 64), got {tuple(channels)}.")
         if max_voxels is not None and max_voxels < 64:
             raise ValueError(
-                f"max_voxels must be at least 64, what one voxel can generate at once, got {max_voxels}; give the number "
-                "of voxels that fit into memory, or None for no bound."
+                f"max_voxels must be at least 64, what one voxel can generate at once, got {max_voxels}; give the "
+                "number of voxels that fit into memory, or None for no bound."
             )
         self.channels = tuple(channels)
         self.checkpointing = checkpointing

@@ -1,7 +1,7 @@
 """The published tables of memory: skull completion against resolution and against batch size, in three engines.
 
     python tests/benchmarks/sparse_scale.py                                     # both tables on a generated skull
-    python tests/benchmarks/sparse_scale.py --image vhf_head_ct.nii.gz          # on a real head, 512 x 512 x at most 256
+    python tests/benchmarks/sparse_scale.py --image vhf_head_ct.nii.gz          # on a real head
     python tests/benchmarks/sparse_scale.py --table resolution --resolutions 512 --engines native --checkpointing
 
 One step is everything that a new volume costs: voxel sets, kernel maps, the network, in training also the loss and all
@@ -62,8 +62,8 @@ def main() -> None:
 
 def _table(options: argparse.Namespace, sizes: list[dict], title: str) -> None:
     print(f"\n{title}\n")
-    print("| channels | mode | resolution | batch | engine | candidates | CPU-s | x ours | process MB | x ours | tensors MB |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| channels | mode | resolution | batch | engine | candidates | CPU-s | x ours | process MB | x ours | ", end="")
+    print("tensors MB |\n|" + "---|" * 11)
     for channels, mode, size in product(options.channels, options.modes, sizes):
         ours: dict = {}
         for engine in options.engines:
@@ -82,11 +82,15 @@ def _row(found: dict, ours: dict) -> str:
     name = [found[key] for key in ("channels", "mode", "resolution", "batch", "engine")]
     if "refused" in found:
         return "| " + " | ".join(map(str, [*name, found["refused"], "", "", "", "", ""])) + " |"
-    ratios = ["", ""] if not ours or "refused" in ours else [
-        f"{found[key] / ours[key]:.2f}" for key in ("cpu_seconds", "process_bytes")
-    ]
+    ratios = (
+        ["", ""]
+        if not ours or "refused" in ours
+        else [f"{found[key] / ours[key]:.2f}" for key in ("cpu_seconds", "process_bytes")]
+    )
     numbers = [f"{found['cpu_seconds']:.2f}", ratios[0], f"{found['process_bytes'] / 1e6:.0f}", ratios[1]]
-    return "| " + " | ".join(map(str, [*name, found["candidates"], *numbers, f"{found['tensor_bytes'] / 1e6:.0f}"])) + " |"
+    return (
+        "| " + " | ".join(map(str, [*name, found["candidates"], *numbers, f"{found['tensor_bytes'] / 1e6:.0f}"])) + " |"
+    )
 
 
 def _in_fresh_process(cell: dict) -> dict:
@@ -109,7 +113,9 @@ def _run(cell: dict) -> dict:
     expected = _dense_bytes(cell, CHANNELS[cell["channels"]][0])
     if cell["engine"] == "dense" and expected > DENSE_LIMIT:
         return {"refused": f"not run: about {expected / 1e9:.0f} GB"}
-    volume = head(cell["image"], cell["resolution"]) if cell["image"] else generated(cell["resolution"], cell["occupancy"])
+    volume = (
+        head(cell["image"], cell["resolution"]) if cell["image"] else generated(cell["resolution"], cell["occupancy"])
+    )
     case = Case(volume, cell["batch"])
     del volume
     make = STEPS[cell["engine"]]

@@ -159,6 +159,27 @@ def test_it_learns_to_complete_a_shape() -> None:
     assert dice > 0.8
 
 
+@pytest.mark.parametrize("amp", [False, True])
+def test_checkpointing_changes_memory_and_nothing_else(amp: bool) -> None:
+    target, torn = shell((64, 60, 49), 2), shell((64, 60, 49), 2, bite=True)
+    found, peaks = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        net = SparseCompletionNet(checkpointing=checkpointing)
+        for head in net.heads:
+            nn.init.constant_(head.bias, -3.0)  # mostly the target's voxels go on, as in a trained network
+        loss = SparseCompletionLoss()
+        for _ in range(2):
+            net.zero_grad()
+            with measure_peak() as meter, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                loss(net(torn, target), target).backward()
+        peaks.append(meter.peak_bytes)
+        found.append([*(p.grad for p in net.parameters() if p.requires_grad), *net.buffers()])
+    for plain, lean in zip(*found, strict=True):
+        assert torch.equal(plain, lean)
+    assert peaks[1] < 0.9 * peaks[0]
+
+
 def test_bad_calls_are_refused() -> None:
     net, volume = SparseCompletionNet(SMALL), shell((16, 16, 16))
     with pytest.raises(ValueError, match=r"call network\(x, target\)"):

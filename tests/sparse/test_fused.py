@@ -1,0 +1,133 @@
+"""Batch norm and ReLU fused: values, gradients and running statistics of the two layers, in less memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from monai_memeff.memory import checkpoint
+from monai_memeff.sparse import SparseBatchNorm3d, SparseConv3d, SparseReLU, SparseTensor, fused
+from tests.oracles import assert_less_memory
+from tests.sparse.reference import random_mask
+
+SHAPE = (7, 6, 9)
+OPTIONS = (
+    {},
+    {"affine": False},
+    {"track_running_stats": False},
+    {"momentum": None},
+    {"eps": 0.1, "momentum": 0.3},
+)
+
+
+def sample(channels: int, dtype: torch.dtype = torch.float64, shape: tuple[int, int, int] = SHAPE) -> SparseTensor:
+    """Features whose mean and spread differ by channel."""
+    mask = random_mask(2, shape, 0.4)
+    image = torch.randn(2, channels, *shape, dtype=dtype) * torch.linspace(0.5, 3, channels)[:, None, None, None]
+    return SparseTensor.from_dense((image + torch.linspace(-2, 2, channels)[:, None, None, None]).to(dtype), mask)
+
+
+def norms(channels: int, options: dict, training: bool) -> tuple[SparseBatchNorm3d, SparseBatchNorm3d]:
+    """Two equal norms with weights and statistics of their own."""
+    first = SparseBatchNorm3d(channels, **options).double()
+    for name, value in first.state_dict().items():
+        if name != "num_batches_tracked":
+            value.uniform_(0.5, 1.5)
+    second = SparseBatchNorm3d(channels, **options).double()
+    second.load_state_dict(first.state_dict())
+    return first.train(training), second.train(training)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("block", [1, 2**18])
+def test_fused_is_norm_then_relu(options: dict, training: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", block)
+    x = sample(3)
+    together, apart = norms(3, options, training)
+    results = []
+    for norm, run in ((together, lambda n, t: n(t, SparseReLU())), (apart, lambda n, t: SparseReLU()(n(t)))):
+        features = x.features.clone().requires_grad_()
+        y = run(norm, x.replace(features)).features
+        slopes = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+        results.append([y, *torch.autograd.grad((y * slopes).sum(), [features, *norm.parameters()])])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    for name, value in together.state_dict().items():
+        torch.testing.assert_close(value, apart.state_dict()[name], msg=name)
+
+
+def test_a_chain_with_second_derivatives() -> None:
+    """Through norm, activation and a convolution that keeps nothing but the norm's input."""
+    torch.manual_seed(2)
+    x = sample(2)
+    norm, layer = SparseBatchNorm3d(2).double(), SparseConv3d(2, 2).double()
+    weights = torch.randn(len(x), 2, dtype=torch.float64)
+
+    def run(features: Tensor, weight: Tensor) -> Tensor:
+        y = norm(x.replace(features), SparseReLU())
+        return torch.func.functional_call(layer, {"weight": weight}, (y,)).features * weights
+
+    inputs = (x.features.clone().requires_grad_(), layer.weight.detach().clone().requires_grad_())
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+def test_low_precision_keeps_its_dtype_and_is_near() -> None:
+    exact = sample(4, torch.float32)
+    norm = SparseBatchNorm3d(4)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        features = exact.features.detach().clone().to(dtype).requires_grad_()
+        y = norm(exact.replace(features), SparseReLU())
+        assert y.features.dtype == dtype
+        assert y.again is not None
+        torch.testing.assert_close(y.again(), y.features, rtol=2e-2, atol=2e-2)
+        y.features.float().square().sum().backward()
+        assert features.grad.dtype == dtype
+        found.append(features.grad.float())
+    torch.testing.assert_close(found[1], found[0], rtol=0.1, atol=0.1)
+
+
+def chain(again: bool) -> nn.Module:
+    """Six times convolution, norm and ReLU; without ``again`` every result is kept as usual."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = SparseConv3d(8, 8, bias=False), SparseBatchNorm3d(8)
+
+        def forward(self, x: SparseTensor) -> SparseTensor:
+            y = self.convolution(x)
+            return self.norm(y, SparseReLU()) if again else SparseReLU()(self.norm(y))
+
+    torch.manual_seed(0)
+    return nn.Sequential(*[Block() for _ in range(6)])
+
+
+def test_the_chain_needs_less_memory() -> None:
+    x = sample(8, torch.float64, (30, 31, 32))
+    x.features.requires_grad_()
+    lean, usual = chain(True).double(), chain(False).double()
+    gradients = []
+    for net in (lean, usual):
+        net(x).features.square().sum().backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert_less_memory(
+        lambda: lean(x).features.square().sum().backward(), lambda: usual(x).features.square().sum().backward(), 0.85
+    )
+
+
+def test_inside_a_checkpoint() -> None:
+    x = sample(8, torch.float64)
+    net = chain(True).double()
+    found = []
+    for run in (net, lambda t: checkpoint(net, t)):
+        features = x.features.clone().requires_grad_()
+        y = run(x.replace(features)).features
+        found.append([y, *torch.autograd.grad(y.square().sum(), [features, *net.parameters()])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
