@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from monai_memeff.sparse.map_cache import recalled
 from monai_memeff.sparse.neighbours import KernelShape, NeighbourTable, plan_neighbours
 from monai_memeff.sparse.voxel_set import VoxelSet
 
@@ -128,7 +129,7 @@ def plan_kernel_map(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> 
         len(inputs),
         len(outputs),
         shape.volume,
-        plan_neighbours(inputs, outputs, shape),
+        recalled(inputs, outputs, shape, lambda: plan_neighbours(inputs, outputs, shape)),
         symmetric=shape.is_symmetric and inputs is outputs,
         reads_once=shape.reads_once,
     )

@@ -16,6 +16,9 @@ from monai_memeff.sparse.voxel_set import VoxelSet
 
 Triple = tuple[int, int, int]
 
+MAX_SLOTS = 2**31 - 2**8
+"""Slots are numbered by 32-bit integers."""
+
 PLANNING_ROWS = 2**14
 """Output rows whose neighbours are looked up at a time, in a table of the slab of the grid that they can reach."""
 
@@ -100,7 +103,8 @@ def plan_neighbours(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> 
     cell instead of the next line, and every offset is one number added to a key.
 
     Raises:
-        ValueError: the grown grid has more cells than 64-bit keys can number.
+        ValueError: the grown grid has more cells than 64-bit keys can number, or there are more input voxels than 32-bit
+            slots can.
     """
     extents, margins = _reachable_grid(inputs, outputs, shape)
     cells = inputs.batch_size * extents[0] * extents[1] * extents[2]
@@ -109,8 +113,13 @@ def plan_neighbours(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> 
             f"batch_size * voxels in the kernel's reach must be at most 2^63 - 1, got {inputs.batch_size} * {extents}; "
             "use a smaller batch, kernel or dilation."
         )
-    grown = voxels.regrid(inputs.keys, inputs.spatial_shape, extents, shift=margins)
     window = shape.kernel_size[2] if shape.dilation[2] == 1 and not shape.reads_once else 1
+    if len(inputs) * window > MAX_SLOTS:
+        raise ValueError(
+            f"a convolution takes at most {MAX_SLOTS // window} voxels with a kernel of {shape.kernel_size}, got "
+            f"{len(inputs)}; use a smaller batch, or crop the volume."
+        )
+    grown = voxels.regrid(inputs.keys, inputs.spatial_shape, extents, shift=margins)
     slots, absent = _slots(grown, window)
     first = voxels.regrid(outputs.keys, outputs.spatial_shape, extents, shape.stride)
     steps = _line_steps(shape, window, extents, inputs.device)

@@ -2,54 +2,35 @@
 
 from __future__ import annotations
 
-import collections
-import collections.abc
-from types import ModuleType
+import argparse
+from pathlib import Path
 
 import torch
 from sparse_engines import Engine, ellipsoid_shell
 from torch import Tensor, nn
 
-from monai_memeff.sparse import SparseCompletionNet, SparseConvTranspose3d, SparseTensor
+from monai_memeff.sparse import SparseCompletionNet, SparseTensor
+from monai_memeff.sparse.backends import minkowski
+from monai_memeff.sparse.minkowski_weights import kernel_to_weight, to_minkowski, weight_to_kernel
 
+Spatial = tuple[int, int, int]
 
-def load() -> ModuleType:
-    """Import MinkowskiEngine 0.5.4, which looks for ``Sequence`` and others where Python 3.9 still had them.
-
-    The names are put into ``collections`` for the time of the import only.
-    """
-    lent = [name for name in collections.abc.__all__ if not hasattr(collections, name)]
-    for name in lent:
-        setattr(collections, name, getattr(collections.abc, name))
-    try:
-        import MinkowskiEngine
-    finally:
-        for name in lent:
-            delattr(collections, name)
-    return MinkowskiEngine
+STORED = 20
+"""Every so many of the example's logits are stored."""
 
 
 def unavailable() -> str | None:
     """Why MinkowskiEngine cannot be used here, or None."""
-    try:
-        load()
-    except ImportError as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def to_minkowski_order(weight: Tensor) -> Tensor:
-    """(A, B, k, k, k) with the last axis fastest to (k^3, A, B) with the first spatial axis fastest."""
-    return weight.permute(4, 3, 2, 0, 1).flatten(0, 2).contiguous()
+    return minkowski.unavailable(torch.device("cpu"))
 
 
 class MinkowskiEngineConvolution(Engine):
     """``MinkowskiConvolution``; the coordinate manager keeps the kernel map."""
 
     def __init__(self, mask: Tensor, features: Tensor, weight: Tensor, cotangent: Tensor) -> None:
-        engine = load()
+        engine = minkowski.load()
         self.layer = engine.MinkowskiConvolution(*weight.shape[1::-1], kernel_size=3, dimension=3)
-        self.layer.kernel = nn.Parameter(to_minkowski_order(weight.transpose(0, 1)))
+        self.layer.kernel = nn.Parameter(weight_to_kernel(weight))
         coordinates = nn.functional.pad(mask.nonzero(), (1, 0)).int()
         placed = engine.SparseTensor(features.clone(), coordinates)
         if not torch.equal(placed.C, coordinates):
@@ -67,63 +48,57 @@ class MinkowskiEngineConvolution(Engine):
 
     def comparable(self, features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Engine`."""
-        channels = weight.shape[1]
-        return features, weight.view(3, 3, 3, channels, -1).permute(4, 3, 2, 1, 0)
+        return features, kernel_to_weight(weight, (3, 3, 3))
 
 
 class MinkowskiCompletionNet(nn.Module):
-    """The published network as it is written for MinkowskiEngine, with the weights of a ``SparseCompletionNet``.
+    """The published network as it is written for MinkowskiEngine, with the published names of its layers.
 
-    Candidates beyond the border are dropped right after each generative convolution, before its batch norm.
+    Its weights are copied from a ``SparseCompletionNet``. Candidates beyond the border are dropped right after each generative convolution, before its batch norm.
     """
 
-    def __init__(self, ours: SparseCompletionNet, shape: tuple[int, int, int]) -> None:
+    def __init__(self, ours: SparseCompletionNet, shape: Spatial) -> None:
         super().__init__()
-        self.engine, self.shape = load(), shape
-        self.encoder = nn.ModuleList(self._twins(block) for block in (ours.stem, *ours.encoder))
-        self.decoder = nn.ModuleList(self._twins(block) for block in ours.decoder)
-        self.heads = nn.ModuleList(self._twin(head) for head in ours.heads)
+        self.engine, self.shape = minkowski.load(), shape
+        channels = ours.channels
+        plain, growing = self.engine.MinkowskiConvolution, self.engine.MinkowskiGenerativeConvolutionTranspose
+        self.enc_block_s1 = self._block((plain, 1, channels[0], 3, 1))
+        for n in range(6):
+            wide = channels[n + 1]
+            block = self._block((plain, channels[n], wide, 2, 2), (plain, wide, wide, 3, 1))
+            self.add_module(f"enc_block_s{2**n}s{2 ** (n + 1)}", block)
+        for n in reversed(range(6)):
+            slim, size = channels[n], 4 if n == 5 else 2
+            block = self._block((growing, channels[n + 1], slim, size, 2), (plain, slim, slim, 3, 1))
+            self.add_module(f"dec_block_s{2 ** (n + 1)}s{2**n}", block)
+            self.add_module(f"dec_s{2**n}_cls", plain(slim, 1, 1, bias=True, dimension=3))
+        last = plain(channels[0], 1, 1, bias=True, dimension=3)
+        self.final_out = nn.Sequential(last, self.engine.MinkowskiSigmoid())
+        self.load_state_dict(to_minkowski(ours))
 
-    def _twins(self, block: nn.Sequential) -> nn.ModuleList:
-        """Every layer of a block, nested blocks flattened."""
-        layers = [part for part in block.modules() if not list(part.children())]
-        return nn.ModuleList(self._twin(layer) for layer in layers)
-
-    def _twin(self, layer: nn.Module) -> nn.Module:
-        engine = self.engine
-        if isinstance(layer, nn.BatchNorm3d):
-            norm = engine.MinkowskiBatchNorm(layer.num_features)
-            norm.bn.load_state_dict(layer.state_dict())
-            return norm
-        if isinstance(layer, nn.ReLU):
-            return engine.MinkowskiReLU()
-        transposed = isinstance(layer, SparseConvTranspose3d)
-        kind = engine.MinkowskiGenerativeConvolutionTranspose if transposed else engine.MinkowskiConvolution
-        size, stride = layer.kernel_size[0], layer.stride[0]
-        twin = kind(layer.in_channels, layer.out_channels, size, stride, bias=layer.bias is not None, dimension=3)
-        weight = to_minkowski_order(layer.weight if transposed else layer.weight.transpose(0, 1))
-        twin.kernel.data.copy_(weight.view(twin.kernel.shape))
-        if layer.bias is not None:
-            twin.bias.data.copy_(layer.bias.view(twin.bias.shape))
-        return twin
+    def _block(self, *convolutions: tuple) -> nn.Sequential:
+        """Convolutions (kind, in, out, kernel size, stride), each with batch norm and ReLU."""
+        layers: list[nn.Module] = []
+        for kind, before, after, size, stride in convolutions:
+            layers += [kind(before, after, size, stride, dimension=3), self.engine.MinkowskiBatchNorm(after)]
+            layers.append(self.engine.MinkowskiReLU())
+        return nn.Sequential(*layers)
 
     def forward(self, coordinates: Tensor, wanted: set[tuple[int, ...]] | None) -> list:
         """Candidate logits of every level, coarsest first, from (N, 4) coordinates and the target's voxels, if any."""
         x = self.engine.SparseTensor(torch.ones(len(coordinates), 1), coordinates.int())
-        features, levels = [], []
-        for block in self.encoder:
-            for layer in block:
-                x = layer(x)
-            features.append(x)
+        features, levels = [self.enc_block_s1(x)], []
+        for n in range(6):
+            features.append(self.get_submodule(f"enc_block_s{2**n}s{2 ** (n + 1)}")(features[-1]))
         x = features.pop()
-        for block, head in zip(self.decoder, self.heads, strict=True):
-            x = self._grow(block, x) + features.pop()
-            levels.append(head(x))
+        for n in reversed(range(6)):
+            x = self._grow(self.get_submodule(f"dec_block_s{2 ** (n + 1)}s{2**n}"), x) + features.pop()
+            levels.append(self.get_submodule(f"dec_s{2**n}_cls")(x))
             if features:
                 x = self.engine.MinkowskiPruning()(x, self._worth_keeping(levels[-1], wanted))
         return levels
 
-    def _grow(self, block: nn.ModuleList, x: object) -> object:
+    def _grow(self, block: nn.Sequential, x: object) -> object:
         x = block[0](x)
         inside = (x.C[:, 1:] < torch.tensor(self.shape)).all(dim=1)
         x = self.engine.MinkowskiPruning()(x, inside)
@@ -192,3 +167,44 @@ def _compare_level(mode: str, ours: SparseTensor, theirs: object) -> dict:
         "largest": max(map(abs, logits), default=0.0),
         "difference": max(errors, default=0.0),
     }
+
+
+def store_example(path: Path) -> None:
+    """Write the state dict of a small network with random weights, an input, and MinkowskiEngine's logits for it."""
+    torch.manual_seed(0)
+    mask = torch.stack([ellipsoid_shell(28, 1.5), ellipsoid_shell(28, 2.5)])[:, :24, :, :27]
+    mask[:, :, 18:, 20:] = False
+    theirs = MinkowskiCompletionNet(SparseCompletionNet((2, 2, 3, 3, 2, 4, 5)), tuple(mask.shape[1:]))
+    for part in theirs.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()  # random numbers of MinkowskiEngine's own, in its own order
+    for norm in (part for part in theirs.modules() if isinstance(part, nn.BatchNorm1d)):
+        norm.weight.data.uniform_(0.5, 1.5)
+        norm.bias.data.uniform_(-0.3, 0.3)
+    for name, entry in theirs.state_dict().items():
+        if name.endswith("cls.bias"):
+            entry.fill_(0.3)  # so that not everything is pruned
+    coordinates = mask.nonzero().contiguous()
+    with torch.no_grad():
+        for _ in range(30):
+            theirs(coordinates, {tuple(place) for place in coordinates.tolist()})
+        theirs.dec_s1_cls.bias -= theirs.eval()(coordinates, None)[-1].F.median()  # as many above 0 as below
+        last = theirs(coordinates, None)[-1]
+    torch.save(
+        {
+            "state_dict": theirs.state_dict(),
+            "spatial_shape": list(mask.shape[1:]),
+            "coordinates": coordinates.to(torch.uint8),
+            "candidates": len(last),
+            "places": last.C[::STORED].to(torch.uint8),
+            "logits": last.F[::STORED, 0].clone(),
+        },
+        path,
+    )
+    print(f"wrote {path}: {len(last)} logits, {int((last.F > 0).sum())} above 0")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=store_example.__doc__)
+    parser.add_argument("path", type=Path)
+    store_example(parser.parse_args().path)

@@ -62,8 +62,8 @@ def main() -> None:
 
 def _table(options: argparse.Namespace, sizes: list[dict], title: str) -> None:
     print(f"\n{title}\n")
-    print("| channels | mode | resolution | batch | engine | candidates | CPU-s | x ours | process MB | x ours | ", end="")
-    print("tensors MB |\n|" + "---|" * 11)
+    print("| channels | mode | resolution | batch | engine | candidates ", end="")
+    print("| CPU-s | x ours | process MB | x ours | tensors MB |\n|" + "---|" * 11)
     for channels, mode, size in product(options.channels, options.modes, sizes):
         ours: dict = {}
         for engine in options.engines:

@@ -1,5 +1,5 @@
-"""Convolution engines, one file per library with the same two functions; see ``registry`` for the table."""
+"""Convolution engines, one file or folder per library with the same two functions; see ``registry`` for the table."""
 
-from monai_memeff.sparse.backends.registry import current, register, status, use
+from monai_memeff.sparse.backends.registry import chosen, current, register, status, use
 
-__all__ = ["current", "register", "status", "use"]
+__all__ = ["chosen", "current", "register", "status", "use"]

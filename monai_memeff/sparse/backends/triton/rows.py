@@ -1,0 +1,92 @@
+"""Where every output row finds its input rows, sorted so that neighbouring rows use the same kernel offsets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from monai_memeff.sparse.kernel_map import KernelMap, NeighbourTable
+
+SORT_BITS = 62
+"""Bits of the number by which rows are sorted; larger kernels let several offsets share a bit."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Which offsets occur in which tile of consecutive sorted rows, as lists from both sides, int32.
+
+    Attributes:
+        offsets_of_tile: (num_tiles, num_offsets), the offsets that occur in a tile first, increasing.
+        offsets_in_tile: (num_tiles,) how many they are.
+        tiles_of_offset: (num_offsets, num_tiles), the tiles in which an offset occurs first, increasing.
+        tiles_in_offset: (num_offsets,) how many they are.
+    """
+
+    offsets_of_tile: Tensor
+    offsets_in_tile: Tensor
+    tiles_of_offset: Tensor
+    tiles_in_offset: Tensor
+
+
+@dataclass(eq=False)
+class RowPlan:
+    """The neighbour table of one kernel map in sorted order.
+
+    Rows that use the same set of offsets stand together, so a tile of rows skips most offsets that it does not use: one
+    of eight is left of a transposed 2^3 kernel.
+
+    Attributes:
+        table: (num_offsets, num_out) int32 input rows, ``num_in`` where there is none; columns in sorted order.
+        order: (num_out,) int32, the output row of every column; equal sets keep the order of the rows.
+        num_in: rows of the input.
+    """
+
+    table: Tensor
+    order: Tensor
+    num_in: int
+    _tiles: dict[int, Tiles] = field(default_factory=dict, repr=False)
+
+    def tiles(self, rows: int) -> Tiles:
+        """What occurs in tiles of so many rows, found at the first call."""
+        if rows not in self._tiles:
+            self._tiles[rows] = self._find_tiles(rows)
+        return self._tiles[rows]
+
+    def _find_tiles(self, rows: int) -> Tiles:
+        offsets, columns = self.table.shape
+        count = -(-columns // rows)
+        present = torch.zeros((offsets, count * rows), dtype=torch.bool, device=self.table.device)
+        torch.lt(self.table, self.num_in, out=present[:, :columns])
+        occurs = present.view(offsets, count, rows).any(2)
+        return Tiles(*_listed(occurs.t()), *_listed(occurs))
+
+
+_plans: WeakKeyDictionary[NeighbourTable | KernelMap, dict[bool, RowPlan]] = WeakKeyDictionary()
+"""The table of a map, or a map without one -> its plans, by the direction in which the table is read."""
+
+
+def row_plan(kernel_map: KernelMap) -> RowPlan:
+    """The plan of a map as if it were not flipped, made once: a symmetric map and its transpose share it."""
+    owner = kernel_map if kernel_map.table is None else kernel_map.table
+    plans = _plans.setdefault(owner, {})
+    if kernel_map.scatters not in plans:
+        plans[kernel_map.scatters] = _plan(kernel_map)
+    return plans[kernel_map.scatters]
+
+
+def _plan(kernel_map: KernelMap) -> RowPlan:
+    rows = replace(kernel_map, flipped=False).neighbour_rows()
+    used = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
+    for offset, row in enumerate(rows):
+        used |= (row < kernel_map.num_in).long() << (offset * SORT_BITS // max(SORT_BITS, len(rows)))
+    order = used.argsort(stable=True)
+    return RowPlan(rows.index_select(1, order), order.to(torch.int32), kernel_map.num_in)
+
+
+def _listed(marks: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, m) boolean -> (n, m) int32 with the marked columns of each row first, and (n,) int32 their number."""
+    columns = marks.logical_not().to(torch.int8).argsort(dim=1, stable=True)
+    return columns.to(torch.int32).contiguous(), marks.sum(1, dtype=torch.int32)
