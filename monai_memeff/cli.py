@@ -70,9 +70,37 @@ def merge(
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="State dict of the skull network, trained in MinkowskiEngine.")],
+    output: Annotated[Path, typer.Argument(help="Where to write the state dict for SparseCompletionNet.")],
+    channels: Annotated[
+        str | None, typer.Option(help="Seven numbers with commas in between. Default: those of the checkpoint.")
+    ] = None,
+) -> None:
+    """Convert a MinkowskiEngine checkpoint of the completion network; MinkowskiEngine itself is not needed."""
+    import pickle
+
+    import torch
+
+    from monai_memeff.demo.intake import InputError
+    from monai_memeff.sparse.minkowski_weights import convert_file
+
+    try:
+        wanted = None if channels is None else tuple(int(number) for number in channels.split(","))
+        state, found = convert_file(str(checkpoint), wanted)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, output)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"cannot convert {checkpoint}: {error}") from None
+    typer.echo(f"wrote {output}: {len(state)} tensors for SparseCompletionNet(channels={found})")
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed and which sparse engines can be used here."""
     from importlib.metadata import PackageNotFoundError, version
+
+    import torch
 
     from monai_memeff.sparse import backends
 
@@ -81,8 +109,14 @@ def doctor() -> None:
             typer.echo(f"{package:14} {version(package)}")
         except PackageNotFoundError:
             typer.echo(f"{package:14} not installed")
-    for name, reason in backends.status().items():
-        typer.echo(f"sparse engine {name}: {'usable' if reason is None else reason}")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        typer.echo(f"on {device} tensors:")
+        for name, reason in backends.status(device).items():
+            typer.echo(f"sparse engine {name}: {'usable' if reason is None else reason}")
+        try:
+            typer.echo(f"in use: {backends.chosen(device)}")
+        except ValueError as error:
+            typer.echo(f"in use: none. {error}")
 
 
 def main() -> None:

@@ -140,7 +140,7 @@ def _apply(x: SparseTensor, weight: Tensor, bias: Tensor | None, geometry: Convo
         if geometry.shape.is_pointwise and geometry.inputs is geometry.outputs:
             result = nn.functional.linear(features, weight[0].t(), bias)
         else:
-            result = backends.current().convolve(features, weight, bias, geometry)
+            result = backends.current(features.device).convolve(features, weight, bias, geometry)
     return SparseTensor.on(geometry.outputs, result)
 
 
