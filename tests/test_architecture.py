@@ -22,7 +22,18 @@ import monai_memeff
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("monai_memeff", "nnunet_plugins")
 ROOMS = ("geometry", "memory", "sparse", "occupancy", "clstm", "halo")
-OPTIONAL = ("spconv", "MinkowskiEngine", "nnunetv2", "itk", "pydicom", "matplotlib", "skimage", "nibabel", "scipy")
+OPTIONAL = (
+    "spconv",
+    "MinkowskiEngine",
+    "nnunetv2",
+    "itk",
+    "pydicom",
+    "matplotlib",
+    "skimage",
+    "nibabel",
+    "scipy",
+    "torch_geometric",
+)
 
 IMPORTERS = ("import_module", "optional_import", "__import__")
 

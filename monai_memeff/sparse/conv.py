@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_memeff.sparse import backends
+from monai_memeff.sparse.fused import kept_as
 from monai_memeff.sparse.generate import generate
 from monai_memeff.sparse.kernel_map import ConvolutionGeometry
 from monai_memeff.sparse.neighbours import KernelShape, Triple
@@ -136,7 +137,7 @@ def _apply(x: SparseTensor, weight: Tensor, bias: Tensor | None, geometry: Convo
         features = features.to(torch.get_autocast_dtype(device))
     weight = weight.to(features.dtype)
     bias = None if bias is None else bias.to(features.dtype)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False), kept_as(features, x.again):
         if geometry.shape.is_pointwise and geometry.inputs is geometry.outputs:
             result = nn.functional.linear(features, weight[0].t(), bias)
         else:

@@ -27,15 +27,15 @@ _max_bytes = 0
 
 
 def keep_kernel_maps(folder: str | os.PathLike[str] | None, max_bytes: int = 20 * 2**30) -> None:
-    """Keep the neighbours that convolutions find in a folder, and read them from there when the same voxels come back.
+    """Keep the neighbours that convolutions find in a folder, and read them there when the same voxels come back.
 
-    For data that come back unchanged: validation, inference, training without random transforms. With random transforms
-    the voxels differ every time, and nothing would be found again. A file is named by a digest of the voxels and the
+    For data that come back unchanged: validation, inference, training without random transforms. With random ones the
+    voxels differ every time, and nothing would be found again. A file is named by a digest of the voxels and the
     kernel's shape, so different data may share a folder, and processes too; damaged files are planned anew.
 
     Args:
         folder: made if it is not there; None: keep nothing (the default).
-        max_bytes: no file is added once the folder holds this much. A voxel takes about 40 bytes for each kernel of 3^3.
+        max_bytes: no file is added once the folder holds this much; a voxel takes 40 bytes for each kernel of 3^3.
 
     Raises:
         ValueError: ``max_bytes`` is negative.

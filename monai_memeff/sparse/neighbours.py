@@ -103,8 +103,8 @@ def plan_neighbours(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> 
     cell instead of the next line, and every offset is one number added to a key.
 
     Raises:
-        ValueError: the grown grid has more cells than 64-bit keys can number, or there are more input voxels than 32-bit
-            slots can.
+        ValueError: the grown grid has more cells than 64-bit keys can number, or there are more input voxels than
+            32-bit slots can.
     """
     extents, margins = _reachable_grid(inputs, outputs, shape)
     cells = inputs.batch_size * extents[0] * extents[1] * extents[2]

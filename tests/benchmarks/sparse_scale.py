@@ -24,7 +24,7 @@ from pathlib import Path
 
 RESOLUTIONS = (64, 128, 256, 512)
 BATCHES = (1, 2, 4, 8, 16, 32)
-DENSE_LIMIT = 14e9
+DENSE_LIMIT = 8e9
 """Bytes that a dense step may be expected to need; larger cells of the table stay empty."""
 
 ENOUGH_SECONDS = 20.0
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["train", "test"], choices=["train", "test"])
     parser.add_argument("--engines", nargs="+", default=["native", "minkowski", "dense"])
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations (native)")
+    parser.add_argument("--amp", action="store_true", help="autocast to bfloat16 (native)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="append every cell as a line of JSON")
@@ -69,7 +70,8 @@ def _table(options: argparse.Namespace, sizes: list[dict], title: str) -> None:
         for engine in options.engines:
             cell = {**size, "channels": channels, "mode": mode, "engine": engine, "repeats": options.repeats}
             cell |= {"image": options.image, "occupancy": options.occupancy, "threads": options.threads}
-            cell["network"] = {"checkpointing": True} if options.checkpointing and engine == "native" else {}
+            native = engine == "native"
+            cell |= {"amp": options.amp and native, "checkpointing": options.checkpointing and native}
             found = {**cell, **_in_fresh_process(cell)}
             ours = found if engine == "native" else ours
             print(_row(found, ours), flush=True)
@@ -119,8 +121,8 @@ def _run(cell: dict) -> dict:
     case = Case(volume, cell["batch"])
     del volume
     make = STEPS[cell["engine"]]
-    make(Case(generated(64), 2), cell["channels"], cell["mode"], {})()  # what the first step of a process loads
-    step = make(case, cell["channels"], cell["mode"], cell["network"])
+    make(Case(generated(64), 2), cell["channels"], cell["mode"], cell)()  # what the first step of a process loads
+    step = make(case, cell["channels"], cell["mode"], cell)
     found: dict = {"voxels": len(case.defective)}
     times: list[float] = []
 

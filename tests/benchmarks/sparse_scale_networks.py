@@ -88,8 +88,8 @@ class SparseStep:
     """Ours; the voxel sets are made anew at every step."""
 
     def __init__(self, case: Case, channels: str, mode: str, options: dict) -> None:
-        self.case, self.mode, self.options = case, mode, options
-        self.net = SparseCompletionNet(CHANNELS[channels], **options).train(mode == "train")
+        self.case, self.mode, self.amp = case, mode, options["amp"]
+        self.net = SparseCompletionNet(CHANNELS[channels], options["checkpointing"]).train(mode == "train")
         self.net.heads = nn.ModuleList(
             Perfect(head, case, 2**level) for head, level in zip(self.net.heads, reversed(range(6)), strict=True)
         )
@@ -99,10 +99,11 @@ class SparseStep:
         """One step; the number of candidates at full resolution, or the loss."""
         x = self._tensor(self.case.defective)
         if self.mode == "test":
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.amp):
                 return len(self.net(x))
         target = self._tensor(self.case.complete)
-        loss = self.loss(self.net(x, target), target)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.amp):
+            loss = self.loss(self.net(x, target), target)
         loss.backward()
         return float(loss.detach())
 
