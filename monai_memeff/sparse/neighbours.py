@@ -121,7 +121,10 @@ def plan_neighbours(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> 
         )
     grown = voxels.regrid(inputs.keys, inputs.spatial_shape, extents, shift=margins)
     slots, absent = _slots(grown, window)
-    first = voxels.regrid(outputs.keys, outputs.spatial_shape, extents, shape.stride)
+    if inputs is outputs:  # the kernel begins a fixed step before the voxel itself
+        first = grown - ((margins[0] * extents[1] + margins[1]) * extents[2] + margins[2])
+    else:
+        first = voxels.regrid(outputs.keys, outputs.spatial_shape, extents, shape.stride)
     steps = _line_steps(shape, window, extents, inputs.device)
     entries = torch.empty((len(outputs), len(steps)), dtype=torch.int32, device=inputs.device)
     for start in range(0, len(outputs), PLANNING_ROWS):
