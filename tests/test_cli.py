@@ -107,7 +107,10 @@ def test_merge_writes_one_file(tmp_path, monkeypatch, capsys):
 
 def test_doctor_names_the_engines():
     output = CliRunner().invoke(cli.app, ["doctor"]).output
+    assert "on cpu tensors:" in output
     assert "native: usable" in output
+    assert "sparse engine spconv: spconv is for CUDA tensors only" in output
+    assert "in use: native" in output
     assert "torch" in output
 
 

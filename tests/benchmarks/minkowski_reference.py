@@ -28,7 +28,7 @@ class MinkowskiEngineConvolution(Engine):
     """``MinkowskiConvolution``; the coordinate manager keeps the kernel map."""
 
     def __init__(self, mask: Tensor, features: Tensor, weight: Tensor, cotangent: Tensor) -> None:
-        engine = minkowski.load()
+        engine = minkowski.library()
         self.layer = engine.MinkowskiConvolution(*weight.shape[1::-1], kernel_size=3, dimension=3)
         self.layer.kernel = nn.Parameter(weight_to_kernel(weight))
         coordinates = nn.functional.pad(mask.nonzero(), (1, 0)).int()
@@ -54,12 +54,13 @@ class MinkowskiEngineConvolution(Engine):
 class MinkowskiCompletionNet(nn.Module):
     """The published network as it is written for MinkowskiEngine, with the published names of its layers.
 
-    Its weights are copied from a ``SparseCompletionNet``. Candidates beyond the border are dropped right after each generative convolution, before its batch norm.
+    Its weights are copied from a ``SparseCompletionNet``. Candidates beyond the border are dropped right after each
+    generative convolution, before its batch norm.
     """
 
     def __init__(self, ours: SparseCompletionNet, shape: Spatial) -> None:
         super().__init__()
-        self.engine, self.shape = minkowski.load(), shape
+        self.engine, self.shape = minkowski.library(), shape
         channels = ours.channels
         plain, growing = self.engine.MinkowskiConvolution, self.engine.MinkowskiGenerativeConvolutionTranspose
         self.enc_block_s1 = self._block((plain, 1, channels[0], 3, 1))

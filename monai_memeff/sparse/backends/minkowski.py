@@ -19,7 +19,7 @@ from monai_memeff.sparse.voxel_set import VoxelSet
 
 
 @cache
-def load() -> ModuleType:
+def library() -> ModuleType:
     """Import MinkowskiEngine 0.5.4, which looks for ``Sequence`` and others where Python 3.9 still had them.
 
     The names are put into ``collections`` for the time of the import only.
@@ -43,7 +43,7 @@ def unavailable(device: torch.device) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"MinkowskiEngine has no kernels for {device.type} tensors"
     try:
-        engine = load()
+        engine = library()
     except ImportError as error:
         return f"{type(error).__name__}: {error}; how to build it: docs/howto/minkowski.md"
     if device.type == "cuda" and not engine.is_cuda_available():
@@ -60,7 +60,7 @@ def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, geometry: Co
     if len(geometry.inputs) == 0 or len(geometry.outputs) == 0:
         return native.convolve(features, weight, bias, geometry)
     exact = features.dtype if features.dtype == torch.float64 else torch.float32
-    placed, engine = _placed(geometry), load()
+    placed, engine = _placed(geometry), library()
     from MinkowskiEngineBackend._C import ConvolutionMode  # not among the names of the package itself
 
     if geometry.transposed:
@@ -130,7 +130,7 @@ def _place(fine: VoxelSet, coarse: VoxelSet, shape: KernelShape) -> _Placed:
     MinkowskiEngine centres odd kernels on the output voxel and lets even ones start there. Coarse voxels are therefore
     put where that first or middle point is: ``stride * c - padding``, and for odd sizes half the reach further.
     """
-    engine = load()
+    engine = library()
     on_gpu = fine.device.type == "cuda"
     kind = engine.CoordinateMapType.CUDA if on_gpu else engine.CoordinateMapType.CPU
     manager = engine.CoordinateManager(D=3, coordinate_map_type=kind)

@@ -11,7 +11,7 @@ from monai_memeff.sparse.backends import implicit_gemm
 from monai_memeff.sparse.kernel_map import ConvolutionGeometry
 
 
-def load() -> ModuleType:
+def library() -> ModuleType:
     """The library's differentiable functions.
 
     Raises:
@@ -30,7 +30,7 @@ def unavailable(device: torch.device) -> str | None:
             "without an error, and its backward pass raises"
         )
     try:
-        load()
+        library()
     except ImportError as error:
         return f"{type(error).__name__}: {error}; install the wheel for your CUDA, such as spconv-cu126"
     return None
@@ -47,4 +47,4 @@ def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, geometry: Co
     """
     if features.device.type != "cuda":
         raise ValueError(f"{unavailable(features.device)}. Use the engine 'native' there.")
-    return implicit_gemm.convolve("spconv", load(), features, weight, bias, geometry)
+    return implicit_gemm.convolve("spconv", library(), features, weight, bias, geometry)

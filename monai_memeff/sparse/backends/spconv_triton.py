@@ -11,7 +11,7 @@ from monai_memeff.sparse.backends import implicit_gemm
 from monai_memeff.sparse.kernel_map import ConvolutionGeometry
 
 
-def load() -> ModuleType:
+def library() -> ModuleType:
     """The library's differentiable functions.
 
     Raises:
@@ -27,7 +27,7 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"spconv-triton is for CUDA tensors only, got {device.type}"
     try:
-        load()
+        library()
     except ImportError as error:
         return f"{type(error).__name__}: {error}; pip install spconv-triton"
     return None
@@ -44,4 +44,4 @@ def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, geometry: Co
     """
     if features.device.type != "cuda":
         raise ValueError(f"{unavailable(features.device)}. Use the engine 'native' there.")
-    return implicit_gemm.convolve("spconv_triton", load(), features, weight, bias, geometry)
+    return implicit_gemm.convolve("spconv_triton", library(), features, weight, bias, geometry)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from monai_memeff.sparse.backends.triton import tuning
 from monai_memeff.sparse.backends.triton.tuning import Blocks
 
