@@ -94,6 +94,61 @@ def test_symmetric_maps_are_their_own_transpose() -> None:
     assert found.transposed.transposed.flipped == found.flipped
 
 
+def test_neighbour_rows_tell_the_same_in_every_layout() -> None:
+    """Gathered, scattered and paired maps, flipped ones too: the input row of every output row and offset."""
+    fine, coarse = fine_and_coarse(random_mask(2, SHAPE, 0.3), 2)
+    maps = [
+        plan_kernel_map(fine, fine, CUBE),
+        plan_kernel_map(fine, coarse, KernelShape((2, 2, 2), (2, 2, 2))),
+        plan_kernel_map(fine, coarse, KernelShape((3, 3, 3), (2, 2, 2), padding=(1, 1, 1))),
+    ]
+    layouts = []
+    for found in [*maps, *(each.transposed for each in maps)]:
+        rows = found.neighbour_rows()
+        assert (rows.dtype, tuple(rows.shape)) == (torch.int32, (found.num_offsets, found.num_out))
+        present = (rows < found.num_in).nonzero().tolist()
+        told = {(offset, int(rows[offset, out]), out) for offset, out in present}
+        order = (lambda n, last=found.num_offsets - 1: last - n) if found.flipped else (lambda n: n)
+        assert told == {(order(offset), i, o) for offset, i, o in rows_of(found)}
+        assert len(told) == found.num_pairs
+        layouts.append("pairs" if found.table is None else "scatter" if found.scatters else "gather")
+    assert set(layouts) == {"gather", "scatter", "pairs"}
+
+
+def test_a_line_of_three_neighbours_takes_one_number() -> None:
+    fine, coarse = fine_and_coarse(random_mask(2, SHAPE, 0.3), 2)
+    table = plan_kernel_map(fine, fine, CUBE).table
+    assert tuple(table.entries.shape) == (len(fine), 9)
+    assert table.window == 3
+    strided = plan_kernel_map(fine, coarse, KernelShape((2, 2, 2), (2, 2, 2)))
+    assert tuple(strided.table.entries.shape) == (len(coarse), 8)
+    assert strided.transposed.table is strided.table  # read the other way
+
+
+@pytest.mark.parametrize("occupancy", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 2, 5), (3, 3, 1)])
+def test_windows_hold_the_rows_of_a_line(occupancy: float, kernel: tuple[int, int, int]) -> None:
+    fine, _ = fine_and_coarse(random_mask(2, SHAPE, occupancy), 2)
+    shape = KernelShape(kernel, padding=tuple((k - 1) // 2 for k in kernel))
+    found = plan_kernel_map(fine, fine, shape)
+    features = torch.randn(len(fine), 2)
+    windows = found.table.windows(features)
+    gathered = windows[found.table.entries.long()].view(len(fine), shape.volume, 2)
+    padded = torch.cat((features, torch.zeros(1, 2)))
+    for offset, rows in enumerate(found.neighbour_rows()):
+        assert torch.equal(gathered[:, offset], padded[rows.long()])
+
+
+def test_generated_voxels_and_their_map_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = count_plans(monkeypatch)
+    x = SparseTensor.from_dense(torch.ones(2, 2, *SHAPE), random_mask(2, SHAPE, 0.3))
+    grow = SparseConvTranspose3d(2, 2, generative=True)
+    first, second = grow(x), grow(x)
+    assert first.voxels is second.voxels
+    (first + second).features.sum().backward()
+    assert len(planned) == 1
+
+
 def test_empty_sets_have_maps_without_pairs() -> None:
     fine, coarse = fine_and_coarse(torch.zeros(2, 1, *SHAPE, dtype=torch.bool), 2)
     for outputs, stride in ((fine, 1), (coarse, 2)):

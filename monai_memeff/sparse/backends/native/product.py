@@ -10,13 +10,16 @@ from torch import Tensor
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 """Elements of one gathered block: at most four megabytes in float32 stay in a shared cache."""
 
-MIN_BLOCK_ROWS = 256
+MIN_BLOCK_ROWS = 512
 
 LEAST_BLOCKS = 4
 """A few rows are cut into this many blocks too, so that a block is small beside the features."""
 
 PLANNED_ROWS = 256
-"""Rows of the smallest block that is worth a plan of oneDNN's."""
+"""Rows of the smallest block that is worth a plan of oneDNN's ..."""
+
+PLANNED_ELEMENTS = 2**17
+"""... and its elements, about: halving further costs more calls than the better product saves."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -53,9 +56,10 @@ def row_blocks(rows: int, row_elements: int, device: torch.device) -> list[slice
     """Row ranges whose gathered blocks fit the budget: of 2^n rows each, then halves of that, and the last few."""
     budget = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(row_elements, 1)
     most = max(MIN_BLOCK_ROWS, min(budget, rows // LEAST_BLOCKS))
+    least = max(PLANNED_ROWS, PLANNED_ELEMENTS // max(row_elements, 1))
     size, start, blocks = 1 << (most.bit_length() - 1), 0, []
     while start < rows:
-        while size > max(rows - start, PLANNED_ROWS):
+        while size > max(rows - start, least):
             size //= 2
         blocks.append(slice(start, min(start + size, rows)))
         start += size
