@@ -190,11 +190,26 @@ def regrid(
     Returns:
         (N,) int64 keys, in the order of the old ones.
     """
+    if not shrink:
+        return _scaled(keys, spatial_shape, new_shape, scale, shift)
     rest, pitch, new_keys = keys, 1, torch.zeros_like(keys)
     for axis in (2, 1, 0):
         higher = rest.div(spatial_shape[axis], rounding_mode="floor")
-        coordinate = rest - higher * spatial_shape[axis]
-        moved = coordinate.div_(scale[axis], rounding_mode="floor") if shrink else coordinate.mul_(scale[axis])
-        new_keys += moved.add_(shift[axis]).mul_(pitch)
+        coordinate = torch.sub(rest, higher, alpha=spatial_shape[axis])
+        new_keys.add_(coordinate.div_(scale[axis], rounding_mode="floor").add_(shift[axis]), alpha=pitch)
         rest, pitch = higher, pitch * new_shape[axis]
-    return new_keys.add_(rest.mul(pitch))
+    return new_keys.add_(rest, alpha=pitch)
+
+
+def _scaled(keys: Tensor, old: Sequence[int], new: Sequence[int], scale: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """The new key as a linear combination of the old one and of the numbers of its line, its plane and its volume."""
+    pitches = (new[1] * new[2], new[2], 1)
+    steps = [s * pitch for s, pitch in zip(scale, pitches, strict=True)]
+    result = keys * steps[2]
+    result += sum(offset * pitch for offset, pitch in zip(shift, pitches, strict=True))
+    higher_step = (steps[1], steps[0], new[0] * pitches[0])
+    number = keys
+    for axis, step, above in zip((2, 1, 0), (steps[2], steps[1], steps[0]), higher_step, strict=True):
+        number = number.div(old[axis], rounding_mode="floor")
+        result.add_(number, alpha=above - step * old[axis])
+    return result

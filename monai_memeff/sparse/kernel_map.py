@@ -16,6 +16,9 @@ from monai_memeff.sparse.voxel_set import VoxelSet
 PAIR_COST = 3
 """Measured cost of scattering one pair, in units of gathering one table entry: decides between two layouts."""
 
+SMALL_TABLE = 2**15
+"""Entries of a table that is gathered at once, faster than any number of offsets one by one."""
+
 
 @dataclass(eq=False)
 class KernelMap:
@@ -137,12 +140,14 @@ def plan_kernel_map(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> 
 
 def _choose_layout(pairs: list[tuple[Tensor, Tensor]], num_in: int, num_out: int) -> KernelMap:
     num_pairs = sum(in_rows.numel() for in_rows, _ in pairs)
-    if PAIR_COST * num_pairs < len(pairs) * num_out:
+    if len(pairs) * num_out > SMALL_TABLE and PAIR_COST * num_pairs < len(pairs) * num_out:
         return KernelMap(num_in, num_out, len(pairs), pairs=pairs)
     device = pairs[0][0].device
     entries = torch.full((num_out, len(pairs)), num_in, dtype=torch.int32, device=device)
-    for offset, (in_rows, out_rows) in enumerate(pairs):
-        entries[out_rows.long(), offset] = in_rows
+    in_rows, out_rows = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+    counts = torch.tensor([rows.numel() for rows, _ in pairs], device=device)
+    offsets = torch.arange(len(pairs), device=device).repeat_interleave(counts)
+    entries[out_rows.long(), offsets] = in_rows
     return KernelMap(num_in, num_out, len(pairs), NeighbourTable(entries, 1, None, num_in))
 
 

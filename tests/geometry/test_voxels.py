@@ -87,9 +87,9 @@ def test_unique_and_union(span: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert voxels.sorted_unique(mixed[:0], 99).tolist() == []
     union, rows_first, rows_second = voxels.unite(first, second, 99)
     assert union.tolist() == [0, 1, 4, 7, 50, 98]
-    assert torch.equal(union[rows_first], first)
-    assert torch.equal(union[rows_second], second)
-    assert rows_first.dtype == rows_second.dtype == torch.int64
+    assert torch.equal(union[rows_first.long()], first)
+    assert torch.equal(union[rows_second.long()], second)
+    assert rows_first.dtype == rows_second.dtype == torch.int32
     empty = first[:0]
     for one, other in ((first, empty), (empty, first), (empty, empty)):
         union, rows_one, rows_other = voxels.unite(one, other, 99)

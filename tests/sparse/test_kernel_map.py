@@ -56,7 +56,8 @@ def rows_by_loops(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> se
 @pytest.mark.parametrize("cost", [0, 10**6])
 def test_both_layouts_and_both_look_ups(span: int, cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(voxels, "TABLE_SPAN", span)  # 0: binary search
-    monkeypatch.setattr(kernel_map, "PAIR_COST", cost)  # 0: pairs wherever possible; large: tables
+    monkeypatch.setattr(kernel_map, "PAIR_COST", cost)
+    monkeypatch.setattr(kernel_map, "SMALL_TABLE", 0)  # 0: pairs wherever possible; large: tables
     mask = random_mask(3, SHAPE, 0.3, empty_item=1)
     for kernel, stride in ((3, 1), (4, 1), (3, 2), (2, 2), (5, 3)):
         sparse = SparseConv3d(3, 4, kernel, stride).double(), SparseConvTranspose3d(3, 4, kernel, stride).double()
@@ -67,6 +68,7 @@ def test_both_layouts_and_both_look_ups(span: int, cost: int, monkeypatch: pytes
 @pytest.mark.parametrize("cost", [0, 10**6])
 def test_pairs_are_those_of_the_definition(cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_map, "PAIR_COST", cost)
+    monkeypatch.setattr(kernel_map, "SMALL_TABLE", 0)
     fine, coarse = fine_and_coarse(random_mask(2, SHAPE, 0.3), (1, 2, 3))
     shapes = [
         (fine, fine, CUBE),
@@ -94,8 +96,9 @@ def test_symmetric_maps_are_their_own_transpose() -> None:
     assert found.transposed.transposed.flipped == found.flipped
 
 
-def test_neighbour_rows_tell_the_same_in_every_layout() -> None:
+def test_neighbour_rows_tell_the_same_in_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gathered, scattered and paired maps, flipped ones too: the input row of every output row and offset."""
+    monkeypatch.setattr(kernel_map, "SMALL_TABLE", 0)
     fine, coarse = fine_and_coarse(random_mask(2, SHAPE, 0.3), 2)
     maps = [
         plan_kernel_map(fine, fine, CUBE),
