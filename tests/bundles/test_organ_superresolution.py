@@ -70,6 +70,7 @@ def test_the_programs_agree() -> None:
     for key in ("dense_network_def", "window", "coarse_size"):
         assert dense[key] == inference[key], key
     assert train["coarse_mode"] == dense["coarse_mode"]
+    assert "RandCoarseNoised" not in str(train["validate"])
     seen = {"ScaleIntensityRanged", "Resized"}
     steps = [
         [
@@ -146,6 +147,21 @@ def test_a_file_it_cannot_use_ends_in_one_line(change: str, message: str, organ_
     assert "\n" not in str(first)
 
 
+@pytest.mark.parametrize("noise", [0, 1])
+def test_training_sees_the_errors_it_is_told_to(noise: int, organ_data: Path) -> None:
+    """Without errors a coarse mask covers its fine one; with them it does not always, and the target stays."""
+    work = ConfigWorkflow(
+        config_file=str(TRAIN), logging_file=False, workflow_type="train", dataset_dir=str(organ_data)
+    )
+    work.parser.update({"coarse_noise": noise, "flip_axes": [], **CELLS})
+    items = [work.parser.get_parsed_content("train#dataset")[0] for _ in range(4)]
+    given, wanted = (
+        [{tuple(row) for row in item[key].tolist()} for item in items] for key in ("coords", "target_coords")
+    )
+    assert all(target == wanted[0] for target in wanted)
+    assert all(target <= coarse for target, coarse in zip(wanted, given, strict=True)) == (noise == 0)
+
+
 # Programs
 
 
@@ -196,6 +212,8 @@ def test_two_stages_end_in_the_images_own_geometry(trained: Path, organ_data: Pa
     found = inferred(trained, organ_data, tmp_path, **CELLS, **FINE_NET, **DENSE_NET)
     assert set(np.unique(found)) == {0, 1}
     assert dice_of(found > 0) > 0.5
+    nothing = inferred(trained, organ_data, tmp_path, dense_level=1e9, **CELLS, **FINE_NET, **DENSE_NET)
+    assert not nothing.any()
 
 
 def test_coarse_masks_of_ones_own(trained: Path, organ_data: Path, tmp_path: Path) -> None:
