@@ -55,20 +55,20 @@ def main() -> None:
         print(f"\n{name}: {len(task.train)} masks to train on, {len(task.test)} to test, {options.seconds:g} s each\n")
         print("| method | " + " | ".join(task.test) + " | mean Dice | mean HD95 mm | note |", flush=True)
         print("|---" * (len(task.test) + 4) + "|", flush=True)
-        shown: dict[str, dict[str, Tensor]] = {}
         for coarse_mode in options.coarse:
-            run(task, coarse_mode, options, shown)
-        if options.output:
-            picture(options.output / f"{name}.png", task, shown)
+            for number, shown in enumerate(run(task, coarse_mode, options).values()):
+                if options.output:
+                    picture(options.output / f"{name}_{coarse_mode}_{number}.png", task, shown)
 
 
-def run(task: Task, coarse_mode: str, options: argparse.Namespace, shown: dict[str, dict[str, Tensor]]) -> None:
-    """Print the rows of one way to make masks coarse, and collect what was found."""
+def run(task: Task, coarse_mode: str, options: argparse.Namespace) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Print the rows of one way to make masks coarse; what was found, by coarse input, method and test mask."""
     inputs = coarse_inputs(task, coarse_mode, options.first_seconds)
+    shown: dict[str, dict[str, dict[str, Tensor]]] = {source: {} for source in inputs}
     for source, coarse in inputs.items():
         for method, found in peers(task, coarse):
             print(row(f"{method}, {source}", found, task, ""), flush=True)
-            shown[f"{method}, {source}"] = found
+            shown[source][f"{method}, {source}"] = found
     for place_mode in options.place:
         for noise in options.noise:
             network, note = trained(task, coarse_mode, place_mode, noise, options.seconds)
@@ -76,7 +76,8 @@ def run(task: Task, coarse_mode: str, options: argparse.Namespace, shown: dict[s
                 found, spent = infer(network, task, coarse, place_mode)
                 label = f"ours, {source}, {place_mode}" + (f", noise {noise:g}" if noise else "")
                 print(row(label, found, task, f"{note}; {spent}"), flush=True)
-                shown[label] = found
+                shown[source][label] = found
+    return shown
 
 
 def arguments() -> argparse.Namespace:
@@ -90,7 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--coarse", nargs="+", default=["any"], choices=["any", "majority"])
     parser.add_argument("--place", nargs="+", default=["repeat"], choices=["repeat", "centre", "corner"])
     parser.add_argument("--noise", nargs="+", type=float, default=[0.0], help="probabilities of RandCoarseNoise")
-    parser.add_argument("--output", type=Path, help="folder for pictures")
+    parser.add_argument("--output", type=Path, help="folder for pictures, one for each coarse input")
     options = parser.parse_args()
     if not options.data.is_dir():
         raise SystemExit(f"no data at {options.data}: set MEMEFF_DATA, or name the folder with --data.")
