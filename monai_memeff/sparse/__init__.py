@@ -14,6 +14,12 @@ from monai_memeff.sparse.blocks import (
     SparsePReLU,
     SparseReLU,
 )
+from monai_memeff.sparse.coarse_noise import (
+    RandCoarseNoise,
+    RandCoarseNoiseD,
+    RandCoarseNoised,
+    RandCoarseNoiseDict,
+)
 from monai_memeff.sparse.coarse_to_sparse import CoarseToSparseUNet
 from monai_memeff.sparse.conv import SparseConv3d, SparseConvTranspose3d
 from monai_memeff.sparse.convert import to_sparse
@@ -84,6 +90,10 @@ __all__ = [
     "PlaceCoarseDict",
     "PlaceCoarsed",
     "PrepareBatchSparse",
+    "RandCoarseNoise",
+    "RandCoarseNoiseD",
+    "RandCoarseNoiseDict",
+    "RandCoarseNoised",
     "RandPepper",
     "RandPepperD",
     "RandPepperDict",
