@@ -79,7 +79,7 @@ def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: 
     shape = (kernel_map.num_out, weight.shape[2])
     if len(features) == 0 or kernel_map.num_out == 0:
         return features.new_zeros(shape) if bias is None else bias.expand(shape).contiguous()
-    weight = weight.flip(0) if kernel_map.flipped else weight
+    weight = weight.contiguous().flip(0) if kernel_map.flipped else weight  # flipping permuted weights is slow
     return _layout(kernel_map).multiply(features, weight, bias, kernel_map)
 
 
@@ -113,12 +113,11 @@ def both_gradients(features: Tensor, grad: Tensor, weight: Tensor, transposed: K
     Returns:
         (num_in, in_channels), and (num_offsets, in_channels, out_channels) accumulated in float32 at least.
     """
-    grad_weight = torch.zeros(weight.shape, dtype=accumulator(features.dtype), device=features.device)
     if len(features) == 0 or len(grad) == 0:
-        return torch.zeros_like(features), grad_weight
-    weight = weight.flip(0) if transposed.flipped else weight
-    grad_features = _layout(transposed).both_gradients(features, grad, weight, transposed, grad_weight)
-    return grad_features, grad_weight.flip(0) if transposed.flipped else grad_weight
+        return torch.zeros_like(features), torch.zeros(
+            weight.shape, dtype=accumulator(weight.dtype), device=weight.device
+        )
+    return _layout(transposed).both_gradients(features, grad, weight, transposed)
 
 
 def _layout(kernel_map: KernelMap) -> ModuleType:

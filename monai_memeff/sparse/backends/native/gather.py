@@ -41,14 +41,13 @@ def weight_gradient(features: Tensor, grad: Tensor, kernel_map: KernelMap, resul
             del gathered
 
 
-def both_gradients(
-    features: Tensor, grad: Tensor, weight: Tensor, transposed: KernelMap, grad_weight: Tensor
-) -> Tensor:
-    """The gradient of the features; that of the weights is added to ``grad_weight``."""
+def both_gradients(features: Tensor, grad: Tensor, weight: Tensor, transposed: KernelMap) -> tuple[Tensor, Tensor]:
+    """The gradients of the features, and of the weights in the :func:`accumulator` dtype."""
     grad_features = torch.zeros_like(features)
     gathering = _Gathering(grad, transposed)
-    weights = gathering.split(weight.transpose(1, 2).flatten(0, 1))
-    sums = [grad_weight.new_zeros(part.shape[::-1]) for part in weights]
+    weight = weight.transpose(1, 2).contiguous()
+    weights = gathering.split((weight.flip(0) if transposed.flipped else weight).flatten(0, 1))
+    sums = [part.new_zeros(part.shape[::-1], dtype=accumulator(part.dtype)) for part in weights]
     for rows in gathering.blocks():
         total = grad_features[rows].to(accumulator(grad_features.dtype))
         turned = features[rows].t()
@@ -58,9 +57,9 @@ def both_gradients(
             del gathered
         if total.dtype != grad_features.dtype:
             grad_features[rows] = total
-    offsets, channels, out_channels = grad_weight.shape
-    grad_weight += torch.cat(sums, dim=1).view(channels, offsets, out_channels).transpose(0, 1)
-    return grad_features
+    offsets, out_channels, channels = weight.shape
+    grad_weight = torch.cat(sums, dim=1).view(channels, offsets, out_channels)
+    return grad_features, (grad_weight.flip(1) if transposed.flipped else grad_weight).transpose(0, 1)
 
 
 class _Gathering:

@@ -29,10 +29,9 @@ def weight_gradient(features: Tensor, grad: Tensor, kernel_map: KernelMap, resul
             result[offset] += features.index_select(0, in_rows[rows]).t() @ grad.index_select(0, out_rows[rows])
 
 
-def both_gradients(
-    features: Tensor, grad: Tensor, weight: Tensor, transposed: KernelMap, grad_weight: Tensor
-) -> Tensor:
-    """The gradient of the features; that of the weights is added to ``grad_weight``."""
+def both_gradients(features: Tensor, grad: Tensor, weight: Tensor, transposed: KernelMap) -> tuple[Tensor, Tensor]:
+    """The gradients of the features, and of the weights in the :func:`accumulator` dtype."""
+    grad_weight = torch.zeros(weight.shape, dtype=accumulator(weight.dtype), device=weight.device)
     total = torch.zeros(features.shape, dtype=grad_weight.dtype, device=features.device)
     for offset, (out_rows, in_rows) in enumerate(transposed.each_pair()):
         for rows in row_blocks(in_rows.numel(), max(weight.shape[1:]), features.device):
@@ -40,4 +39,4 @@ def both_gradients(
             product = gathered @ weight[offset].t()
             total.index_add_(0, in_rows[rows], product.to(total.dtype))
             grad_weight[offset] += features.index_select(0, in_rows[rows]).t() @ gathered
-    return total.to(features.dtype)
+    return total.to(features.dtype), grad_weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from monai_memeff.sparse.backends.native.product import add_product, row_blocks
+from monai_memeff.sparse.backends.native.product import accumulator, add_product, row_blocks
 from monai_memeff.sparse.kernel_map import KernelMap
 
 
@@ -36,11 +36,10 @@ def weight_gradient(features: Tensor, grad: Tensor, kernel_map: KernelMap, resul
     result += total.view(features.shape[1], *result.shape[::2]).transpose(0, 1)
 
 
-def both_gradients(
-    features: Tensor, grad: Tensor, weight: Tensor, transposed: KernelMap, grad_weight: Tensor
-) -> Tensor:
-    """The gradient of the features, scattered; that of the weights is added to ``grad_weight``."""
+def both_gradients(features: Tensor, grad: Tensor, weight: Tensor, transposed: KernelMap) -> tuple[Tensor, Tensor]:
+    """The gradients of the features, scattered, and of the weights in the :func:`accumulator` dtype."""
     entries = _entries(transposed)
+    grad_weight = torch.zeros(weight.shape, dtype=accumulator(weight.dtype), device=weight.device)
     offsets, channels, out_channels = weight.shape
     padded = torch.cat((features, features.new_zeros(1, channels)))
     grad_features = torch.zeros_like(padded)
@@ -52,7 +51,7 @@ def both_gradients(
         add_product(total, gathered.t(), grad[rows], len(gathered))
         del gathered
         grad_features.index_copy_(0, places.long(), (grad[rows] @ side_by_side).view(-1, channels))
-    return grad_features[:-1]
+    return grad_features[:-1], grad_weight
 
 
 def _entries(kernel_map: KernelMap) -> Tensor:
