@@ -9,12 +9,17 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# Triton's interpreter stands in for a GPU. It is chosen when Triton is loaded, which many a test causes.
+if not torch.cuda.is_available() and "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
