@@ -126,8 +126,7 @@ class UpperSkullCrop(Crop):
         keep: slices to keep below the top, beside ``share``.
         share: fraction of the volume's slices to keep in addition, rounded down.
         face: voxels to empty along y, counted from the foremost bone; 0 keeps the face.
-        face_mm: the same in millimetres of the affine, instead of ``face``. The challenge's volumes have about 0.45 mm
-            per voxel, so its 95 voxels are about 43 mm.
+        face_mm: the same in millimetres of the affine, instead of ``face``; 95 voxels of 0.45 mm are about 43 mm.
         above: slices to keep above the top.
         front: which end of y the face is at: ``"high"`` (RAS) or ``"low"`` (LPS, and the challenge's files as stored).
             None reads the affine of a MetaTensor, and takes RAS without one.
