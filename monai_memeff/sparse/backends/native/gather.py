@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -45,9 +46,13 @@ def both_gradients(features: Tensor, grad: Tensor, weight: Tensor, transposed: K
     """The gradients of the features, and of the weights in the :func:`accumulator` dtype."""
     grad_features = torch.zeros_like(features)
     gathering = _Gathering(grad, transposed)
+    offsets, channels, out_channels = weight.shape
     weight = weight.transpose(1, 2).contiguous()
-    weights = gathering.split((weight.flip(0) if transposed.flipped else weight).flatten(0, 1))
-    sums = [part.new_zeros(part.shape[::-1], dtype=accumulator(part.dtype)) for part in weights]
+    weight = weight.flip(0) if transposed.flipped else weight
+    weights = gathering.split(weight.flatten(0, 1))
+    grad_weight = weight.new_zeros(channels, offsets * out_channels).to(accumulator(weight.dtype))
+    stops = list(itertools.accumulate(map(len, weights)))
+    sums = [grad_weight[:, stop - len(part) : stop] for part, stop in zip(weights, stops, strict=True)]
     for rows in gathering.blocks():
         total = grad_features[rows].to(accumulator(grad_features.dtype))
         turned = features[rows].t()
@@ -57,8 +62,7 @@ def both_gradients(features: Tensor, grad: Tensor, weight: Tensor, transposed: K
             del gathered
         if total.dtype != grad_features.dtype:
             grad_features[rows] = total
-    offsets, out_channels, channels = weight.shape
-    grad_weight = torch.cat(sums, dim=1).view(channels, offsets, out_channels)
+    grad_weight = grad_weight.view(channels, offsets, out_channels)
     return grad_features, (grad_weight.flip(1) if transposed.flipped else grad_weight).transpose(0, 1)
 
 
