@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_memeff.sparse.backends.native import gather, pairs, scatter
+from monai_memeff.sparse.backends.native import few, gather, pairs, scatter
 from monai_memeff.sparse.backends.native.product import accumulator
 from monai_memeff.sparse.kernel_map import ConvolutionGeometry, KernelMap
 
@@ -63,7 +63,9 @@ class _Convolution(torch.autograd.Function):
         grad = grad.contiguous()
         grad_features: Tensor | None = None
         grad_weight: Tensor | None = None
-        if needs_features and needs_weight:
+        if needs_features and needs_weight and len(features) and few.applies(weight, kernel_map):
+            grad_features, grad_weight = few.both_gradients(features, grad, weight, kernel_map)
+        elif needs_features and needs_weight:
             grad_features, grad_weight = both_gradients(features, grad, weight, kernel_map.transposed)
         elif needs_features:
             grad_features = multiply(grad, weight.transpose(1, 2), None, kernel_map.transposed)
@@ -79,6 +81,8 @@ def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: 
     shape = (kernel_map.num_out, weight.shape[2])
     if len(features) == 0 or kernel_map.num_out == 0:
         return features.new_zeros(shape) if bias is None else bias.expand(shape).contiguous()
+    if few.applies(weight, kernel_map):
+        return few.multiply(features, weight, bias, kernel_map)
     weight = weight.contiguous().flip(0) if kernel_map.flipped else weight  # flipping permuted weights is slow
     return _layout(kernel_map).multiply(features, weight, bias, kernel_map)
 
