@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.geometry import voxels
+from monai_memeff.sparse.checks import check_inside, check_rows
 from monai_memeff.sparse.fused import Again
 from monai_memeff.sparse.voxel_set import VoxelSet
 
@@ -38,11 +39,11 @@ class SparseTensor:
         stride: int | Sequence[int] = 1,
         batch_size: int | None = None,
     ) -> None:
-        _check_rows(features, coordinates)
+        check_rows(features, coordinates)
         if batch_size is None:
             batch_size = int(coordinates[:, 0].max()) + 1 if len(coordinates) else 1
         voxels.check_extent(spatial_shape, batch_size)
-        _check_inside(coordinates, spatial_shape, batch_size)
+        check_inside(coordinates, spatial_shape, batch_size)
         keys = voxels.coordinates_to_keys(coordinates.to(features.device), spatial_shape)
         if not voxels.is_strictly_increasing(keys):
             keys, order = keys.sort()
@@ -284,30 +285,3 @@ def _batch_and_position(voxel_set: VoxelSet) -> tuple[Tensor, Tensor]:
     cells = voxel_set.cells // voxel_set.batch_size
     batch = voxel_set.keys.div(cells, rounding_mode="floor")
     return batch, voxel_set.keys - batch * cells
-
-
-def _check_rows(features: Tensor, coordinates: Tensor) -> None:
-    if features.ndim != 2 or not features.is_floating_point():
-        raise ValueError(
-            f"features must be floating point (N, C), got {features.dtype} of {tuple(features.shape)}; "
-            "convert them with .float() and give one row per voxel."
-        )
-    integral = not (coordinates.is_floating_point() or coordinates.is_complex() or coordinates.dtype == torch.bool)
-    if coordinates.shape != (len(features), 4) or not integral:
-        raise ValueError(
-            f"coordinates must be integers of shape ({len(features)}, 4) as [batch, i, j, k], "
-            f"got {coordinates.dtype} of {tuple(coordinates.shape)}; put the batch index first."
-        )
-
-
-def _check_inside(coordinates: Tensor, spatial_shape: Sequence[int], batch_size: int) -> None:
-    if len(coordinates) == 0:
-        return
-    limits = (batch_size, *spatial_shape)
-    lowest, highest = coordinates.amin(0).tolist(), coordinates.amax(0).tolist()
-    for name, low, high, limit in zip(("batch", "i", "j", "k"), lowest, highest, limits, strict=True):
-        if low < 0 or high >= limit:
-            raise ValueError(
-                f"coordinate {name} must lie in 0 ... {limit - 1}, got {low} ... {high}; "
-                "crop the points or enlarge spatial_shape or batch_size."
-            )

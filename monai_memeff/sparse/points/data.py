@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ class Data:
         return f"Data({', '.join(f'{name}={_short(value)}' for name, value in attributes(self).items())})"
 
 
-class PointTransform(Transform):
+class PointTransform(Transform, ABC):
     """A transform of points; a list of clouds gives a list. The input is left as it is."""
 
     def __call__(self, data: Any) -> Any:
@@ -66,8 +67,9 @@ class PointTransform(Transform):
         check_points(data)
         return self._process(data)
 
+    @abstractmethod
     def _process(self, data: Any) -> Any:
-        raise NotImplementedError
+        """Transform one cloud; each transform has its own."""
 
 
 def attributes(data: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tests.sparse.backends.cases import (
     results,
 )
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton comes with the extra [triton], on Linux")
 
 from monai_memeff.sparse.backends import triton as engine
 from monai_memeff.sparse.backends.triton import kernels, launch, rows, tuning

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton comes with the extra [triton], on Linux")
 
 from monai_memeff.sparse.backends.triton import tuning
 from monai_memeff.sparse.backends.triton.tuning import Blocks

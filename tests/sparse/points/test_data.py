@@ -101,7 +101,7 @@ def test_through_monais_compose() -> None:
 
 
 def test_torch_geometrics_class_comes_back() -> None:
-    geometric = pytest.importorskip("torch_geometric.data")
+    geometric = pytest.importorskip("torch_geometric.data", reason="torch_geometric is optional")
     data = geometric.Data(pos=torch.randn(9, 3), y=torch.arange(9))
     result = FixedPoints(4)(data)
     assert type(result) is geometric.Data

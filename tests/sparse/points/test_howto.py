@@ -14,7 +14,7 @@ PAGE = (Path(__file__).parents[3] / "docs" / "howto" / "torch_points3d.md").read
 
 
 def test_the_example_runs_and_finds_the_bones() -> None:
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="filling a mask from its nearest points needs scipy")
     names: dict[str, object] = {"__name__": "page"}
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(block, names)
