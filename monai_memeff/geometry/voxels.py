@@ -1,4 +1,4 @@
-"""Integer voxel coordinates as sortable keys: pack, sort, look up, unite, coarsen."""
+"""Integer voxel coordinates as sortable keys: pack, unpack, coarsen."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ MAX_EXTENT = 2**18
 
 MAX_KEY = 2**63 - 1
 """Keys are signed 64-bit integers."""
-
-
-TABLE_SPAN = 16
-"""A dense table over the grid is used while it has at most this many entries for each voxel, or each look-up."""
 
 
 def check_extent(spatial_shape: Sequence[int], batch_size: int) -> None:
@@ -65,108 +61,6 @@ def keys_to_coordinates(keys: Tensor, spatial_shape: Sequence[int]) -> Tensor:
     plane = line.div(width, rounding_mode="floor")
     batch = plane.div(height, rounding_mode="floor")
     return torch.stack((batch, plane - batch * height, line - plane * width, keys - line * depth), dim=1)
-
-
-def is_strictly_increasing(keys: Tensor) -> bool:
-    """Whether (N,) keys are sorted and unique."""
-    return bool((keys[1:] > keys[:-1]).all())
-
-
-class RowLookup:
-    """Where the window that begins at a key starts: through a dense table while the grid is small, else by search.
-
-    A window is ``window`` consecutive keys. Of a window that holds a key of the list, the start is that key's slot
-    minus the key's place in the window; the slots must agree on it, which they do where they differ as the keys do, or
-    by at least ``window``.
-
-    Args:
-        keys: (N,) int64, strictly increasing, in 0 ... cells - 1.
-        cells: number of keys that the grid has.
-        slots: (N,) int32, increasing; None: the rows 0 ... N - 1.
-        absent: what is found for a window without a key; default N.
-        window: see above; 1 looks up single keys.
-        queries: how many keys will be looked up, about; default N. A dense table is worth more look-ups.
-    """
-
-    def __init__(
-        self,
-        keys: Tensor,
-        cells: int,
-        slots: Tensor | None = None,
-        absent: int | None = None,
-        window: int = 1,
-        queries: int = 0,
-    ) -> None:
-        self.keys = keys
-        self.slots = slots
-        self.absent = keys.numel() if absent is None else absent
-        self.window = window
-        self.starts: Tensor | None = None
-        if is_small_grid(cells, max(keys.numel(), queries)):
-            self.starts = torch.full((cells + window - 1,), self.absent, dtype=torch.int32, device=keys.device)
-            rows = torch.arange(keys.numel(), dtype=torch.int32, device=keys.device) if slots is None else slots
-            for back in reversed(range(window)):  # shifted by window - 1, as the first key may be 0
-                self.starts[keys + (window - 1 - back)] = rows - back
-
-    def __call__(self, queries: Tensor, out: Tensor | None = None) -> Tensor:
-        """Look windows up.
-
-        Args:
-            queries: integers of any shape, all in 0 ... cells - 1: the first keys of the windows.
-            out: contiguous int32 of the same shape to write into; default a new tensor.
-
-        Returns:
-            int32 starts, ``absent`` where no key of the list is in the window.
-        """
-        out = torch.empty(queries.shape, dtype=torch.int32, device=queries.device) if out is None else out
-        if self.starts is not None:
-            torch.index_select(self.starts, 0, (queries + (self.window - 1)).flatten(), out=out.view(-1))
-        elif self.keys.numel() == 0:
-            out.fill_(self.absent)
-        else:
-            out.copy_(self._search(queries))
-        return out
-
-    def _search(self, queries: Tensor) -> Tensor:
-        row = torch.searchsorted(self.keys, queries).clamp_(max=self.keys.numel() - 1)
-        ahead = self.keys.index_select(0, row.flatten()).view(queries.shape) - queries
-        slot = row if self.slots is None else self.slots.index_select(0, row.flatten()).view(queries.shape)
-        return torch.where((ahead >= 0) & (ahead < self.window), slot - ahead, self.absent)
-
-
-def is_small_grid(cells: int, count: int) -> bool:
-    """Whether a dense table over the grid costs little beside ``count`` voxels: at most TABLE_SPAN entries for each."""
-    return cells <= TABLE_SPAN * max(count, 2**14)
-
-
-def contains(keys: Tensor, queries: Tensor, cells: int) -> Tensor:
-    """Which queries are in a sorted key list: boolean, in the shape of ``queries``."""
-    return RowLookup(keys, cells)(queries) < keys.numel()
-
-
-def sorted_unique(keys: Tensor, cells: int) -> Tensor:
-    """Sorted unique values of keys in 0 ... cells - 1, through a bitmap of the grid while that is small."""
-    if not is_small_grid(cells, keys.numel()):
-        return torch.unique(keys)
-    present = torch.zeros(cells, dtype=torch.bool, device=keys.device)
-    present[keys] = True
-    return present.nonzero()[:, 0]
-
-
-def unite(first: Tensor, second: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Unite two sorted key lists.
-
-    Args:
-        first: (N,) int64, strictly increasing.
-        second: (M,) int64, strictly increasing.
-        cells: number of keys that the grid has.
-
-    Returns:
-        The sorted union and the int32 rows of the first and of the second list in it.
-    """
-    union = sorted_unique(torch.cat((first, second)), cells)
-    look_up = RowLookup(union, cells)
-    return union, look_up(first), look_up(second)
 
 
 def regrid(

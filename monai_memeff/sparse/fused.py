@@ -95,7 +95,7 @@ class _NormReLU(torch.autograd.Function):
         features, weight, bias, mean, inverse = _kept_by(ctx)
         ctx.kept = None
         scale, shift = _affine(mean, inverse, weight, bias)
-        if torch.is_grad_enabled() or features.is_cuda:
+        if torch.is_grad_enabled() or features.is_cuda or features.numel() <= BLOCK_ELEMENTS:
             found = _gradients(grad, features, weight, (scale, shift), (mean, inverse), ctx.training, ctx.eps)
         else:
             found = _gradients_in_blocks(grad, features, (scale, shift), (mean, inverse), ctx.training)
@@ -122,7 +122,7 @@ def _gradients(
 def _gradients_in_blocks(
     grad: Tensor, features: Tensor, affine: Pair, moments: Pair, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in blocks of rows, with no other tensor of the features' size than the result."""
+    """The same in blocks of rows, with no other tensor of the features' size than the result; worth it for large ones."""
     (scale, shift), (mean, inverse) = affine, moments
     result = torch.empty_like(features, memory_format=torch.contiguous_format)
     of_shift, of_scale = torch.zeros_like(mean), torch.zeros_like(mean)

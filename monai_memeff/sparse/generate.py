@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from monai_memeff.geometry import voxels
+from monai_memeff.geometry import key_lists, voxels
 from monai_memeff.sparse.neighbours import KernelShape, Triple
 from monai_memeff.sparse.voxel_set import VoxelSet
 
@@ -31,7 +31,7 @@ def _generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
     lines = planes[:, :, None] * width + j[:, None]
     keys = lines[..., None] * depth + k[:, None, None]
     inside = in_i[:, :, None, None] & in_j[:, None, :, None] & in_k[:, None, None]
-    return grid.with_keys(voxels.sorted_unique(keys[inside], grid.cells))
+    return grid.with_keys(key_lists.sorted_unique(keys[inside], grid.cells))
 
 
 def _reached_along(coordinate: Tensor, axis: int, shape: KernelShape, grid: VoxelSet) -> tuple[Tensor, Tensor]:

@@ -113,11 +113,15 @@ class ConvolutionGeometry:
     transposed: bool = False
 
     @property
+    def down(self) -> KernelMap:
+        """The map from the finer side to the coarser one, planned once where one of the voxel sets keeps it."""
+        fine, coarse = (self.outputs, self.inputs) if self.transposed else (self.inputs, self.outputs)
+        return kernel_map_between(fine, coarse, self.shape)
+
+    @property
     def kernel_map(self) -> KernelMap:
-        """The pairs of rows, planned once where one of the voxel sets keeps them."""
-        if self.transposed:
-            return kernel_map_between(self.outputs, self.inputs, self.shape).transposed
-        return kernel_map_between(self.inputs, self.outputs, self.shape)
+        """The pairs of rows, in the convolution's own direction."""
+        return self.down.transposed if self.transposed else self.down
 
 
 def plan_kernel_map(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> KernelMap:

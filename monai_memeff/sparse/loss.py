@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from monai_memeff.geometry import voxels
+from monai_memeff.geometry import key_lists
 from monai_memeff.sparse.tensor import SparseTensor, occupied
+from monai_memeff.sparse.voxel_set import VoxelSet
 
 
 class SparseCompletionLoss(nn.Module):
@@ -34,14 +35,15 @@ class SparseCompletionLoss(nn.Module):
         """
         if not levels:
             raise ValueError("SparseCompletionLoss needs at least one level of logits, got none.")
-        complete = occupied(target)
-        terms = [self._level(logits, complete) for logits in levels]
-        return torch.stack(terms).sum()
+        complete = occupied(target).voxels
+        cells = {complete.stride: complete}  # a coarse level is made of the finer one's cells while these are kept
+        for stride in sorted(logits.stride for logits in levels):
+            cells[stride] = cells[stride] if stride in cells else complete.coarsened(stride)
+        return torch.stack([self._level(logits, cells[logits.stride]) for logits in levels]).sum()
 
-    def _level(self, logits: SparseTensor, complete: SparseTensor) -> Tensor:
+    def _level(self, logits: SparseTensor, cells: VoxelSet) -> Tensor:
         values = logits.features[:, 0]
         values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-        cells = complete.voxels.coarsened(logits.stride) if logits.stride != (1, 1, 1) else complete.voxels
         if not cells.same_grid(logits.voxels):
             raise ValueError(
                 f"the target does not lie on the grid of the logits: at stride {logits.stride} "
@@ -50,5 +52,5 @@ class SparseCompletionLoss(nn.Module):
             )
         if len(logits) == 0:
             return values.sum()
-        wanted = voxels.contains(cells.keys, logits.voxels.keys, logits.voxels.cells)
+        wanted = key_lists.contains(cells.keys, logits.voxels.keys, logits.voxels.cells)
         return functional.binary_cross_entropy_with_logits(values, wanted.to(values.dtype))

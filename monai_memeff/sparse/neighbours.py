@@ -7,11 +7,12 @@ for ``t = 0 ... kernel_size - 1`` along each axis, and kernel offsets are number
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from monai_memeff.geometry import voxels
+from monai_memeff.geometry import key_lists, voxels
 from monai_memeff.sparse.voxel_set import VoxelSet
 
 Triple = tuple[int, int, int]
@@ -19,7 +20,7 @@ Triple = tuple[int, int, int]
 MAX_SLOTS = 2**31 - 2**8
 """Slots are numbered by 32-bit integers."""
 
-PLANNING_ROWS = 2**14
+PLANNING_ROWS = {"cpu": 2**14, "cuda": 2**20}
 """Output rows whose neighbours are looked up at a time, in a table of the slab of the grid that they can reach."""
 
 
@@ -127,8 +128,9 @@ def plan_neighbours(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> 
         first = voxels.regrid(outputs.keys, outputs.spatial_shape, extents, shape.stride)
     steps = _line_steps(shape, window, extents, inputs.device)
     entries = torch.empty((len(outputs), len(steps)), dtype=torch.int32, device=inputs.device)
-    for start in range(0, len(outputs), PLANNING_ROWS):
-        rows = slice(start, start + PLANNING_ROWS)
+    at_a_time = PLANNING_ROWS.get(inputs.device.type, PLANNING_ROWS["cuda"])
+    for start in range(0, len(outputs), at_a_time):
+        rows = slice(start, start + at_a_time)
         _look_up(grown, slots, absent, window, first[rows], steps, entries[rows])
     return NeighbourTable(entries, window, slots, absent)
 
@@ -141,7 +143,7 @@ def _look_up(
     low, high = bounds.tolist()
     start, stop = torch.searchsorted(keys, bounds).tolist()
     rows = torch.arange(start, stop, dtype=torch.int32, device=keys.device) if slots is None else slots[start:stop]
-    look_up = voxels.RowLookup(keys[start:stop] - low, high - low, rows, absent, window, out.numel())
+    look_up = key_lists.RowLookup(keys[start:stop] - low, high - low, rows, absent, window, out.numel())
     look_up((first - low)[:, None] + steps, out=out)
 
 
@@ -149,11 +151,11 @@ def _line_steps(shape: KernelShape, window: int, extents: Triple, device: torch.
     """What is added to the key of an output's first offset for each of the kernel's lines, in the weights' order."""
     sizes = (*shape.kernel_size[:2], shape.kernel_size[2] // window)
     pitches = (extents[1] * extents[2], extents[2], 1)
-    i, j, k = (
-        torch.arange(size, device=device) * (spread * pitch)
+    points = (
+        [point * spread * pitch for point in range(size)]
         for size, spread, pitch in zip(sizes, shape.dilation, pitches, strict=True)
     )
-    return (i[:, None, None] + j[:, None] + k).flatten()
+    return torch.tensor([sum(point) for point in product(*points)], device=device)
 
 
 def _slots(keys: Tensor, window: int) -> tuple[Tensor | None, int]:

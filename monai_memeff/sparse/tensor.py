@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_memeff.geometry import voxels
+from monai_memeff.geometry import key_lists, voxels
 from monai_memeff.sparse.checks import check_inside, check_rows
 from monai_memeff.sparse.fused import Again
 from monai_memeff.sparse.voxel_set import VoxelSet
@@ -45,10 +45,10 @@ class SparseTensor:
         voxels.check_extent(spatial_shape, batch_size)
         check_inside(coordinates, spatial_shape, batch_size)
         keys = voxels.coordinates_to_keys(coordinates.to(features.device), spatial_shape)
-        if not voxels.is_strictly_increasing(keys):
+        if not key_lists.is_strictly_increasing(keys):
             keys, order = keys.sort()
             features = features[order]
-            if not voxels.is_strictly_increasing(keys):
+            if not key_lists.is_strictly_increasing(keys):
                 raise ValueError("coordinates must be unique, got at least two rows for one voxel; merge them first.")
         strides = (stride,) * 3 if isinstance(stride, int) else tuple(stride)
         self.features = features
@@ -277,7 +277,7 @@ def _same_voxels(first: SparseTensor, second: SparseTensor) -> bool:
 
 
 def _unite(first: SparseTensor, second: SparseTensor) -> tuple[VoxelSet, Tensor, Tensor]:
-    keys, first_rows, second_rows = voxels.unite(first.voxels.keys, second.voxels.keys, first.voxels.cells)
+    keys, first_rows, second_rows = key_lists.unite(first.voxels.keys, second.voxels.keys, first.voxels.cells)
     return first.voxels.with_keys(keys), first_rows, second_rows
 
 

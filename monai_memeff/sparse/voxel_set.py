@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from monai_memeff.geometry import voxels
+from monai_memeff.geometry import key_lists, voxels
 
 Plan = TypeVar("Plan")
 
@@ -121,13 +121,22 @@ class VoxelSet:
         """
         known = self._coarser.get(stride)
         if known is None:
-            shape = tuple(-(-extent // step) for extent, step in zip(self.spatial_shape, stride, strict=True))
-            cells = voxels.regrid(self.keys, self.spatial_shape, shape, stride, shrink=True)
-            scale = tuple(mine * step for mine, step in zip(self.stride, stride, strict=True))
+            start, step = self._coarse_part(stride)
+            shape = tuple(-(-extent // by) for extent, by in zip(self.spatial_shape, stride, strict=True))
+            cells = voxels.regrid(start.keys, start.spatial_shape, shape, step, shrink=True)
+            scale = tuple(mine * by for mine, by in zip(self.stride, stride, strict=True))
             known = VoxelSet(cells[:0], shape, self.batch_size, scale, finer=self)
-            known.keys = voxels.sorted_unique(cells, known.cells)
+            known.keys = key_lists.sorted_unique(cells, known.cells)
             self._coarser[stride] = known
         return known
+
+    def _coarse_part(self, stride: tuple[int, ...]) -> tuple[VoxelSet, tuple[int, ...]]:
+        """The smallest known set of cells that make up those of size ``stride``, and how many do along each axis."""
+        parts = [
+            known for known in self._coarser.items() if all(s % k == 0 for s, k in zip(stride, known[0], strict=True))
+        ]
+        by, start = min(parts, key=lambda known: len(known[1]), default=((1, 1, 1), self))
+        return start, tuple(s // k for s, k in zip(stride, by, strict=True))
 
     def batch_bounds(self) -> list[int]:
         """Row bounds of the batch items: item b owns rows ``bounds[b]`` to ``bounds[b + 1]``."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from monai_memeff.geometry import voxels
+from monai_memeff.geometry import key_lists, voxels
 from monai_memeff.sparse import SparseCompletionLoss, SparseCompletionNet, SparseTensor
 
 CHANNELS = {
@@ -76,7 +76,7 @@ class Perfect(nn.Module):
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Convolve, then correct the signs."""
         logits = self.head(x)
-        return logits.replace(signed(logits.features, voxels.contains(self.keys, x.voxels.keys, x.voxels.cells)))
+        return logits.replace(signed(logits.features, key_lists.contains(self.keys, x.voxels.keys, x.voxels.cells)))
 
 
 def signed(logits: Tensor, wanted: Tensor) -> Tensor:

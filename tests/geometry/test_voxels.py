@@ -1,4 +1,4 @@
-"""Voxel keys: order, inverse, look-up, union and coarsening against plain Python, up to the largest grids."""
+"""Voxel keys: order, inverse and coarsening against plain Python, up to the largest grids."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ def test_the_largest_grid_has_keys_up_to_the_largest_integer() -> None:
     keys = voxels.coordinates_to_keys(corners, HUGE)
     assert keys[-1].item() == 511 * 2**54 - 1 <= voxels.MAX_KEY
     assert torch.equal(voxels.keys_to_coordinates(keys, HUGE), corners)
-    assert torch.equal(voxels.RowLookup(keys, 511 * 2**54)(keys.flip(0)), torch.tensor([2, 1, 0], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (0, 4, 4), (4, 4, 2**18 + 1), (4, 4, 4, 4)])
@@ -51,50 +50,6 @@ def test_bad_extents_are_refused(shape: tuple[int, ...]) -> None:
 def test_bad_batch_sizes_are_refused(batch: int) -> None:
     with pytest.raises(ValueError, match=rf"at most 2\^63 - 1, got batch_size {batch}.*smaller batch"):
         voxels.check_extent(HUGE, batch)
-
-
-def test_strictly_increasing() -> None:
-    for values, expected in (([], True), ([3], True), ([1, 2, 9], True), ([1, 1], False), ([2, 1], False)):
-        assert voxels.is_strictly_increasing(torch.tensor(values, dtype=torch.int64)) == expected
-
-
-@pytest.mark.parametrize("span", [0, 16], ids=["search", "table"])
-@pytest.mark.parametrize("values", [[], [0], [3, 4, 9, 99], list(range(100))])
-def test_look_up(values: list[int], span: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(voxels, "TABLE_SPAN", span)
-    keys, queries = torch.tensor(values, dtype=torch.int64), torch.arange(100).flip(0).view(20, 5)
-    look_up = voxels.RowLookup(keys, 100)
-    expected = [[values.index(query) if query in values else len(values) for query in row] for row in queries.tolist()]
-    rows = look_up(queries)
-    assert rows.dtype == torch.int32
-    assert rows.tolist() == expected
-    assert look_up.absent == len(values)
-    assert torch.equal(voxels.contains(keys, queries, 100), rows < len(values))
-
-
-def test_a_table_is_taken_only_where_it_is_small() -> None:
-    assert voxels.is_small_grid(128**3, 2**17)
-    assert not voxels.is_small_grid(512**3, 2**17)
-    assert not voxels.is_small_grid(511 * 2**54, 2**20)
-
-
-@pytest.mark.parametrize("span", [0, 16], ids=["sort", "bitmap"])
-def test_unique_and_union(span: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(voxels, "TABLE_SPAN", span)
-    first, second = torch.tensor([1, 4, 7, 50]), torch.tensor([0, 4, 50, 98])
-    mixed = torch.cat((second, first, first)).flip(0)
-    assert voxels.sorted_unique(mixed, 99).tolist() == [0, 1, 4, 7, 50, 98]
-    assert voxels.sorted_unique(mixed[:0], 99).tolist() == []
-    union, rows_first, rows_second = voxels.unite(first, second, 99)
-    assert union.tolist() == [0, 1, 4, 7, 50, 98]
-    assert torch.equal(union[rows_first.long()], first)
-    assert torch.equal(union[rows_second.long()], second)
-    assert rows_first.dtype == rows_second.dtype == torch.int32
-    empty = first[:0]
-    for one, other in ((first, empty), (empty, first), (empty, empty)):
-        union, rows_one, rows_other = voxels.unite(one, other, 99)
-        assert torch.equal(union, torch.cat((one, other)))
-        assert (len(rows_one), len(rows_other)) == (len(one), len(other))
 
 
 @pytest.mark.parametrize("scale", [(1, 1, 1), (2, 2, 2), (1, 3, 2)])

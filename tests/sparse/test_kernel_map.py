@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from monai_memeff.geometry import voxels
+from monai_memeff.geometry import key_lists
 from monai_memeff.sparse import SparseConv3d, SparseConvTranspose3d, SparseTensor, kernel_map
 from monai_memeff.sparse.kernel_map import KernelMap, plan_kernel_map
 from monai_memeff.sparse.neighbours import KernelShape
@@ -55,7 +55,7 @@ def rows_by_loops(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> se
 @pytest.mark.parametrize("span", [0, 16])
 @pytest.mark.parametrize("cost", [0, 10**6])
 def test_both_layouts_and_both_look_ups(span: int, cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(voxels, "TABLE_SPAN", span)  # 0: binary search
+    monkeypatch.setattr(key_lists, "TABLE_SPAN", span)  # 0: binary search
     monkeypatch.setattr(kernel_map, "PAIR_COST", cost)
     monkeypatch.setattr(kernel_map, "SMALL_TABLE", 0)  # 0: pairs wherever possible; large: tables
     mask = random_mask(3, SHAPE, 0.3, empty_item=1)

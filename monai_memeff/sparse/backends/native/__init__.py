@@ -53,24 +53,26 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(features, weight)
         ctx.geometry = geometry
+        if len(features) and few.applies(weight, geometry):
+            return few.multiply(features, weight, bias, geometry)
         return multiply(features, weight, bias, geometry.kernel_map)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, weight = ctx.saved_tensors
-        kernel_map = ctx.geometry.kernel_map
         needs_features, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_features: Tensor | None = None
         grad_weight: Tensor | None = None
-        if needs_features and needs_weight and len(features) and few.applies(weight, kernel_map):
-            grad_features, grad_weight = few.both_gradients(features, grad, weight, kernel_map)
+        if needs_features and needs_weight and len(features) and few.applies(weight, ctx.geometry):
+            grad_features, grad_weight = few.both_gradients(features, grad, weight, ctx.geometry)
         elif needs_features and needs_weight:
-            grad_features, grad_weight = both_gradients(features, grad, weight, kernel_map.transposed)
+            back = ctx.geometry.kernel_map.transposed
+            grad_features, grad_weight = both_gradients(features, grad, weight, back)
         elif needs_features:
-            grad_features = multiply(grad, weight.transpose(1, 2), None, kernel_map.transposed)
+            grad_features = multiply(grad, weight.transpose(1, 2), None, ctx.geometry.kernel_map.transposed)
         elif needs_weight:
-            grad_weight = weight_gradient(features, grad, kernel_map)
+            grad_weight = weight_gradient(features, grad, ctx.geometry.kernel_map)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_features, grad_weight, grad.sum(0) if needs_bias else None, None
@@ -81,8 +83,6 @@ def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: 
     shape = (kernel_map.num_out, weight.shape[2])
     if len(features) == 0 or kernel_map.num_out == 0:
         return features.new_zeros(shape) if bias is None else bias.expand(shape).contiguous()
-    if few.applies(weight, kernel_map):
-        return few.multiply(features, weight, bias, kernel_map)
     weight = weight.contiguous().flip(0) if kernel_map.flipped else weight  # flipping permuted weights is slow
     return _layout(kernel_map).multiply(features, weight, bias, kernel_map)
 

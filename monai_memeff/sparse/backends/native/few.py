@@ -1,7 +1,9 @@
 """Convolution of few rows with many weights: these are read as torch stores them, and the rows are turned instead.
 
 At the coarsest levels of a network a volume has a handful of voxels, and its layers have most of the weights; bringing
-those into the order of the kernel's offsets would cost more than the convolution.
+those into the order of the kernel's offsets would cost more than the convolution. Torch's weights are a matrix with a
+row for every channel of the coarser side and, for the finer one, channels times offsets: a convolution goes through it
+from fine to coarse, a transposed one from coarse to fine, and gradients the other way.
 """
 
 from __future__ import annotations
@@ -11,39 +13,57 @@ from torch import Tensor
 from torch.nn import functional
 
 from monai_memeff.sparse.backends.native.product import accumulator
-from monai_memeff.sparse.kernel_map import KernelMap
-
-SHARE = 2
-"""Rows times this number may be as many as the output channels."""
+from monai_memeff.sparse.kernel_map import ConvolutionGeometry, KernelMap
 
 
-def applies(weight: Tensor, kernel_map: KernelMap) -> bool:
-    """Whether the weights are many and lie as in ``torch.nn.Conv3d``, and the map is one that gathers."""
-    gathers = kernel_map.table is not None and not kernel_map.scatters and not kernel_map.flipped
-    few = gathers and SHARE * kernel_map.num_out <= weight.shape[2]
-    return few and weight.device.type == "cpu" and weight.permute(2, 1, 0).is_contiguous()
+def applies(weight: Tensor, geometry: ConvolutionGeometry) -> bool:
+    """Whether the weights (num_offsets, in_channels, out_channels) are many, and lie as in torch's layers."""
+    coarse = geometry.inputs if geometry.transposed else geometry.outputs
+    channels = weight.shape[1 if geometry.transposed else 2]
+    few = 0 < len(coarse) <= channels
+    return few and weight.device.type == "cpu" and _torch_order(weight, geometry).is_contiguous()
 
 
-def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:
+def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvolutionGeometry) -> Tensor:
     """(num_in, in_channels) -> (num_out, out_channels)."""
-    return functional.linear(_gathered(features, kernel_map), weight.permute(2, 1, 0).flatten(1), bias)
+    matrix, down = _torch_order(weight, geometry).flatten(1), geometry.down
+    if not geometry.transposed:
+        return functional.linear(_gathered(features, down), matrix, bias)
+    result = _spread(features @ matrix, down)
+    return result if bias is None else result + bias
 
 
-def both_gradients(features: Tensor, grad: Tensor, weight: Tensor, kernel_map: KernelMap) -> tuple[Tensor, Tensor]:
-    """The gradients of the features, and of the weights in the :func:`accumulator` dtype; ``kernel_map`` is forward."""
-    offsets, channels, out_channels = weight.shape
-    dtype = accumulator(features.dtype)
-    grad_weight = (grad.t() @ _gathered(features, kernel_map)).to(dtype).view(out_channels, channels, offsets)
-    parts = (grad @ weight.permute(2, 1, 0).flatten(1)).view(-1, channels, offsets).transpose(1, 2)
-    rows = kernel_map.neighbour_rows().t().flatten().long()
-    total = torch.zeros(kernel_map.num_in + 1, channels, dtype=dtype, device=features.device)
-    total = total.index_add(0, rows, parts.reshape(-1, channels).to(dtype))  # the last row takes what is absent
-    return total[:-1].to(features.dtype), grad_weight.permute(2, 1, 0)
+def both_gradients(
+    features: Tensor, grad: Tensor, weight: Tensor, geometry: ConvolutionGeometry
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the features, and of the weights in the :func:`accumulator` dtype."""
+    order, down = _torch_order(weight, geometry), geometry.down
+    matrix = order.flatten(1)
+    if geometry.transposed:
+        gathered = _gathered(grad, down)
+        grad_features, grad_matrix = functional.linear(gathered, matrix), features.t() @ gathered
+    else:
+        grad_features, grad_matrix = _spread(grad @ matrix, down), grad.t() @ _gathered(features, down)
+    grad_weight = grad_matrix.to(accumulator(features.dtype)).view_as(order)
+    return grad_features, grad_weight.permute((2, 0, 1) if geometry.transposed else (2, 1, 0))
 
 
-def _gathered(features: Tensor, kernel_map: KernelMap) -> Tensor:
-    """(num_out, in_channels * num_offsets), offsets fastest as in torch's weights."""
-    assert kernel_map.table is not None
-    windows = kernel_map.table.windows(features).index_select(0, kernel_map.table.entries.flatten())
-    by_offset = windows.view(kernel_map.num_out, kernel_map.num_offsets, features.shape[1])
-    return by_offset.transpose(1, 2).flatten(1)
+def _torch_order(weight: Tensor, geometry: ConvolutionGeometry) -> Tensor:
+    """(coarse channels, fine channels, num_offsets)."""
+    return weight.permute((1, 2, 0) if geometry.transposed else (2, 1, 0))
+
+
+def _gathered(fine: Tensor, down: KernelMap) -> Tensor:
+    """What the coarse voxels read: (fine rows, C) -> (coarse rows, C * num_offsets), offsets fastest."""
+    assert down.table is not None
+    windows = down.table.windows(fine).index_select(0, down.table.entries.flatten())
+    return windows.view(down.num_out, down.num_offsets, -1).transpose(1, 2).flatten(1)
+
+
+def _spread(coarse: Tensor, down: KernelMap) -> Tensor:
+    """Its adjoint, summed at the fine voxels: (coarse rows, C * num_offsets) -> (fine rows, C)."""
+    dtype = accumulator(coarse.dtype)
+    parts = coarse.view(down.num_out, -1, down.num_offsets).permute(2, 0, 1).flatten(0, 1).to(dtype)
+    total = parts.new_zeros(down.num_in + 1, parts.shape[1])
+    total = total.index_add(0, down.neighbour_rows().flatten(), parts)  # the last row takes what is absent
+    return total[:-1].to(coarse.dtype)
