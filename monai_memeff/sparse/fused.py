@@ -122,7 +122,7 @@ def _gradients(
 def _gradients_in_blocks(
     grad: Tensor, features: Tensor, affine: Pair, moments: Pair, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in blocks of rows, with no other tensor of the features' size than the result; worth it for large ones."""
+    """The same in blocks of rows, for large features: no other tensor of their size than the result."""
     (scale, shift), (mean, inverse) = affine, moments
     result = torch.empty_like(features, memory_format=torch.contiguous_format)
     of_shift, of_scale = torch.zeros_like(mean), torch.zeros_like(mean)

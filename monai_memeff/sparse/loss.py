@@ -52,5 +52,5 @@ class SparseCompletionLoss(nn.Module):
             )
         if len(logits) == 0:
             return values.sum()
-        wanted = key_lists.contains(cells.keys, logits.voxels.keys, logits.voxels.cells)
+        wanted = key_lists.contains(cells.keys, logits.voxels.keys)
         return functional.binary_cross_entropy_with_logits(values, wanted.to(values.dtype))

@@ -20,9 +20,6 @@ Triple = tuple[int, int, int]
 MAX_SLOTS = 2**31 - 2**8
 """Slots are numbered by 32-bit integers."""
 
-PLANNING_ROWS = {"cpu": 2**14, "cuda": 2**20}
-"""Output rows whose neighbours are looked up at a time, in a table of the slab of the grid that they can reach."""
-
 
 @dataclass(frozen=True)
 class KernelShape:
@@ -126,28 +123,11 @@ def plan_neighbours(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> 
         first = grown - ((margins[0] * extents[1] + margins[1]) * extents[2] + margins[2])
     else:
         first = voxels.regrid(outputs.keys, outputs.spatial_shape, extents, shape.stride)
-    steps = _line_steps(shape, window, extents, inputs.device)
-    entries = torch.empty((len(outputs), len(steps)), dtype=torch.int32, device=inputs.device)
-    at_a_time = PLANNING_ROWS.get(inputs.device.type, PLANNING_ROWS["cuda"])
-    for start in range(0, len(outputs), at_a_time):
-        rows = slice(start, start + at_a_time)
-        _look_up(grown, slots, absent, window, first[rows], steps, entries[rows])
+    entries = key_lists.look_up(grown, first, _line_steps(shape, window, extents), slots, absent, window)
     return NeighbourTable(entries, window, slots, absent)
 
 
-def _look_up(
-    keys: Tensor, slots: Tensor | None, absent: int, window: int, first: Tensor, steps: Tensor, out: Tensor
-) -> None:
-    """Find the windows that begin at ``first + steps``; only the keys between the least and the largest matter."""
-    bounds = torch.stack((first[0], first[-1] + steps[-1] + window))
-    low, high = bounds.tolist()
-    start, stop = torch.searchsorted(keys, bounds).tolist()
-    rows = torch.arange(start, stop, dtype=torch.int32, device=keys.device) if slots is None else slots[start:stop]
-    look_up = key_lists.RowLookup(keys[start:stop] - low, high - low, rows, absent, window, out.numel())
-    look_up((first - low)[:, None] + steps, out=out)
-
-
-def _line_steps(shape: KernelShape, window: int, extents: Triple, device: torch.device) -> Tensor:
+def _line_steps(shape: KernelShape, window: int, extents: Triple) -> list[int]:
     """What is added to the key of an output's first offset for each of the kernel's lines, in the weights' order."""
     sizes = (*shape.kernel_size[:2], shape.kernel_size[2] // window)
     pitches = (extents[1] * extents[2], extents[2], 1)
@@ -155,7 +135,7 @@ def _line_steps(shape: KernelShape, window: int, extents: Triple, device: torch.
         [point * spread * pitch for point in range(size)]
         for size, spread, pitch in zip(sizes, shape.dilation, pitches, strict=True)
     )
-    return torch.tensor([sum(point) for point in product(*points)], device=device)
+    return [sum(point) for point in product(*points)]
 
 
 def _slots(keys: Tensor, window: int) -> tuple[Tensor | None, int]:

@@ -10,7 +10,7 @@ from monai.networks.layers.factories import Act, Norm
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
-from monai_memeff.geometry import key_lists, voxels
+from monai_memeff.geometry import key_lists
 from monai_memeff.memory import checkpoint
 from monai_memeff.sparse.activity import active_voxels
 from monai_memeff.sparse.blocks import SparseBatchNorm3d, SparseReLU
@@ -138,7 +138,7 @@ class SparseCompletionNet(nn.Module):
         values = logits.features.detach()[:, 0]
         keep = values > 0
         if wanted is not None:
-            in_target = key_lists.contains(wanted, logits.voxels.keys, logits.voxels.cells)
+            in_target = key_lists.contains(wanted, logits.voxels.keys)
             keep |= in_target
             values = values.masked_fill(in_target, torch.inf)
         return within_budget(keep, values, logits.voxels, self.max_voxels)

@@ -277,7 +277,7 @@ def _same_voxels(first: SparseTensor, second: SparseTensor) -> bool:
 
 
 def _unite(first: SparseTensor, second: SparseTensor) -> tuple[VoxelSet, Tensor, Tensor]:
-    keys, first_rows, second_rows = key_lists.unite(first.voxels.keys, second.voxels.keys, first.voxels.cells)
+    keys, first_rows, second_rows = key_lists.unite(first.voxels.keys, second.voxels.keys)
     return first.voxels.with_keys(keys), first_rows, second_rows
 
 

@@ -76,7 +76,7 @@ class Perfect(nn.Module):
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Convolve, then correct the signs."""
         logits = self.head(x)
-        return logits.replace(signed(logits.features, key_lists.contains(self.keys, x.voxels.keys, x.voxels.cells)))
+        return logits.replace(signed(logits.features, key_lists.contains(self.keys, x.voxels.keys)))
 
 
 def signed(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -15,48 +15,54 @@ def test_strictly_increasing() -> None:
         assert key_lists.is_strictly_increasing(torch.tensor(values, dtype=torch.int64)) == expected
 
 
-@pytest.mark.parametrize("span", [0, 16], ids=["search", "table"])
-@pytest.mark.parametrize("values", [[], [0], [3, 4, 9, 99], list(range(100))])
-def test_look_up(values: list[int], span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def limits(monkeypatch: pytest.MonkeyPatch, span: int, most: int, rows: int) -> None:
     monkeypatch.setattr(key_lists, "TABLE_SPAN", span)
-    keys, queries = torch.tensor(values, dtype=torch.int64), torch.arange(100).flip(0).view(20, 5)
-    look_up = key_lists.RowLookup(keys, 100)
-    expected = [[values.index(query) if query in values else len(values) for query in row] for row in queries.tolist()]
-    rows = look_up(queries)
-    assert rows.dtype == torch.int32
-    assert rows.tolist() == expected
-    assert look_up.absent == len(values)
+    monkeypatch.setattr(key_lists, "MAX_TABLE", {"cpu": most, "cuda": most})
+    monkeypatch.setattr(key_lists, "MIN_ROWS", rows)
+    monkeypatch.setattr(key_lists, "MAX_ROWS", {"cpu": rows, "cuda": rows})
+
+
+ROUTES = pytest.mark.parametrize(("span", "most"), [(0, 2**21), (16, 2**21), (16, 50)], ids=["search", "table", "both"])
+ROWS = pytest.mark.parametrize("rows", [1, 3, 2**14])
+
+
+@ROUTES
+@ROWS
+@pytest.mark.parametrize("steps", [[0], [0, 1, 2, 7], [0, 300, 301]])
+def test_look_up_single_keys(
+    span: int, most: int, rows: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits(monkeypatch, span, most, rows)
+    keys, first = (torch.cat((torch.randint(900, (n,)), torch.tensor([999]))).unique() for n in (80, 200))
+    for mine, theirs in ((keys, first), (keys[:0], first), (keys, first[:0]), (keys[30:], first[:60])):
+        row = {key: number for number, key in enumerate(mine.tolist())}
+        found = key_lists.look_up(mine, theirs, steps)
+        assert found.dtype == torch.int32
+        assert found.shape == (len(theirs), len(steps))
+        assert found.tolist() == [[row.get(key + step, len(mine)) for step in steps] for key in theirs.tolist()]
+        if steps == [0]:
+            assert torch.equal(key_lists.find(mine, theirs), found[:, 0])
+            assert torch.equal(key_lists.contains(mine, theirs), found[:, 0] < len(mine))
+
+
+@ROUTES
+@ROWS
+def test_windows(span: int, most: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits(monkeypatch, span, most, rows)
+    keys = torch.tensor([2, 3, 6, 40, 42, 700])
+    slots = torch.tensor([2, 3, 6, 9, 11, 14], dtype=torch.int32)  # keys further apart than 3 stand 3 apart
+    slot = dict(zip(keys.tolist(), slots.tolist(), strict=True))
+    found = key_lists.look_up(keys, torch.arange(695), [0, 5], slots, absent=17, window=3)
+    for start, pair in enumerate(found.tolist()):
+        for begin, window in zip((start, start + 5), pair, strict=True):
+            expected = {slot[key] - (key - begin) for key in range(begin, begin + 3) if key in slot} or {17}
+            assert expected == {window}
 
 
 def test_look_up_in_the_largest_grid() -> None:
-    keys = torch.tensor([0, 5, LARGEST - 1])
-    assert key_lists.RowLookup(keys, LARGEST)(keys.flip(0)).tolist() == [2, 1, 0]
-
-
-@pytest.mark.parametrize(("span", "most"), [(0, 2**21), (16, 2**21), (16, 50)], ids=["search", "table", "both"])
-@pytest.mark.parametrize("queries", [1, 3, 2**13])
-def test_find_one_list_in_another(span: int, most: int, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key_lists, "TABLE_SPAN", span)
-    monkeypatch.setattr(key_lists, "MAX_TABLE", most)
-    monkeypatch.setattr(key_lists, "QUERIES", queries)
-    keys, asked = (torch.cat((torch.randint(900, (n,)), torch.tensor([999]))).unique() for n in (80, 200))
-    for mine, theirs in ((keys, asked), (keys[:0], asked), (keys, asked[:0]), (keys[30:], asked[:60])):
-        row = {key: number for number, key in enumerate(mine.tolist())}
-        found = key_lists.find(mine, theirs, 1000)
-        assert found.dtype == torch.int32
-        assert found.tolist() == [row.get(key, len(mine)) for key in theirs.tolist()]
-        assert torch.equal(key_lists.contains(mine, theirs, 1000), found < len(mine))
-
-
-def test_find_in_the_largest_grid() -> None:
     keys = torch.tensor([0, 5, 6, LARGEST - 1])
-    assert key_lists.find(keys, torch.tensor([5, 7, LARGEST - 1]), LARGEST).tolist() == [1, 4, 3]
-
-
-def test_a_table_is_taken_only_where_it_is_small() -> None:
-    assert key_lists.is_small_grid(128**3, 2**17)
-    assert not key_lists.is_small_grid(512**3, 2**17)
-    assert not key_lists.is_small_grid(LARGEST, 2**20)
+    assert key_lists.find(keys, torch.tensor([5, 7, LARGEST - 1])).tolist() == [1, 4, 3]
+    assert key_lists.look_up(keys, torch.tensor([0, LARGEST - 6]), [0, 5]).tolist() == [[0, 1], [4, 3]]
 
 
 @pytest.mark.parametrize("span", [0, 16], ids=["sort", "bitmap"])
@@ -72,7 +78,7 @@ def test_union() -> None:
     lists = [*lists, lists[0][:0], torch.randint(99, (40,)).unique()]
     for one in lists:
         for other in lists:
-            union, rows_one, rows_other = key_lists.unite(one, other, 99)
+            union, rows_one, rows_other = key_lists.unite(one, other)
             assert torch.equal(union, torch.cat((one, other)).unique())
             assert torch.equal(union[rows_one.long()], one)
             assert torch.equal(union[rows_other.long()], other)

@@ -8,7 +8,6 @@ from fine to coarse, a transposed one from coarse to fine, and gradients the oth
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
