@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_memeff.sparse.conv import Size, _triple
-from monai_memeff.sparse.fused import norm_relu
+from monai_memeff.sparse.fused import Again, norm_act
 from monai_memeff.sparse.kernel_map import kernel_map_between
 from monai_memeff.sparse.neighbours import KernelShape
 from monai_memeff.sparse.tensor import SparseTensor
@@ -30,18 +30,19 @@ class SparseBatchNorm3d(nn.BatchNorm3d):
 
         Args:
             x: what to normalise.
-            act: an activation to apply to the result. ``SparseReLU`` is fused with the norm: the graph then keeps one
-                tensor for norm, activation and the convolution behind them, not two.
+            act: an activation to apply to the result. ReLU, leaky ReLU and PReLU are fused with the norm: the graph
+                then keeps one tensor for norm, activation and the convolution behind them, not two or three.
         """
+        slope = slope_below_zero(act)
         if len(x) < 2 and (self.training or self.running_mean is None):
             normalised = x.replace(self._without_variance(x.features))
-        elif type(act) is SparseReLU:
-            return self._with_relu(x)
+        elif slope is not None:
+            return SparseTensor.on(x.voxels, *self._fused(x.features, slope))
         else:
             normalised = x.replace(super().forward(x.features))
         return normalised if act is None else act(normalised)
 
-    def _with_relu(self, x: SparseTensor) -> SparseTensor:
+    def _fused(self, features: Tensor, slope: float | Tensor) -> tuple[Tensor, Again | None]:
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -49,8 +50,7 @@ class SparseBatchNorm3d(nn.BatchNorm3d):
                 momentum = 1.0 / float(self.num_batches_tracked)
         running = (self.running_mean, self.running_var)
         of_batch = self.training or self.running_mean is None
-        features, again = norm_relu(x.features, self.weight, self.bias, running, of_batch, momentum, self.eps)
-        return SparseTensor.on(x.voxels, features, again)
+        return norm_act(features, self.weight, self.bias, running, of_batch, momentum, self.eps, slope)
 
     def _without_variance(self, features: Tensor) -> Tensor:
         if self.running_mean is None or self.running_var is None:
@@ -69,12 +69,18 @@ class SparseInstanceNorm3d(nn.InstanceNorm3d):
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # rows (N, C) instead of a volume
 
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        """Normalise (N, C) features."""
+    def forward(self, x: SparseTensor, act: nn.Module | None = None) -> SparseTensor:
+        """Normalise (N, C) features, and apply ``act`` if one is given; see :class:`SparseBatchNorm3d`."""
         if self.track_running_stats:
             raise ValueError("SparseInstanceNorm3d keeps no running statistics; set track_running_stats=False.")
-        parts = [self._normalise(features) for features in _per_item(x)]
-        return x.replace(torch.cat(parts))
+        items, slope = _per_item(x), slope_below_zero(act)
+        if slope is not None and min(len(features) for features in items) > 1:
+            return SparseTensor.on(x.voxels, *_joined([self._fused(features, slope) for features in items]))
+        normalised = x.replace(torch.cat([self._normalise(features) for features in items]))
+        return normalised if act is None else act(normalised)
+
+    def _fused(self, features: Tensor, slope: float | Tensor) -> tuple[Tensor, Again | None]:
+        return norm_act(features, self.weight, self.bias, (None, None), True, 0.0, self.eps, slope)
 
     def _normalise(self, features: Tensor) -> Tensor:
         if len(features) < 2:
@@ -103,6 +109,15 @@ def _per_item(x: SparseTensor) -> list[Tensor]:
     return [x.features[start:stop] for start, stop in pairwise(bounds)]
 
 
+def _joined(items: list[tuple[Tensor, Again | None]]) -> tuple[Tensor, Again | None]:
+    """The rows of all items, and how to compute them again."""
+    if len(items) == 1:
+        return items[0]
+    agains = [again for _, again in items if again is not None]
+    joined = torch.cat([features for features, _ in items])
+    return joined, None if len(agains) < len(items) else lambda: torch.cat([again() for again in agains])
+
+
 def _affine(normalised: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is not None:
         normalised = normalised * weight
@@ -127,6 +142,15 @@ class SparseLeakyReLU(_Featurewise, nn.LeakyReLU):
 
 class SparsePReLU(_Featurewise, nn.PReLU):
     """``torch.nn.PReLU`` on features."""
+
+
+def slope_below_zero(act: nn.Module | None) -> float | Tensor | None:
+    """The slope of an activation that is linear on either side of zero, learnt or not; None for any other."""
+    if type(act) is SparseReLU:
+        return 0.0
+    if type(act) is SparseLeakyReLU:
+        return act.negative_slope
+    return act.weight if type(act) is SparsePReLU else None
 
 
 class SparseELU(_Featurewise, nn.ELU):

@@ -24,6 +24,24 @@ class SparseSkipConnection(SkipConnection):
         return concatenate_channels([x, branch]) if self.mode == "cat" else x + branch
 
 
+class SparseADN(ADN):
+    """MONAI's activation, dropout and norm; an activation behind a norm, with no active dropout between, is fused."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Run the layers in their order."""
+        layers = [layer for layer in self if not (isinstance(layer, DROPOUT) and not (self.training and layer.p))]
+        while layers:
+            layer, *layers = layers
+            fuses = isinstance(layer, FUSED) and layers and blocks.slope_below_zero(layers[0]) is not None
+            x = layer(x, layers.pop(0)) if fuses else layer(x)
+        return x
+
+
+DROPOUT = (blocks.SparseDropout, blocks.SparseDropout3d)
+
+FUSED = (blocks.SparseBatchNorm3d, blocks.SparseInstanceNorm3d)
+"""Norms that take the activation behind them."""
+
 SPARSE_TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv3d: SparseConv3d,
     nn.ConvTranspose3d: SparseConvTranspose3d,
@@ -41,10 +59,11 @@ SPARSE_TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Dropout: blocks.SparseDropout,
     nn.Dropout3d: blocks.SparseDropout3d,
     SkipConnection: SparseSkipConnection,
+    ADN: SparseADN,
 }
 """Dense layer -> sparse layer with the same attributes and parameters."""
 
-PASSED_THROUGH: tuple[type[nn.Module], ...] = (nn.Sequential, nn.Identity, Convolution, ADN, ResidualUnit)
+PASSED_THROUGH: tuple[type[nn.Module], ...] = (nn.Sequential, nn.Identity, Convolution, ResidualUnit)
 """Containers that only call their children, add results or do nothing: right for sparse tensors as they are."""
 
 

@@ -1,4 +1,4 @@
-"""Batch norm and ReLU in one step that keeps its input only, and features that are computed again, not kept."""
+"""Norm and activation in one step that keeps its input only, and features that are computed again, not kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK_ELEMENTS = 2**18
 """Elements that the backward pass works on at a time on the CPU: a megabyte in float32 stays in the cache."""
 
 
-def norm_relu(
+def norm_act(
     features: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -25,12 +25,13 @@ def norm_relu(
     training: bool,
     momentum: float,
     eps: float,
+    slope: float | Tensor = 0.0,
 ) -> tuple[Tensor, Again | None]:
-    """``relu(batch_norm(features))``, and how to compute it again from ``features`` without statistics.
+    """``leaky_relu(batch_norm(features), slope)``, and how to compute it again from ``features`` without statistics.
 
-    The graph keeps ``features`` (N, C) and per-channel numbers; the sign of the result, which the backward pass needs,
-    is computed again. A layer that follows and would keep the result may keep the second value instead; then norm,
-    activation and convolution together keep one tensor where two are usual.
+    The graph keeps ``features`` (N, C) and per-channel numbers; what the backward pass of the activation needs is
+    computed again. A layer that follows and would keep the result may keep the second value instead; then norm,
+    activation and convolution together keep one tensor where two or three are usual.
 
     Args:
         features: (N, C), N at least 2 in training.
@@ -40,12 +41,14 @@ def norm_relu(
         training: normalise with the statistics of ``features``.
         momentum: share of the new statistics in the running ones.
         eps: added to the variance.
+        slope: of the activation below zero: 0 is ReLU, another number leaky ReLU, learnt (1,) or (C,) PReLU.
 
     Returns:
         (N, C) features, and a function without arguments that returns them again (None where no graph is built); it
         works until the backward pass has gone through the norm.
     """
-    result = _NormReLU.apply(features, weight, bias, *running, training, momentum, eps)
+    learnt, fixed = (slope, 0.0) if isinstance(slope, Tensor) else (None, slope)
+    result = _NormAct.apply(features, weight, bias, learnt, *running, training, momentum, eps, fixed)
     return result, None if result.grad_fn is None else partial(_result_of, result.grad_fn)
 
 
@@ -64,7 +67,7 @@ def kept_as(features: Tensor, again: Again | None) -> AbstractContextManager[obj
     return saved_tensors_hooks(pack, unpack)
 
 
-class _NormReLU(torch.autograd.Function):
+class _NormAct(torch.autograd.Function):
     """Keeps the features, and the mean and the inverse standard deviation that were applied."""
 
     @staticmethod
@@ -73,11 +76,13 @@ class _NormReLU(torch.autograd.Function):
         features: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        learnt: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         training: bool,
         momentum: float,
         eps: float,
+        fixed: float,
     ) -> Tensor:
         result, mean, inverse = torch.native_batch_norm(
             features, weight, bias, running_mean, running_var, training, momentum, eps
@@ -86,60 +91,91 @@ class _NormReLU(torch.autograd.Function):
             assert running_mean is not None
             assert running_var is not None
             mean, inverse = running_mean.clone(), (running_var + eps).rsqrt()
-        ctx.save_for_backward(features, weight, bias, mean, inverse)
-        ctx.training, ctx.eps, ctx.kept = training, eps, None
-        return result.relu_()
+        ctx.save_for_backward(features, weight, bias, learnt, mean, inverse)
+        ctx.training, ctx.eps, ctx.fixed, ctx.kept = training, eps, fixed, None
+        return _activate(result, fixed if learnt is None else learnt)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        features, weight, bias, mean, inverse = _kept_by(ctx)
+        features, weight, bias, learnt, mean, inverse = _kept_by(ctx)
         ctx.kept = None
-        scale, shift = _affine(mean, inverse, weight, bias)
+        affine, slope = _affine(mean, inverse, weight, bias), ctx.fixed if learnt is None else learnt
         if torch.is_grad_enabled() or features.is_cuda or features.numel() <= BLOCK_ELEMENTS:
-            found = _gradients(grad, features, weight, (scale, shift), (mean, inverse), ctx.training, ctx.eps)
+            found = _gradients(grad, features, weight, affine, (mean, inverse), slope, ctx.training, ctx.eps)
         else:
-            found = _gradients_in_blocks(grad, features, (scale, shift), (mean, inverse), ctx.training)
+            found = _gradients_in_blocks(grad, features, affine, (mean, inverse), slope, ctx.training)
         given = (g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False))
-        return *given, None, None, None, None, None
+        return *given, None, None, None, None, None, None
 
 
 Pair = tuple[Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""Of features, weight, bias and slope."""
 
 
 def _gradients(
-    grad: Tensor, features: Tensor, weight: Tensor | None, affine: Pair, moments: Pair, training: bool, eps: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of features, weight and bias, by torch's own operations, which can be differentiated once more."""
+    grad: Tensor,
+    features: Tensor,
+    weight: Tensor | None,
+    affine: Pair,
+    moments: Pair,
+    slope: float | Tensor,
+    training: bool,
+    eps: float,
+) -> Gradients:
+    """By torch's own operations, which can be differentiated once more."""
     scale, shift = affine
-    grad = torch.ops.aten.threshold_backward(grad, torch.addcmul(shift, features, scale).to(grad.dtype), 0)
+    grad, of_slope = _activation_gradient(grad, torch.addcmul(shift, features, scale).to(grad.dtype), slope)
     running = (None, None) if training else (moments[0], moments[1] ** -2 - eps)
     learns = weight is not None
-    return torch.ops.aten.native_batch_norm_backward(
+    of_norm = torch.ops.aten.native_batch_norm_backward(
         grad, features, weight, *running, *moments, training, eps, [True, learns, learns]
     )
+    return *of_norm, of_slope
 
 
 def _gradients_in_blocks(
-    grad: Tensor, features: Tensor, affine: Pair, moments: Pair, training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, features: Tensor, affine: Pair, moments: Pair, slope: float | Tensor, training: bool
+) -> Gradients:
     """The same in blocks of rows, for large features: no other tensor of their size than the result."""
     (scale, shift), (mean, inverse) = affine, moments
     result = torch.empty_like(features, memory_format=torch.contiguous_format)
     of_shift, of_scale = torch.zeros_like(mean), torch.zeros_like(mean)
+    of_slope = torch.zeros_like(slope) if isinstance(slope, Tensor) else None
     blocks = [part.split(max(BLOCK_ELEMENTS // features.shape[1], 1)) for part in (features, grad, result)]
     for x, g, out in zip(*blocks, strict=True):
-        out.copy_(torch.ops.aten.threshold_backward(g, torch.addcmul(shift, x, scale).to(g.dtype), 0))
+        before, bent = _activation_gradient(g, torch.addcmul(shift, x, scale).to(g.dtype), slope)
+        out.copy_(before)
         of_shift += out.sum(0, dtype=mean.dtype)
         of_scale += (out * (x - mean)).sum(0)
+        if of_slope is not None:
+            of_slope += bent
     of_scale *= inverse
     if not training:
-        return result.mul_(scale), of_scale, of_shift
-    slope, offset = -inverse * of_scale / len(features), -of_shift / len(features)
-    offset = offset - mean * slope
+        return result.mul_(scale), of_scale, of_shift, of_slope
+    slant, offset = -inverse * of_scale / len(features), -of_shift / len(features)
+    offset = offset - mean * slant
     for x, _, out in zip(*blocks, strict=True):
-        out += torch.addcmul(offset, x, slope)
+        out += torch.addcmul(offset, x, slant)
         out *= scale
-    return result, of_scale, of_shift
+    return result, of_scale, of_shift, of_slope
+
+
+def _activate(features: Tensor, slope: float | Tensor) -> Tensor:
+    """In place, but for a learnt slope."""
+    if isinstance(slope, Tensor):
+        return torch.prelu(features, slope.to(features.dtype))
+    return features.relu_() if slope == 0 else torch.nn.functional.leaky_relu_(features, slope)
+
+
+def _activation_gradient(grad: Tensor, before: Tensor, slope: float | Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of what the activation saw, (N, C) ``before``, and of a learnt slope."""
+    if not isinstance(slope, Tensor):
+        if slope == 0:
+            return torch.ops.aten.threshold_backward(grad, before, 0), None
+        return torch.ops.aten.leaky_relu_backward(grad, before, slope, False), None
+    of_before, of_slope = torch.ops.aten._prelu_kernel_backward(grad, before, slope.to(grad.dtype).expand(1, -1))
+    return of_before, of_slope.sum_to_size(1, len(slope))[0].to(slope.dtype)
 
 
 def _affine(mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> Pair:
@@ -149,10 +185,11 @@ def _affine(mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor |
 
 
 def _result_of(node: Any) -> Tensor:
-    """What a :class:`_NormReLU` returned, from what it kept."""
-    features, weight, bias, mean, inverse = node.kept = _kept_by(node)
+    """What a :class:`_NormAct` returned, from what it kept."""
+    features, weight, bias, learnt, mean, inverse = node.kept = _kept_by(node)
     scale, shift = _affine(mean, inverse, weight, bias)
-    return torch.addcmul(shift, features.detach(), scale).relu_().to(features.dtype)
+    before = torch.addcmul(shift, features.detach(), scale)
+    return _activate(before, node.fixed if learnt is None else learnt.detach()).to(features.dtype)
 
 
 def _kept_by(node: Any) -> tuple[Tensor, ...]:

@@ -1,13 +1,26 @@
-"""Batch norm and ReLU fused: values, gradients and running statistics of the two layers, in less memory."""
+"""Norm and activation fused: values, gradients and running statistics of the two layers, in less memory."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from monai.networks.blocks import ADN
 from torch import Tensor, nn
 
 from monai_memeff.memory import checkpoint
-from monai_memeff.sparse import SparseBatchNorm3d, SparseConv3d, SparseReLU, SparseTensor, fused
+from monai_memeff.sparse import (
+    SparseBatchNorm3d,
+    SparseConv3d,
+    SparseInstanceNorm3d,
+    SparseLeakyReLU,
+    SparsePReLU,
+    SparseReLU,
+    SparseTensor,
+    SparseUNet,
+    fused,
+    to_sparse,
+)
+from monai_memeff.sparse.blocks import SparseELU
 from tests.oracles import assert_less_memory
 from tests.sparse.reference import random_mask
 
@@ -39,34 +52,95 @@ def norms(channels: int, options: dict, training: bool) -> tuple[SparseBatchNorm
     return first.train(training), second.train(training)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("block", [1, 2**18])
-def test_fused_is_norm_then_relu(options: dict, training: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", block)
-    x = sample(3)
-    together, apart = norms(3, options, training)
+ACTIVATIONS = pytest.mark.parametrize(
+    "act",
+    [
+        SparseReLU(),
+        SparseLeakyReLU(0.2),
+        SparseLeakyReLU(0.2, inplace=True),
+        SparsePReLU(),
+        SparsePReLU(3),
+        SparseELU(),
+    ],
+    ids=str,
+)
+BLOCKS = pytest.mark.parametrize("block", [1, 2**18])
+
+
+def assert_fused_is_apart(norms: tuple[nn.Module, nn.Module], act: nn.Module, x: SparseTensor) -> None:
+    """Values and gradients of one norm that is given the activation, and of its twin that is not."""
+    act = act.double()
     results = []
-    for norm, run in ((together, lambda n, t: n(t, SparseReLU())), (apart, lambda n, t: SparseReLU()(n(t)))):
+    for norm, run in zip(norms, (lambda n, t: n(t, act), lambda n, t: act(n(t))), strict=True):
         features = x.features.clone().requires_grad_()
         y = run(norm, x.replace(features)).features
         slopes = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
-        results.append([y, *torch.autograd.grad((y * slopes).sum(), [features, *norm.parameters()])])
+        inputs = [features, *norm.parameters(), *act.parameters()]
+        results.append([y, *torch.autograd.grad((y * slopes).sum(), inputs)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@BLOCKS
+@ACTIVATIONS
+def test_fused_is_batch_norm_then_activation(
+    act: nn.Module, options: dict, training: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", block)
+    together, apart = norms(3, options, training)
+    assert_fused_is_apart((together, apart), act, sample(3))
     for name, value in together.state_dict().items():
         torch.testing.assert_close(value, apart.state_dict()[name], msg=name)
 
 
-def test_a_chain_with_second_derivatives() -> None:
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("fewest", [0, 1, 2])
+@BLOCKS
+@ACTIVATIONS
+def test_fused_is_instance_norm_then_activation(
+    act: nn.Module, affine: bool, fewest: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", block)
+    norm = SparseInstanceNorm3d(3, affine=affine).double()
+    for parameter in norm.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    image = sample(3).dense()
+    image[1].flatten(1)[:, fewest:] = 0  # an item of so many voxels
+    assert_fused_is_apart((norm, norm), act, SparseTensor.from_dense(image, (image != 0).any(1, keepdim=True)))
+
+
+@pytest.mark.parametrize(("ordering", "fuses"), [("NDA", True), ("NA", True), ("ADN", False), ("DNA", True)])
+@pytest.mark.parametrize("dropout", [None, 0.0, 0.4])
+def test_monai_blocks_fuse_what_stands_together(ordering: str, fuses: bool, dropout: float | None) -> None:
+    dense = ADN(ordering, 3, "PRELU", "INSTANCE", 3, dropout_dim=1, dropout=dropout).double()
+    layers = to_sparse(dense)
+    x = sample(3)
+    for training in (True, False):
+        layers.train(training)
+        torch.manual_seed(3)
+        found = layers(x)
+        torch.manual_seed(3)
+        expected = x
+        for layer in layers:
+            expected = layer(expected)
+        torch.testing.assert_close(found.features, expected.features, rtol=1e-12, atol=1e-12)
+        between = ordering == "NDA" and dropout and training
+        assert (found.again is not None) == bool(fuses and not between)
+
+
+@pytest.mark.parametrize("norm", [SparseBatchNorm3d(2), SparseInstanceNorm3d(2, affine=True)], ids=str)
+@pytest.mark.parametrize("act", [SparseReLU(), SparseLeakyReLU(0.2), SparsePReLU()], ids=str)
+def test_a_chain_with_second_derivatives(norm: nn.Module, act: nn.Module) -> None:
     """Through norm, activation and a convolution that keeps nothing but the norm's input."""
     torch.manual_seed(2)
     x = sample(2)
-    norm, layer = SparseBatchNorm3d(2).double(), SparseConv3d(2, 2).double()
+    norm, act, layer = norm.double(), act.double(), SparseConv3d(2, 2).double()
     weights = torch.randn(len(x), 2, dtype=torch.float64)
 
     def run(features: Tensor, weight: Tensor) -> Tensor:
-        y = norm(x.replace(features), SparseReLU())
+        y = norm(x.replace(features), act)
         return torch.func.functional_call(layer, {"weight": weight}, (y,)).features * weights
 
     inputs = (x.features.clone().requires_grad_(), layer.weight.detach().clone().requires_grad_())
@@ -74,13 +148,14 @@ def test_a_chain_with_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
-def test_low_precision_keeps_its_dtype_and_is_near() -> None:
+@pytest.mark.parametrize("act", [SparseReLU(), SparseLeakyReLU(0.2), SparsePReLU(4)], ids=str)
+def test_low_precision_keeps_its_dtype_and_is_near(act: nn.Module) -> None:
     exact = sample(4, torch.float32)
     norm = SparseBatchNorm3d(4)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         features = exact.features.detach().clone().to(dtype).requires_grad_()
-        y = norm(exact.replace(features), SparseReLU())
+        y = norm(exact.replace(features), act)
         assert y.features.dtype == dtype
         assert y.again is not None
         torch.testing.assert_close(y.again(), y.features, rtol=2e-2, atol=2e-2)
@@ -131,3 +206,26 @@ def test_inside_a_checkpoint() -> None:
         found.append([y, *torch.autograd.grad(y.square().sum(), [features, *net.parameters()])])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_unet_keeps_one_tensor_per_layer(batch_size: int) -> None:
+    """As many bytes as its convolutions' results and inputs of the joins; unfused it keeps half as much again."""
+    torch.manual_seed(0)
+    net = SparseUNet(3, 1, 2, (8, 16, 16), (1, 2)).double()
+    mask = torch.zeros(batch_size, 1, 30, 31, 32, dtype=torch.bool)
+    mask[:, :, 5:25, 4:26] = True
+    x = SparseTensor.from_dense(torch.randn(batch_size, 1, 30, 31, 32).double(), mask)
+
+    def step(fuse: bool) -> list[Tensor]:
+        classes = [type(module) for module in net.modules()]
+        for module in net.modules():
+            module.__class__ = ADN if isinstance(module, ADN) and not fuse else type(module)
+        loss = net(x).features.square().sum()
+        for module, known in zip(net.modules(), classes, strict=True):
+            module.__class__ = known
+        return list(torch.autograd.grad(loss, list(net.parameters())))
+
+    for ours, theirs in zip(step(True), step(False), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert_less_memory(lambda: step(True), lambda: step(False), 0.85)
