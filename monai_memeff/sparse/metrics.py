@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -84,14 +85,32 @@ def compute_border_dice(
             f"the defective skull must have the shape of the implants {tuple(y.shape)} (or one channel),"
             f" got {tuple(defective.shape)}"
         )
-    skull = _plain(defective) != 0
-    near = torch.zeros_like(skull)
+    pred, truth, skull = (_plain(mask) != 0 for mask in (y_pred, y, defective))
+    near = torch.zeros_like(pred)
     for b, sampling in enumerate(prepare_spacing(spacing, batch_size=y.shape[0], img_dim=y.ndim - 2)):
-        for c in range(skull.shape[1]):
-            if skull[b, c].any():
-                distance = distance_transform_edt(~skull[b, c][None], sampling=sampling)
-                near[b, c] = torch.as_tensor(distance)[0].to(near.device) <= distance_mm
-    return compute_implant_dice((_plain(y_pred) != 0) & near, (_plain(y) != 0) & near)
+        for c in range(y.shape[1]):
+            box = _box(pred[b, c] | truth[b, c], sampling, distance_mm)  # nothing else is counted
+            near[b, c][box] = _near(skull[b, c % skull.shape[1]][box], sampling, distance_mm)
+    return compute_implant_dice(pred & near, truth & near)
+
+
+def _box(mask: torch.Tensor, sampling: Sequence[float] | None, margin_mm: float) -> tuple[slice, ...]:
+    """The smallest box around a mask, grown by a margin; empty for an empty mask."""
+    slices = []
+    for axis, step in enumerate(sampling or (1.0,) * mask.ndim):
+        places = mask.any(dim=[other for other in range(mask.ndim) if other != axis]).nonzero()[:, 0]
+        margin = math.ceil(margin_mm / step)
+        first, last = (int(places[0]) - margin, int(places[-1]) + margin + 1) if len(places) else (0, 0)
+        slices.append(slice(max(first, 0), last))
+    return tuple(slices)
+
+
+def _near(skull: torch.Tensor, sampling: Sequence[float] | None, distance_mm: float) -> torch.Tensor:
+    """Voxels whose centre is within a distance of a skull voxel's; boolean, in the shape of ``skull``."""
+    if not skull.any():
+        return torch.zeros_like(skull)
+    distance = distance_transform_edt(~skull[None], sampling=sampling)
+    return torch.as_tensor(distance)[0].to(skull.device) <= distance_mm
 
 
 def compute_pooled_hausdorff(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from scipy.ndimage import distance_transform_edt
 
 from monai_memeff.sparse.metrics import (
     ImplantMetric,
@@ -72,6 +73,20 @@ def test_scores_equal_brute_force(seed: int) -> None:
     for percentile in (50.0, 95.0, 100.0):
         got = compute_pooled_hausdorff(p, t, SPACING, percentile).item()
         assert got == pytest.approx(np.percentile(pooled, percentile), rel=1e-5)
+
+
+@pytest.mark.parametrize("spacing", [None, SPACING])
+@pytest.mark.parametrize("distance", [0.9, 2.5, 30.0])
+def test_the_border_is_measured_where_implants_are(spacing: tuple[float, ...] | None, distance: float) -> None:
+    """Only the surroundings of the implants are looked at, with the result of the distances in the whole volume."""
+    generator = torch.Generator().manual_seed(4)
+    pred, truth, skull = (torch.rand(2, 1, 23, 19, 27, generator=generator) < share for share in (0.4, 0.5, 0.002))
+    pred[:, :, :9], truth[:, :, :11], pred[:, :, 16:], truth[..., 20:] = False, False, False, False
+    pred[1, 0, 0, 0, 0] = True
+    far = [distance_transform_edt(~mask.numpy(), sampling=spacing) > distance for mask in skull[:, 0]]
+    near = ~torch.from_numpy(np.stack(far))[:, None]
+    expected = compute_implant_dice(pred & near, truth & near)
+    assert torch.equal(compute_border_dice(pred, truth, skull, spacing, distance), expected)
 
 
 def test_pooled_percentile_is_not_the_larger_of_two() -> None:
