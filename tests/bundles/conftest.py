@@ -48,6 +48,11 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def flags(options: dict[str, Any]) -> list[str]:
+    """Options as the command line takes them."""
+    return [part for key, value in options.items() for part in (f"--{key}", str(value))]
+
+
 def run_here(files: Sequence[str | Path], kind: str = "train", **override: Any) -> ConfigWorkflow:
     """The same as ``monai.bundle run`` on the CPU, in this process."""
     work = ConfigWorkflow(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import pydoc
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from monai.bundle import verify_metadata, verify_net_in_out
+from monai.bundle import verify_net_in_out
 
 from monai_memeff.occupancy import OccupancyNet, OctreeInferer
 from monai_memeff.overlays import overlay_path
@@ -21,7 +18,6 @@ from tests.bundles.conftest import ROOT, command, read_nifti, run_here, save_nif
 
 ORGANS = ROOT / "bundles" / "organ_occupancy"
 TRAIN, INFERENCE, EVALUATE = (ORGANS / "configs" / f"{name}.json" for name in ("train", "inference", "evaluate"))
-SCHEMA = ROOT / "tests" / "data" / "meta_schema_20240725.json"
 COARSE = {"pixdim": [10.0, 10.0, 10.0], "network_def#channels": [4, 8], "organs": ["liver"]}
 SHORT = {"points": 4096, "max_epochs": 18, "val_interval": 18, "learning_rate": 0.02}
 
@@ -29,30 +25,8 @@ SHORT = {"points": 4096, "max_epochs": 18, "val_interval": 18, "learning_rate": 
 # Files
 
 
-def targets(node: Any) -> Iterator[str]:
-    """Every ``_target_`` of a configuration."""
-    if isinstance(node, dict):
-        yield from [node["_target_"]] if "_target_" in node else []
-        node = list(node.values())
-    for child in node if isinstance(node, list) else []:
-        yield from targets(child)
-
-
-@pytest.mark.parametrize("path", [TRAIN, INFERENCE, EVALUATE], ids=lambda p: p.stem)
-def test_targets_are_full_paths(path: Path) -> None:
-    names = set(targets(json.loads(path.read_text())))
-    assert names
-    assert not [name for name in names if "." not in name or pydoc.locate(name) is None]
-
-
-def test_configurations_only_with_valid_metadata() -> None:
-    assert not list(ORGANS.rglob("*.py"))
-    assert (ORGANS / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
-    file = ORGANS / "configs" / "metadata.json"
-    verify_metadata(meta_file=str(file), filepath=str(SCHEMA))
-    metadata = json.loads(file.read_text())
-    assert metadata["version"] in metadata["changelog"]
-    assert "monai-memeff" in metadata["required_packages_version"]
+def test_metadata_names_the_organs() -> None:
+    metadata = json.loads((ORGANS / "configs" / "metadata.json").read_text())
     classes = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
     assert [classes[str(n)] for n in range(6)] == ["background", *json.loads(TRAIN.read_text())["organs"]]
 

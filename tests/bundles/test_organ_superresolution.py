@@ -3,63 +3,29 @@
 from __future__ import annotations
 
 import json
-import pydoc
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigWorkflow, verify_net_in_out
 
 from monai_memeff.phantoms import body_phantom
-from tests.bundles.conftest import ROOT, as_scanned, command, read_nifti, run_here, save_nifti
+from tests.bundles.conftest import ROOT, as_scanned, command, flags, read_nifti, run_here, save_nifti
 
 BUNDLE = ROOT / "bundles" / "organ_superresolution_sparse"
 TRAIN, DENSE, INFERENCE, EVALUATE = (
     BUNDLE / "configs" / f"{name}.json" for name in ("train", "train_dense", "inference", "evaluate")
 )
-SCHEMA = ROOT / "tests" / "data" / "meta_schema_20240725.json"
 CELLS = {"coarse_size": [13, 11, 12]}  # of the trunks of 52 x 44 x 48 voxels: 4 voxels an edge
 FINE_NET = {"network_def#channels": [4, 4, 4, 4, 8, 8, 8]}
 DENSE_NET = {"dense_network_def#channels": [4, 8], "dense_network_def#strides": [1]}
 
 
-def flags(options: dict[str, Any]) -> list[str]:
-    """Options as the command line takes them."""
-    return [part for key, value in options.items() for part in (f"--{key}", str(value))]
-
-
 # Files
-
-
-def targets(node: Any) -> Iterator[str]:
-    """Every ``_target_`` of a configuration."""
-    if isinstance(node, dict):
-        yield from [node["_target_"]] if "_target_" in node else []
-        node = list(node.values())
-    for child in node if isinstance(node, list) else []:
-        yield from targets(child)
-
-
-@pytest.mark.parametrize("path", [TRAIN, DENSE, INFERENCE, EVALUATE], ids=lambda p: p.stem)
-def test_targets_are_full_paths(path: Path) -> None:
-    names = set(targets(json.loads(path.read_text())))
-    assert names
-    assert not [name for name in names if "." not in name or pydoc.locate(name) is None]
-
-
-def test_configurations_only_with_valid_metadata() -> None:
-    assert not list(BUNDLE.rglob("*.py"))
-    assert (BUNDLE / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
-    file = BUNDLE / "configs" / "metadata.json"
-    verify_metadata(meta_file=str(file), filepath=str(SCHEMA))
-    metadata = json.loads(file.read_text())
-    assert metadata["version"] in metadata["changelog"]
-    assert "monai-memeff" in metadata["required_packages_version"]
 
 
 def test_the_programs_agree() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import pydoc
 import re
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,68 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.data import MetaTensor
 from scipy import ndimage
 from torch import Tensor
 
-from tests.bundles.conftest import ROOT, SKULL, command, read_nifti, run_here, save_nifti
+from tests.bundles.conftest import SKULL, command, flags, read_nifti, run_here, save_nifti
 
 SMALL = {"grid": 64, "cell_mm": 4.0, "pool": 2}
 TINY = {"network_def#channels": [2, 2, 2, 2, 4, 4, 4], "val_defects": 2, "val_interval": 1, "shift": 2}
 TRAIN, INFERENCE, EVALUATE = (SKULL / "configs" / f"{name}.json" for name in ("train", "inference", "evaluate"))
-SCHEMA = ROOT / "tests" / "data" / "meta_schema_20240725.json"
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    """Options as the command line takes them."""
-    return [part for key, value in options.items() for part in (f"--{key}", str(value))]
 
 
 # Files
-
-
-def targets(node: Any) -> Iterator[str]:
-    """Every ``_target_`` of a configuration."""
-    if isinstance(node, dict):
-        yield from [node["_target_"]] if "_target_" in node else []
-        node = list(node.values())
-    for child in node if isinstance(node, list) else []:
-        yield from targets(child)
-
-
-@pytest.mark.parametrize("path", [TRAIN, INFERENCE, EVALUATE], ids=lambda p: p.stem)
-def test_targets_are_full_paths(path: Path) -> None:
-    """They need no import before them, and no other package's class of the same name is in their way."""
-    names = set(targets(json.loads(path.read_text())))
-    assert names
-    assert not [name for name in names if "." not in name or pydoc.locate(name) is None]
-
-
-def test_configurations_only() -> None:
-    assert not list(SKULL.rglob("*.py"))
-    assert (SKULL / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
-    assert {p.name for p in (SKULL / "configs").iterdir()} == {
-        "train.json",
-        "inference.json",
-        "evaluate.json",
-        "metadata.json",
-        "logging.conf",
-    }
-
-
-def test_metadata(tmp_path: Path) -> None:
-    """By the schema that lies beside the tests: MONAI takes the file that is there and downloads nothing."""
-    file = SKULL / "configs" / "metadata.json"
-    verify_metadata(meta_file=str(file), filepath=str(SCHEMA))
-    metadata = json.loads(file.read_text())
-    assert metadata["version"] in metadata["changelog"]
-    assert "monai-memeff" in metadata["required_packages_version"]
-    del metadata["required_packages_version"]
-    broken = tmp_path / "metadata.json"
-    broken.write_text(json.dumps(metadata))
-    with pytest.raises(ValueError, match="required_packages_version"):
-        verify_metadata(meta_file=str(broken), filepath=str(SCHEMA))
 
 
 def test_train_and_inference_agree() -> None:
