@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from monai_memeff.sparse import SparseConv3d, SparseTensor, map_cache, neighbours
+from monai_memeff.sparse import SparseConv3d, SparseTensor, kernel_map, map_cache
 from monai_memeff.sparse.kernel_map import plan_kernel_map
 from monai_memeff.sparse.map_cache import keep_kernel_maps
 from monai_memeff.sparse.neighbours import KernelShape
@@ -30,10 +30,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for every slab of rows that is looked up."""
+    """One entry for every table of neighbours that is planned."""
     calls: list[int] = []
-    look_up = neighbours._look_up
-    monkeypatch.setattr(neighbours, "_look_up", lambda *arguments: calls.append(1) or look_up(*arguments))
+    plan = kernel_map.plan_neighbours
+    monkeypatch.setattr(kernel_map, "plan_neighbours", lambda *arguments: calls.append(1) or plan(*arguments))
     return calls
 
 
