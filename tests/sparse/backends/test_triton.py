@@ -43,7 +43,7 @@ def count(limit, out):
 
 @pytest.fixture(autouse=True, scope="module")
 def _an_interpreter_that_counts() -> None:
-    """Triton 3.6's stumbles over this loop with numpy 2.5, which turned a warning of numpy 2.4 into an error."""
+    """Triton 3.6's takes a tensor of one value for a number, which numpy refuses from 2.4 on."""
     try:
         count[(1,)](torch.tensor([2]), torch.zeros(2))
     except triton.runtime.errors.InterpreterError:
