@@ -25,16 +25,23 @@ class SparseSkipConnection(SkipConnection):
 
 
 class SparseADN(ADN):
-    """MONAI's activation, dropout and norm; an activation behind a norm, with no active dropout between, is fused."""
+    """MONAI's activation, dropout and norm; an activation behind a norm, with no active dropout between, is fused.
+
+    Layers with hooks of their own are called one by one, so that these see what they expect.
+    """
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Run the layers in their order."""
-        layers = [layer for layer in self if not (isinstance(layer, DROPOUT) and not (self.training and layer.p))]
+        layers = [layer for layer in self if not (isinstance(layer, DROPOUT) and not (layer.training and layer.p))]
         while layers:
             layer, *layers = layers
-            fuses = isinstance(layer, FUSED) and layers and blocks.slope_below_zero(layers[0]) is not None
-            x = layer(x, layers.pop(0)) if fuses else layer(x)
+            x = layer(x, layers.pop(0)) if layers and _fuses(layer, layers[0]) else layer(x)
         return x
+
+
+def _fuses(norm: nn.Module, act: nn.Module) -> bool:
+    hooked = any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in (norm, act))
+    return isinstance(norm, FUSED) and blocks.slope_below_zero(act) is not None and not hooked
 
 
 DROPOUT = (blocks.SparseDropout, blocks.SparseDropout3d)

@@ -208,6 +208,19 @@ def test_inside_a_checkpoint() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_hooks_see_every_layer() -> None:
+    layers = to_sparse(ADN("NDA", 3, "PRELU", "INSTANCE", 3, dropout_dim=3, dropout=0.0)).double()
+    x, seen = sample(3), []
+    assert layers(x).again is not None
+    hook = layers.A.register_forward_hook(lambda layer, args, result: seen.append((args[0], result)))
+    result = layers(x)
+    assert result.again is None
+    torch.testing.assert_close(seen[0][0].features, layers.N(x).features)
+    assert seen[0][1] is result
+    hook.remove()
+    assert layers(x).again is not None
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_unet_keeps_one_tensor_per_layer(batch_size: int) -> None:
     """As many bytes as its convolutions' results and inputs of the joins; unfused it keeps half as much again."""
