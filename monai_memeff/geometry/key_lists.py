@@ -64,13 +64,14 @@ def look_up(
     if size < span:
         rows = min(rows, max(size * first.numel() // (2 * span), MIN_ROWS))
     table = _Table(size, absent, window, device)
-    for asked, out in zip(first.split(rows), found.split(rows), strict=True):
-        low, high = int(asked[0]), int(asked[-1])
-        start, stop = torch.searchsorted(keys, torch.tensor((low, high + reach), device=device)).tolist()
+    ends = torch.cat((first[rows - 1 : -1 : rows], first[-1:])) + reach
+    bounds = torch.stack((first[::rows], ends))
+    parts = zip(*bounds.tolist(), *torch.searchsorted(keys, bounds).tolist(), strict=True)
+    for asked, out, (low, end, start, stop) in zip(first.split(rows), found.split(rows), parts, strict=True):
         near = keys[start:stop] - low
         theirs = torch.arange(start, stop, dtype=torch.int32, device=device) if slots is None else slots[start:stop]
         queries = (asked - low)[:, None] + offsets
-        if stop > start and high + reach - low > size:
+        if stop > start and end - low > size:
             out.copy_(_search(near, theirs, queries, absent, window))
         elif stop > start:
             table.look_up(near, theirs, queries, out)
