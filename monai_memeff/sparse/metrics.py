@@ -94,10 +94,11 @@ def compute_border_dice(
     return compute_implant_dice(pred & near, truth & near)
 
 
-def _box(mask: torch.Tensor, sampling: Sequence[float] | None, margin_mm: float) -> tuple[slice, ...]:
+def _box(mask: torch.Tensor, sampling: float | Sequence[float] | None, margin_mm: float) -> tuple[slice, ...]:
     """The smallest box around a mask, grown by a margin; empty for an empty mask."""
     slices = []
-    for axis, step in enumerate(sampling or (1.0,) * mask.ndim):
+    steps = torch.as_tensor(1.0 if sampling is None else sampling).expand(mask.ndim).tolist()
+    for axis, step in enumerate(steps):
         places = mask.any(dim=[other for other in range(mask.ndim) if other != axis]).nonzero()[:, 0]
         margin = math.ceil(margin_mm / step)
         first, last = (int(places[0]) - margin, int(places[-1]) + margin + 1) if len(places) else (0, 0)
@@ -105,7 +106,7 @@ def _box(mask: torch.Tensor, sampling: Sequence[float] | None, margin_mm: float)
     return tuple(slices)
 
 
-def _near(skull: torch.Tensor, sampling: Sequence[float] | None, distance_mm: float) -> torch.Tensor:
+def _near(skull: torch.Tensor, sampling: float | Sequence[float] | None, distance_mm: float) -> torch.Tensor:
     """Voxels whose centre is within a distance of a skull voxel's; boolean, in the shape of ``skull``."""
     if not skull.any():
         return torch.zeros_like(skull)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,9 +76,9 @@ def test_scores_equal_brute_force(seed: int) -> None:
         assert got == pytest.approx(np.percentile(pooled, percentile), rel=1e-5)
 
 
-@pytest.mark.parametrize("spacing", [None, SPACING])
+@pytest.mark.parametrize("spacing", [None, 1.3, SPACING, np.array(SPACING)], ids=str)
 @pytest.mark.parametrize("distance", [0.9, 2.5, 30.0])
-def test_the_border_is_measured_where_implants_are(spacing: tuple[float, ...] | None, distance: float) -> None:
+def test_the_border_is_measured_where_implants_are(spacing: Any, distance: float) -> None:
     """Only the surroundings of the implants are looked at, with the result of the distances in the whole volume."""
     generator = torch.Generator().manual_seed(4)
     pred, truth, skull = (torch.rand(2, 1, 23, 19, 27, generator=generator) < share for share in (0.4, 0.5, 0.002))
