@@ -57,12 +57,7 @@ def look_up(
         return found
     reach = steps[-1] + window
     offsets = torch.tensor(steps, device=device)
-    span = int(first[-1] - first[0]) + reach
-    most = MAX_TABLE.get(device.type, MAX_TABLE["cuda"])
-    size = min(span, TABLE_SPAN * max(found.numel(), 2**13), most)
-    rows = MAX_ROWS.get(device.type, MAX_ROWS["cuda"])
-    if size < span:
-        rows = min(rows, max(size * first.numel() // (2 * span), MIN_ROWS))
+    size, rows = _table_and_rows(int(first[-1] - first[0]) + reach, first.numel(), len(steps), device)
     table = _Table(size, absent, window, device)
     ends = torch.cat((first[rows - 1 : -1 : rows], first[-1:])) + reach
     bounds = torch.stack((first[::rows], ends))
@@ -76,6 +71,13 @@ def look_up(
         elif stop > start:
             table.look_up(near, theirs, queries, out)
     return found
+
+
+def _table_and_rows(span: int, rows: int, steps: int, device: torch.device) -> tuple[int, int]:
+    """Entries of the table, and how many of ``rows`` that reach over ``span`` keys to look up at a time in it."""
+    size = min(span, TABLE_SPAN * max(rows * steps, 2**13), MAX_TABLE.get(device.type, MAX_TABLE["cuda"]))
+    most = MAX_ROWS.get(device.type, MAX_ROWS["cuda"])
+    return size, most if size == span else min(most, max(size * rows // (2 * span), MIN_ROWS))
 
 
 class _Table:

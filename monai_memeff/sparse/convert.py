@@ -40,7 +40,8 @@ class SparseADN(ADN):
 
 
 def _fuses(norm: nn.Module, act: nn.Module) -> bool:
-    hooked = any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in (norm, act))
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooked = any(getattr(layer, kind) for layer in (norm, act) for kind in kinds)
     return isinstance(norm, FUSED) and blocks.slope_below_zero(act) is not None and not hooked
 
 

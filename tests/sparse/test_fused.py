@@ -52,9 +52,8 @@ def norms(channels: int, options: dict, training: bool) -> tuple[SparseBatchNorm
     return first.train(training), second.train(training)
 
 
-ACTIVATIONS = pytest.mark.parametrize(
-    "act",
-    [
+@pytest.fixture(
+    params=[
         SparseReLU(),
         SparseLeakyReLU(0.2),
         SparseLeakyReLU(0.2, inplace=True),
@@ -64,12 +63,19 @@ ACTIVATIONS = pytest.mark.parametrize(
     ],
     ids=str,
 )
-BLOCKS = pytest.mark.parametrize("block", [1, 2**18])
+def act(request: pytest.FixtureRequest) -> nn.Module:
+    """Every activation that is fused, and one that is not."""
+    return request.param.double()
+
+
+@pytest.fixture(params=[1, 2**18])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass row by row, and at once."""
+    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", request.param)
 
 
 def assert_fused_is_apart(norms: tuple[nn.Module, nn.Module], act: nn.Module, x: SparseTensor) -> None:
     """Values and gradients of one norm that is given the activation, and of its twin that is not."""
-    act = act.double()
     results = []
     for norm, run in zip(norms, (lambda n, t: n(t, act), lambda n, t: act(n(t))), strict=True):
         features = x.features.clone().requires_grad_()
@@ -83,12 +89,8 @@ def assert_fused_is_apart(norms: tuple[nn.Module, nn.Module], act: nn.Module, x:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("training", [True, False])
-@BLOCKS
-@ACTIVATIONS
-def test_fused_is_batch_norm_then_activation(
-    act: nn.Module, options: dict, training: bool, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", block)
+@pytest.mark.usefixtures("blocks")
+def test_fused_is_batch_norm_then_activation(act: nn.Module, options: dict, training: bool) -> None:
     together, apart = norms(3, options, training)
     assert_fused_is_apart((together, apart), act, sample(3))
     for name, value in together.state_dict().items():
@@ -97,12 +99,8 @@ def test_fused_is_batch_norm_then_activation(
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("fewest", [0, 1, 2])
-@BLOCKS
-@ACTIVATIONS
-def test_fused_is_instance_norm_then_activation(
-    act: nn.Module, affine: bool, fewest: int, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", block)
+@pytest.mark.usefixtures("blocks")
+def test_fused_is_instance_norm_then_activation(act: nn.Module, affine: bool, fewest: int) -> None:
     norm = SparseInstanceNorm3d(3, affine=affine).double()
     for parameter in norm.parameters():
         nn.init.uniform_(parameter, 0.5, 1.5)
