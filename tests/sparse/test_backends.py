@@ -71,6 +71,19 @@ def test_status_lists_every_engine_with_its_reason(monkeypatch: pytest.MonkeyPat
     assert list(status) == list(registry.BACKENDS)
 
 
+def test_a_library_may_fail_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel for another CUDA or numpy raises more than ImportError when it is asked for."""
+    engine = add_engine(monkeypatch, "broken")
+
+    def unavailable(device: torch.device) -> str | None:
+        raise OSError("libcudart.so.12: cannot open shared object file")
+
+    engine.unavailable = unavailable
+    monkeypatch.setattr(registry, "PREFERRED", {"cpu": ("broken",)})
+    assert "OSError: libcudart" in str(backends.status("cpu")["broken"])
+    assert backends.current(CPU) is native
+
+
 class _WrongGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, features: Tensor) -> Tensor:

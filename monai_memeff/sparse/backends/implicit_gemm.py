@@ -22,12 +22,13 @@ from monai_memeff.sparse.kernel_map import ConvolutionGeometry, KernelMap
 MAX_OFFSETS = 32
 """Offsets of a kernel that fit one word of the bit mask."""
 
-MAX_ELEMENTS = 2**31 - 1
-"""Elements of a tensor that 32-bit addresses reach."""
+MAX_BYTES = 2**31 - 1
+"""Of a tensor that 32-bit addresses reach; spconv raises beyond it."""
 
 DTYPES = (torch.float32, torch.float16)
 
 ABSENT = -1
+INDEX_BYTES = 4
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Rows(NamedTuple):
     order: Tensor
 
 
+@torch.inference_mode(False)  # kept for training too, where tensors of inference mode cannot be saved for backward
 def rows_of(kernel_map: KernelMap) -> Rows:
     """The tables of a map, for its output rows."""
     rows = kernel_map.neighbour_rows()
@@ -73,9 +75,9 @@ def declined(features: Tensor, weight: Tensor, geometry: ConvolutionGeometry) ->
         return f"no kernels for {features.dtype}"
     if geometry.shape.volume > MAX_OFFSETS:
         return f"kernels of more than {MAX_OFFSETS} points, got {geometry.shape.kernel_size}"
-    rows = max(len(geometry.inputs), len(geometry.outputs))
-    if rows * max(geometry.shape.volume, *weight.shape[1:]) > MAX_ELEMENTS:
-        return f"{rows} rows of {max(weight.shape[1:])} channels are beyond 32-bit addresses"
+    rows, channels = max(len(geometry.inputs), len(geometry.outputs)), max(weight.shape[1:])
+    if rows * max(channels * features.element_size(), geometry.shape.volume * INDEX_BYTES) > MAX_BYTES:
+        return f"{rows} rows of {channels} channels are beyond 32-bit addresses"
     return None
 
 
@@ -114,9 +116,10 @@ def _arguments(
     functional: ModuleType, features: Tensor, weight: Tensor, geometry: ConvolutionGeometry
 ) -> tuple[Any, ...]:
     """What both libraries take, in their order."""
-    there = _remembered(geometry.kernel_map)
+    kernel_map = geometry.kernel_map  # asked for once: maps that no voxel set keeps are planned at every call
+    there = _remembered(kernel_map)
     in_training = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
-    back = _remembered(geometry.kernel_map.transposed) if in_training else there
+    back = _remembered(kernel_map.transposed) if in_training else there
     return (
         features.contiguous(),
         output_channels_first(weight, geometry),
@@ -129,9 +132,9 @@ def _arguments(
         len(geometry.outputs),
         [np.array([0xFFFFFFFF], dtype=np.uint32)],  # one group of offsets: all of them
         in_training,
-        False,  # not their submanifold layout, in which one table serves both directions
+        False,  # not submanifold: two tables, and results that start as zeros, for rows without any neighbour
         functional.CUDAKernelTimer(False),
-        True if features.dtype == torch.float16 else None,  # sums in float32
+        True if features.dtype == torch.float16 else None,  # sums in float32; spconv 2.3 does not listen
     )
 
 

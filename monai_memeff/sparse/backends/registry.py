@@ -145,6 +145,7 @@ def _reason(name: str, device: torch.device) -> str | None:
 def _judge(module: str, device: torch.device) -> str | None:
     try:
         engine = importlib.import_module(module)
+        reason = engine.unavailable(device)
     except Exception as error:  # a library built for another torch fails in its own ways
         return f"{type(error).__name__}: {error}"
-    return engine.unavailable(device) or fault_of(engine, device)
+    return reason or fault_of(engine, device)

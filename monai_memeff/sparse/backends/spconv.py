@@ -1,4 +1,8 @@
-"""spconv 2.3 as an engine: its implicit GEMM on CUDA; refused on the CPU, where it is wrong without saying so."""
+"""spconv 2.3 as an engine: its implicit GEMM on CUDA; refused on the CPU, where it is wrong without saying so.
+
+In float16 it may choose kernels that sum in float16, whatever it is asked for. TF32 is its own switch, read when it
+chooses a kernel for a pair of channel numbers: ``spconv.constants.SPCONV_ALLOW_TF32 = True`` before the first call.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,7 @@ def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, geometry: Co
     """Sparse convolution in float32 or float16, differentiable once in features, weight and bias.
 
     Arguments and result as in :func:`monai_memeff.sparse.backends.native.convolve`, which computes what spconv has no
-    kernel for: other dtypes, kernels of more than 32 points, tensors of 2^31 elements.
+    kernel for: other dtypes, kernels of more than 32 points, tensors of 2 GiB.
 
     Raises:
         ValueError: the tensors are not on a CUDA device.

@@ -1,4 +1,8 @@
-"""spconv-triton 1.0 as an engine, on CUDA only: spconv's implicit GEMM in Triton, a small wheel for any torch."""
+"""spconv-triton 1.0 as an engine, on CUDA only: spconv's implicit GEMM in Triton, a small wheel for any torch.
+
+The first call for a pair of channel numbers compiles and times some forty candidates. TF32 is its own switch:
+``spconv_triton.constants.SPCONV_ALLOW_TF32 = True``.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, geometry: Co
     """Sparse convolution in float32 or float16, differentiable once in features, weight and bias.
 
     Arguments and result as in :func:`monai_memeff.sparse.backends.native.convolve`, which computes what spconv-triton
-    has no kernel for: other dtypes, kernels of more than 32 points, tensors of 2^31 elements.
+    has no kernel for: other dtypes, kernels of more than 32 points, tensors of 2 GiB.
 
     Raises:
         ValueError: the tensors are not on a CUDA device.

@@ -91,6 +91,22 @@ def test_features_and_weights_of_any_strides(engine: ModuleType) -> None:
         torch.testing.assert_close(grad, same[part], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_engine_equals_native_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    reason = backends.status("cuda")[name]
+    if reason:
+        pytest.skip(reason)
+    if (name, dtype) == ("spconv", torch.float16):
+        pytest.skip("its sums may be in float16")
+    with torch.device("cuda"):
+        for make in GEOMETRIES.values():
+            for channels in ((3, 5), (16, 32)):
+                assert_equals_native(importlib.import_module(registry.BACKENDS[name]), make(), channels, dtype)
+
+
 def test_native_equals_dense() -> None:
     """The last link of the chain; every geometry of it is in tests/sparse/test_conv.py."""
     sparse, dense = SparseConv3d(3, 4).double(), DenseConv(3, 4, 3)
