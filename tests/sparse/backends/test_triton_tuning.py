@@ -12,8 +12,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton comes with the extra [triton], on Linux")
 
-from monai_memeff.sparse.backends.triton import tuning
+from monai_memeff.sparse.backends.triton import kernels, launch, tuning
 from monai_memeff.sparse.backends.triton.tuning import Blocks
+from tests.sparse.backends.cases import convolution
 
 OPTIONS = [Blocks(64, 16, 16, 4, 3), Blocks(32, 16, 16, 4, 2), Blocks(128, 16, 16, 8, 3)]
 
@@ -143,6 +144,16 @@ def test_many_processes_may_write(cache: Path) -> None:
         assert process.exitcode == 0
     assert len(tuning._read(cache)) >= 20
     assert [file.name for file in cache.parent.iterdir()] == [cache.name]
+
+
+def test_what_decides_the_shared_memory_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice that fits for 20 channels, which are loaded in other pieces, must not be trusted for 32."""
+    features, kernel_map = torch.zeros(5, 20), convolution(3).kernel_map
+    keys = [launch._key("multiply", features, kernel_map, channels, 32) for channels in (20, 32)]
+    monkeypatch.setattr(kernels, "VERSION", "another")
+    keys.append(launch._key("multiply", features, kernel_map, 20, 32))
+    keys.append(launch._key("multiply", features.half(), kernel_map, 20, 32))
+    assert len(set(keys)) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

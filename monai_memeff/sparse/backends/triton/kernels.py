@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+VERSION: str = triton.__version__
+
 COUNTS = ["num_in", "num_out"]
 """Arguments that change with every voxel set: kernels are not compiled anew for their divisors."""
 
@@ -22,9 +24,6 @@ def gather_multiply(
     num_in,
     num_out,
     num_offsets,
-    weight_offset_stride,
-    weight_in_stride,
-    weight_out_stride,
     IN_CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
     FLIPPED: tl.constexpr,
@@ -64,10 +63,7 @@ def gather_multiply(
         )
         weight_offset = num_offsets - 1 - offset if FLIPPED else offset
         part = tl.load(
-            weight
-            + weight_offset * weight_offset_stride
-            + channels[:, None] * weight_in_stride
-            + columns[None, :] * weight_out_stride,
+            weight + (weight_offset * IN_CHANNELS + channels[:, None]) * OUT_CHANNELS + columns[None, :],
             mask=(channels < IN_CHANNELS)[:, None] & (columns < OUT_CHANNELS)[None, :],
             other=0.0,
         )
@@ -122,8 +118,8 @@ def weight_gradient(
     channels = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
     columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     count = tl.load(tiles_in_offset + offset)
-    first = split * count // splits
-    last = (split + 1) * count // splits
+    first = split * (count // splits) + tl.minimum(split, count % splits)  # of counts * splits beyond 2^31 too
+    last = first + count // splits + (split < count % splits).to(tl.int32)
     total = tl.zeros((DEPTH, COLUMNS), dtype=tl.float32)
     for number in range(first, last):
         lanes = tl.load(tiles_of_offset + offset * num_tiles + number) * ROWS + tl.arange(0, ROWS)
@@ -135,8 +131,8 @@ def weight_gradient(
             row = row.to(tl.int64)
             place = place.to(tl.int64)
         gathered = tl.load(
-            features + row[:, None] * IN_CHANNELS + channels[None, :],
-            mask=present[:, None] & (channels < IN_CHANNELS)[None, :],
+            features + row[None, :] * IN_CHANNELS + channels[:, None],
+            mask=present[None, :] & (channels < IN_CHANNELS)[:, None],
             other=0.0,
         )
         arrived = tl.load(
@@ -147,7 +143,7 @@ def weight_gradient(
         if WIDEN:
             gathered = gathered.to(tl.float32)
             arrived = arrived.to(tl.float32)
-        total = tl.dot(tl.trans(gathered), arrived, total, input_precision=PRECISION)
+        total = tl.dot(gathered, arrived, total, input_precision=PRECISION)
     base = (split * num_offsets + offset) * IN_CHANNELS
     tl.store(
         parts + (base + channels[:, None]) * OUT_CHANNELS + columns[None, :],

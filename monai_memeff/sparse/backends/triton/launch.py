@@ -1,4 +1,4 @@
-"""Launching the kernels: shapes, strides, precision and block sizes from tensors and kernel maps."""
+"""Launching the kernels: shapes, precision and block sizes from tensors and kernel maps."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: 
 
     Args:
         features: (num_in, in_channels) float32, bfloat16 or float16, at least one row.
-        weight: (num_offsets, in_channels, out_channels) of any strides, same dtype.
+        weight: (num_offsets, in_channels, out_channels), same dtype. Those of our layers are views whose neighbouring
+            channels are far apart in memory; threads would load them one by one, so they are copied.
         bias: (out_channels) or None.
         kernel_map: the planned geometry, with at least one output row.
 
     Returns:
         (num_out, out_channels), in the dtype of ``features``.
     """
-    features, plan = features.contiguous(), row_plan(kernel_map)
+    features, weight, plan = features.contiguous(), weight.contiguous(), row_plan(kernel_map)
     out = features.new_empty(kernel_map.num_out, weight.shape[2])
     _, channels, columns = weight.shape
     key = _key("multiply", features, kernel_map, channels, columns)
@@ -58,7 +59,7 @@ def _multiply(
     kernels.gather_multiply[(len(tiles.offsets_in_tile), math.ceil(columns / blocks.columns))](
         features,
         weight,
-        features if bias is None else bias,
+        features if bias is None else bias.contiguous(),
         out,
         plan.table,
         plan.order,
@@ -67,12 +68,11 @@ def _multiply(
         plan.num_in,
         len(plan.order),
         offsets,
-        *weight.stride(),
         IN_CHANNELS=channels,
         OUT_CHANNELS=columns,
         FLIPPED=flipped,
         HAS_BIAS=bias is not None,
-        **_common(blocks, features.dtype, features, out, plan.table),
+        **_common(blocks, features.dtype, features, weight, out, plan.table),
     )
 
 
@@ -122,7 +122,7 @@ def _weight_gradient(features: Tensor, grad: Tensor, plan: RowPlan, blocks: Bloc
         splits,
         IN_CHANNELS=channels,
         OUT_CHANNELS=columns,
-        **_common(blocks, features.dtype, features, grad, plan.table),
+        **_common(blocks, features.dtype, features, grad, parts, plan.table),
     )
     return parts.sum(0)
 
@@ -146,6 +146,7 @@ def _common(blocks: Blocks, dtype: torch.dtype, *addressed: Tensor) -> dict[str,
         "DEPTH": blocks.depth,
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
+        "enable_fp_fusion": True,  # said because Triton's default will change
     }
 
 
@@ -158,12 +159,15 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _key(kernel: str, features: Tensor, kernel_map: KernelMap, channels: int, columns: int) -> str:
-    """What block sizes depend on; rows are counted in powers of eight."""
+    """What block sizes depend on; rows are counted in powers of eight.
+
+    Channels are exact, and Triton's version is there: both decide how much shared memory a choice takes.
+    """
     rows = 8 ** round(math.log2(max(kernel_map.num_out, 1)) / 3)
     dtype = str(features.dtype).removeprefix("torch.")
-    parts = (tuning.rounded(channels), tuning.rounded(columns), kernel_map.num_offsets, rows)
+    parts = (channels, columns, kernel_map.num_offsets, rows)
     device = tuning.device_name(features.device)
-    return "|".join((kernel, device, dtype, _precision(features.dtype), *map(str, parts)))
+    return "|".join((kernel, device, kernels.VERSION, dtype, _precision(features.dtype), *map(str, parts)))
 
 
 def _is_worth_timing(features: Tensor, kernel_map: KernelMap) -> bool:
