@@ -55,17 +55,18 @@ def candidates(in_channels: int, out_channels: int, dtype: torch.dtype) -> list[
     """
     columns = min(rounded(out_channels), 128)
     depth = min(rounded(in_channels), 32 if dtype == torch.float32 else 64)
-    found = [  # stages: an offset, then a row, then its channels are loaded, each ahead of the next
+    # An offset, then a row, then its channels are loaded, each ahead of the next: 4 stages hold one tile, 7 hold two.
+    found = [
         Blocks(64, columns, depth, 4, 4),
+        Blocks(64, columns, depth, 4, 7),
         Blocks(128, columns, depth, 8 if columns == 128 else 4, 4),
-        Blocks(64, columns, depth, 4, 3),
-        Blocks(128, columns, depth, 8, 3),
-        Blocks(32, columns, depth, 4, 5),
+        Blocks(128, columns, depth, 8, 7),
+        Blocks(32, columns, depth, 4, 7),
     ]
     if columns > 32:
-        found += [Blocks(64, columns // 2, depth, 4, 5), Blocks(128, columns // 2, depth, 4, 4)]
+        found += [Blocks(64, columns // 2, depth, 4, 7), Blocks(128, columns // 2, depth, 4, 4)]
     if depth > 32:
-        found.append(Blocks(128, columns, 32, 4, 5))
+        found.append(Blocks(128, columns, 32, 4, 7))
     return found
 
 
