@@ -4,7 +4,8 @@ A program owns a tile of output rows and channels, walks through the kernel offs
 through the neighbour table straight into the matrix product and stores a float32 sum once. The gradient of the features
 is the same kernel on the transposed map; that of the weights is one product per offset, split over rows and added up in
 a fixed order. Results are the same at every run with the same block sizes (see ``tuning``). float32 is IEEE float32
-unless torch allows TF32; bfloat16 and float16 accumulate in float32; float64 is computed by native.
+unless torch allows TF32; bfloat16 and float16 accumulate in float32. Native computes float64, and the half precisions
+on GPUs before Ampere: Triton uses no tensor cores there and runs out of registers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from monai_memeff.sparse.backends import native
 from monai_memeff.sparse.backends.triton import kernels, launch
 from monai_memeff.sparse.kernel_map import ConvolutionGeometry, KernelMap
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+
+AMPERE = (8, 0)
+"""The least compute capability for which Triton multiplies on tensor cores."""
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -34,11 +38,18 @@ def unavailable(device: torch.device) -> str | None:
 def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvolutionGeometry) -> Tensor:
     """Sparse convolution, differentiable in features, weight and bias, twice if need be.
 
-    Arguments and result as in :func:`monai_memeff.sparse.backends.native.convolve`, which computes float64.
+    Arguments and result as in :func:`monai_memeff.sparse.backends.native.convolve`.
     """
-    if features.dtype not in DTYPES or len(geometry.inputs) == 0 or len(geometry.outputs) == 0:
+    if not _computes(features.dtype, features.device) or len(geometry.inputs) == 0 or len(geometry.outputs) == 0:
         return native.convolve(features, weight, bias, geometry)
     return _Convolution.apply(features, weight, bias, geometry.kernel_map)
+
+
+def _computes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this engine has a kernel for a dtype that is worth running on a device."""
+    if dtype in HALVES:
+        return device.type != "cuda" or torch.cuda.get_device_capability(device) >= AMPERE
+    return dtype == torch.float32
 
 
 class _Convolution(torch.autograd.Function):
