@@ -14,6 +14,7 @@ from monai_memeff.sparse.blocks import (
     SparsePReLU,
     SparseReLU,
 )
+from monai_memeff.sparse.bone_spacing import BoneSpacing, BoneSpacingD, BoneSpacingd, BoneSpacingDict
 from monai_memeff.sparse.coarse_noise import (
     RandCoarseNoise,
     RandCoarseNoiseD,
@@ -75,6 +76,10 @@ from monai_memeff.sparse.transforms import (
 )
 
 __all__ = [
+    "BoneSpacing",
+    "BoneSpacingD",
+    "BoneSpacingDict",
+    "BoneSpacingd",
     "CoarseToSparseUNet",
     "CoarsenMask",
     "CoarsenMaskD",

@@ -44,9 +44,7 @@ def vault_mask(skull: torch.Tensor) -> torch.Tensor:
     heights = torch.arange(bone.shape[axis], device=bone.device) * (spacing[axis] if up else -spacing[axis])
     shape = [1, 1, 1]
     shape[axis] = -1
-    height = heights.reshape(shape)
-    top = torch.where(bone, height, -torch.inf).max()
-    return bone & (height > top - VAULT * length)
+    return bone & (heights > heights[places[:, axis]].max() - VAULT * length).reshape(shape)
 
 
 def _bone(skull: torch.Tensor) -> torch.Tensor:

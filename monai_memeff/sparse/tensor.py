@@ -199,8 +199,8 @@ def occupied(volume: SparseTensor | Tensor) -> SparseTensor:
             f"a binary volume must have shape (B, 1, H, W, D), got {tuple(volume.shape)}; add the missing axes or take "
             "one channel."
         )
-    volume = volume if volume.is_floating_point() else volume.float()
-    return SparseTensor.from_dense(volume, volume != 0)
+    found = SparseTensor.from_dense(volume, volume != 0)
+    return found if found.features.is_floating_point() else found.replace(found.features.float())
 
 
 def union_add(first: SparseTensor, second: SparseTensor) -> SparseTensor:

@@ -46,14 +46,14 @@ class SparseCoordinates(Transform):
             ValueError: the volume is not (C, H, W, D), or holds NaN or infinity.
         """
         volume = convert_to_tensor(img, track_meta=False)
-        volume = volume if volume.is_floating_point() else volume.float()
         if volume.ndim != 4:
             raise ValueError(f"SparseCoordinates takes (C, H, W, D), got {tuple(volume.shape)}; add a channel first.")
-        if not torch.isfinite(volume).all():
+        if volume.is_floating_point() and not torch.isfinite(volume).all():
             bad = int((~torch.isfinite(volume)).sum())
             raise ValueError(f"SparseCoordinates needs finite values, got {bad} NaN or infinite; replace them first.")
         active = active_voxels(volume[None], self.above, self.background)[0, 0]
         features = volume[:, active].t().contiguous()
+        features = features if features.is_floating_point() else features.float()
         if self.constant is not None:
             features = features.new_full((len(features), 1), self.constant)
         return active.nonzero(), features

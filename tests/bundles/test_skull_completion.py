@@ -190,6 +190,7 @@ def test_validation_cuts_the_same_defects_every_time(heads: Path) -> None:
     assert len(samples[0]) == 2
     for first, again in zip(*samples, strict=True):
         assert set(first) == {"image", "label"}
+        assert first["image"].dtype == first["label"].dtype == torch.uint8, "134 million voxels at 512^3"
         assert torch.equal(first["image"], again["image"])
         assert torch.equal(first["label"], again["label"])
         implant, skull = first["label"]
