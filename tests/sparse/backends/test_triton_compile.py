@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "sparse_triton_com
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-CARDS = {"T4": 75, "RTX 3090, A40": 86, "H100": 90}
+CARDS = {"T4": 75, "A100": 80, "RTX 3090, A40": 86, "H100": 90}
 
 Rows = list[dict[str, Any]]
 
@@ -49,7 +49,7 @@ def compiled() -> Callable[..., Rows]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("card", [card for card, capability in CARDS.items() if capability >= 80])
+@pytest.mark.parametrize("card", ["RTX 3090, A40", "H100"])
 def test_every_dtype_on_tensor_cores(card: str, compiled: Callable[..., Rows]) -> None:
     """The default, the largest and the smallest choice of block sizes."""
     found = compiled(CARDS[card], "--channels", "32", "--choices", "extremes")
@@ -62,6 +62,13 @@ def test_every_dtype_on_tensor_cores(card: str, compiled: Callable[..., Rows]) -
         assert bool(row["fma"]) is exact, row
         asynchronous = {int(size): number for size, number in row["bytes_copied"].items()}
         assert asynchronous.get(16, 0) > 0, f"features and weights are not copied 16 bytes at a time: {row}"
+
+
+def test_float32_on_an_a100_has_choices_that_do_not_spill(compiled: Callable[..., Rows]) -> None:
+    """Triton 3.9 leaves out a pass for this card: large tiles of the weight gradient spill, and lose when timed."""
+    found = compiled(CARDS["A100"], "--channels", "128", "--choices", "extremes", "--dtypes", "float32")
+    for kernel in ("gather_multiply", "weight_gradient"):
+        assert min(row["spills"] for row in found if row["kernel"] == kernel and row["fits"]) == 0
 
 
 def test_odd_channels_and_64_bit_addresses(compiled: Callable[..., Rows]) -> None:
