@@ -104,8 +104,7 @@ def compute_border_dice(
 def _box(mask: torch.Tensor, sampling: float | Sequence[float] | None, margin_mm: float) -> tuple[slice, ...]:
     """The smallest box around a mask, grown by a margin; empty for an empty mask."""
     slices = []
-    steps = torch.as_tensor(1.0 if sampling is None else sampling).expand(mask.ndim).tolist()
-    for axis, step in enumerate(steps):
+    for axis, step in enumerate(_steps(mask, sampling)):
         places = mask.any(dim=[other for other in range(mask.ndim) if other != axis]).nonzero()[:, 0]
         margin = math.ceil(margin_mm / step)
         first, last = (int(places[0]) - margin, int(places[-1]) + margin + 1) if len(places) else (0, 0)
@@ -114,11 +113,25 @@ def _box(mask: torch.Tensor, sampling: float | Sequence[float] | None, margin_mm
 
 
 def _near(skull: torch.Tensor, sampling: float | Sequence[float] | None, distance_mm: float) -> torch.Tensor:
-    """Voxels whose centre is within a distance of a skull voxel's; boolean, in the shape of ``skull``."""
-    if not skull.any():
-        return torch.zeros_like(skull)
-    distance = distance_transform_edt(~skull[None], sampling=sampling)
-    return torch.as_tensor(distance)[0].to(skull.device) <= distance_mm
+    """Voxels whose centre is within a distance of a skull voxel's; boolean, in the shape of ``skull``.
+
+    Slab by slab, with what lies within the distance of a slab: the transform holds dozens of bytes per voxel.
+    """
+    near = torch.zeros_like(skull)
+    reach = math.ceil(distance_mm / _steps(skull, sampling)[0])
+    depth = max(2 * reach, 1)
+    for start in range(0, len(skull), depth):
+        low = max(start - reach, 0)
+        part = skull[low : start + depth + reach]
+        if part.any():
+            distance = torch.as_tensor(distance_transform_edt(~part[None], sampling=sampling))[0]
+            near[start : start + depth] = distance[start - low :][:depth].to(skull.device) <= distance_mm
+    return near
+
+
+def _steps(mask: torch.Tensor, sampling: float | Sequence[float] | None) -> list[float]:
+    """Millimetres per voxel along every axis."""
+    return torch.as_tensor(1.0 if sampling is None else sampling).expand(mask.ndim).tolist()
 
 
 def compute_pooled_hausdorff(
