@@ -8,6 +8,7 @@ import os
 # other. Set before torch is loaded; the fixture `threads` asks for more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from tests.pretend_cuda import pretended_gpu
 
 # Triton's interpreter stands in for a GPU. It is chosen when Triton is loaded, which many a test causes.
 if not torch.cuda.is_available() and "triton" not in sys.modules:
@@ -44,6 +47,13 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gpu() -> Iterator[torch.device]:
+    """A GPU: the machine's, else a pretended one."""
+    with contextlib.nullcontext() if torch.cuda.is_available() else pretended_gpu():
+        yield torch.device("cuda")
 
 
 @pytest.fixture(scope="session")

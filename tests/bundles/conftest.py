@@ -16,6 +16,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from monai_memeff.phantoms import BODY_LABELS, HEAD_LABELS, Phantom, body_phantom, head_phantom
+from tests.pretend_cuda import pretended_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 STOCK = Path(__file__).parent / "stock_segmentation"
@@ -54,18 +55,19 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def run_here(files: Sequence[str | Path], kind: str = "train", **override: Any) -> ConfigWorkflow:
-    """The same as ``monai.bundle run`` on the CPU, in this process."""
-    work = ConfigWorkflow(
-        config_file=[str(f) for f in files],
-        meta_file=str(Path(files[0]).parent / "metadata.json"),
-        logging_file=False,
-        workflow_type=kind,
-        device=torch.device("cpu"),
-        **override,
-    )
-    work.initialize()
-    work.run()
-    work.finalize()
+    """The same as ``monai.bundle run`` on a GPU, in this process; the GPU is pretended."""
+    with pretended_gpu():
+        work = ConfigWorkflow(
+            config_file=[str(f) for f in files],
+            meta_file=str(Path(files[0]).parent / "metadata.json"),
+            logging_file=False,
+            workflow_type=kind,
+            device=torch.device("cuda:0"),
+            **override,
+        )
+        work.initialize()
+        work.run()
+        work.finalize()
     return work
 
 

@@ -200,10 +200,9 @@ def test_validation_cuts_the_same_defects_every_time(heads: Path) -> None:
 
 
 def test_evaluation_writes_scores_of_every_defect(trained: Path, heads: Path, tmp_path: Path) -> None:
-    files = "['configs/train.json', 'configs/evaluate.json']"
-    options = {**SMALL, **TINY, "val_count": 2, "dataset_dir": heads, "output_dir": tmp_path}
-    run = command(trained, "run", "--config_file", files, *flags(options))
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    files = [trained / "configs" / "train.json", trained / "configs" / "evaluate.json"]
+    folders = {"bundle_root": str(trained), "dataset_dir": str(heads), "output_dir": str(tmp_path)}
+    run_here(files, **SMALL, **TINY, val_count=2, **folders)
     table = (tmp_path / "metrics.csv").read_text()
     for name in ("implant_dice", "border_dice", "hd95_mm"):
         assert name in table
@@ -273,7 +272,7 @@ class Knowing:
             found = ndimage.affine_transform(
                 self.missing.astype(np.uint8), step[:3, :3], moved[:3], tuple(inputs.shape[2:]), order=0
             )
-            logits[0, 0][torch.from_numpy(found > 0)] = 5.0
+            logits[0, 0][torch.from_numpy(found > 0).to(inputs.device)] = 5.0
         return MetaTensor(logits).copy_meta_from(inputs)
 
 

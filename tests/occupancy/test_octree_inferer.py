@@ -190,11 +190,9 @@ def test_batches_metadata_and_wrappers(output: str) -> None:
     assert torch.equal(plain, result.as_tensor())
 
 
-@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("home", ["cpu", "cuda"])
 def test_the_labels_stay_where_the_volume_is(home: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
     volume = torch.full((1, 1, *EXTENTS), 12.0)
     logits = OctreeInferer(stride=4)(volume.to(home), ByMean().cuda())
     assert logits.device.type == home

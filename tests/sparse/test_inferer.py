@@ -117,11 +117,9 @@ def test_voxels_travel_to_the_device(device: str | torch.device | None) -> None:
     assert logits.device == volume.device
 
 
-@pytest.mark.gpu
 @torch.no_grad()
+@pytest.mark.usefixtures("gpu")
 def test_the_volume_stays_on_the_host() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
     network, volume = unet(), image()
     expected = network(volume)
     logits = SparseInferer()(volume, network.cuda())
