@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
-_COPIES = ("aten::copy_", "aten::_to_copy")
+_COPIES = ("aten::copy_", "aten::_to_copy", "aten::_has_compatible_shallow_copy_type")
 _INDEXING = ("aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 _FACTORIES = frozenset(_device_constructors()) | {torch.from_numpy}
 
@@ -58,9 +59,10 @@ class PretendedGPU(TorchDispatchMode):
     whom they meet first; what Python makes belongs where Python said.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of_another_thread: PretendedGPU | None = None) -> None:
         super().__init__()
-        self.on_gpu, self.undecided = _Storages(), _Storages()
+        same = of_another_thread
+        self.on_gpu, self.undecided = (same.on_gpu, same.undecided) if same else (_Storages(), _Storages())
 
     def put(self, value: Any, on_gpu: bool = True) -> Any:
         """Say where a tensor is; other values pass."""
@@ -80,7 +82,7 @@ class PretendedGPU(TorchDispatchMode):
         elif device is not None and device.type != "cpu":
             to_gpu = False
         result = func(*args, **kwargs)
-        if to_gpu and not func._schema.name.endswith("_"):
+        if to_gpu and func.name() != "aten::copy_":
             tree_map(self.put, result)
         elif device is not None and not tensors:
             self.undecided.add(result)
@@ -141,7 +143,8 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
 
 def _stand_ins(gpu: PretendedGPU) -> Iterator[tuple[Any, str, Any]]:
     """What is replaced in torch: (owner, name, replacement)."""
-    load = torch.load
+    load, prepare = torch.load, torch.autocast.__init__
+    enabled, autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
     device_of, to, deepcopy = Tensor.device.__get__, Tensor.to, Tensor.__deepcopy__  # type: ignore[attr-defined]
 
     def where(tensor: Tensor) -> torch.device:
@@ -166,6 +169,16 @@ def _stand_ins(gpu: PretendedGPU) -> Iterator[tuple[Any, str, Any]]:
             inside.to = False
         return _Crossing.apply(result, gpu, device.type == "cuda") if crosses else result
 
+    def autocast(context: Any, device_type: str, dtype: Any = None, **kwargs: Any) -> None:
+        halves = {"device_type": "cpu", "dtype": torch.bfloat16} if device_type == "cuda" else {}
+        prepare(context, **{"device_type": device_type, "dtype": dtype, **kwargs, **halves})
+
+    run = threading.Thread.run
+
+    def watched(thread: threading.Thread) -> None:
+        with PretendedGPU(gpu):
+            run(thread)
+
     def copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         result = deepcopy(tensor, memo)
         return gpu.put(result) if tensor in gpu.on_gpu else result
@@ -188,6 +201,7 @@ def _stand_ins(gpu: PretendedGPU) -> Iterator[tuple[Any, str, Any]]:
 
         return make
 
+    yield threading.Thread, "run", watched
     yield Tensor, "device", property(where)
     yield Tensor, "is_cuda", property(lambda tensor: tensor in gpu.on_gpu)
     yield Tensor, "to", moved
@@ -201,6 +215,9 @@ def _stand_ins(gpu: PretendedGPU) -> Iterator[tuple[Any, str, Any]]:
     )
     yield Tensor, "numpy", as_array(Tensor.numpy)
     yield Tensor, "__array__", as_array(Tensor.__array__)
+    yield torch.autocast, "__init__", autocast
+    yield torch, "is_autocast_enabled", lambda *kind: enabled(*(["cpu"] if kind else []))
+    yield torch, "get_autocast_dtype", lambda _: autocast_dtype("cpu")
     yield torch, "load", lambda file, map_location=None, **kwargs: load(file, map_location=CPU, **kwargs)
     yield torch, "tensor", made(torch.tensor)
     yield torch, "as_tensor", made(torch.as_tensor)
@@ -208,4 +225,5 @@ def _stand_ins(gpu: PretendedGPU) -> Iterator[tuple[Any, str, Any]]:
     yield torch.cuda, "is_available", lambda: True
     yield torch.cuda, "device_count", lambda: 1
     yield torch.cuda, "current_device", lambda: 0
+    yield torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(name="pretended", major=8, minor=6)
     yield torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None

@@ -119,15 +119,21 @@ class Host:
         return self._run([script, *map(str, arguments)], extra)
 
     def run_in_one_process(self, *commands: list[object], **extra: str) -> str:
-        """Run several commands' entry points one after the other in one new process (the imports are paid once)."""
+        """Run several commands' entry points one after the other in one new process (the imports are paid once).
+
+        Those with ``-device cuda`` get a pretended GPU.
+        """
         script = self.folder / "run_commands.py"
         script.write_text(
-            "import json, sys\nfrom importlib.metadata import entry_points\n"
+            "import contextlib, json, sys\nfrom importlib.metadata import entry_points\nimport torch\n"
+            "from tests.pretend_cuda import pretended_gpu\n"
             'if __name__ == "__main__":\n'
             "    scripts = {script.name: script for script in entry_points(group='console_scripts')}\n"
+            "    torch.set_num_interop_threads = lambda _: None  # can be set once in a process\n"
             "    for command in json.loads(sys.argv[1]):\n"
             "        sys.argv = command\n"
-            "        scripts[command[0]].load()()\n"
+            "        with pretended_gpu() if 'cuda' in command else contextlib.nullcontext():\n"
+            "            scripts[command[0]].load()()\n"
         )
         listed = json.dumps([[str(word) for word in command] for command in commands])
         return self._run([sys.executable, str(script), listed], extra)

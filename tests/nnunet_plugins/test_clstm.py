@@ -61,7 +61,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
 def test_from_training_to_a_shared_model(host: Host, tmp_path: Path) -> None:
     train = ["nnUNetv2_train", 903, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu"]
     images = host.raw / NAME / "imagesTs"
-    options = ["-c", "3d_fullres", "-f", 0, "-device", "cpu", "-npp", 0, "-nps", 0]  # mirroring left on: there is none
+    options = ["-c", "3d_fullres", "-f", 0, "-device", "cuda", "-npp", 0, "-nps", 0]  # mirroring left on: there is none
     predict = ["nnUNetv2_predict", "-i", images, "-d", 903, "-tr", TRAINER, *options, "-o"]
     archive = tmp_path / "model.zip"
     share = ["-c", "3d_fullres", "-f", 0, "-tr", TRAINER, "--not_strict"]
@@ -69,6 +69,7 @@ def test_from_training_to_a_shared_model(host: Host, tmp_path: Path) -> None:
     printed = host.run(*train)
     trained = [tuple(map(int, found)) for found in re.findall(r"trained on \(1, 2, (\d+), (\d+), (\d+)\)", printed)]
     assert {tuple(sorted(shape)) for shape in trained} == {(26, 33, 37)}
+    train[-1] = "cuda"
     more = [*train, "--c"], [*train, "--val"], [*predict, tmp_path / "before"], export
     continued = host.run_in_one_process(*more, SHORT_EPOCHS="2")
     assert "Epoch 1" in continued

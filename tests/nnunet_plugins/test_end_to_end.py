@@ -95,9 +95,9 @@ def test_one_case_with_regions_and_an_ignore_label(tmp_path):
     changes = {"labels": labels, "regions_class_order": [1, 2], "ignored": 3, "spacing": (3.0, 1.0, 1.0)}
     dataset = write_dataset(host.raw, "Dataset902_Regions", 1, (12, 32, 28), **changes)
     host.prepare(dataset, 902, "-gpu_memory_target", 0.05)
-    train = ["nnUNetv2_train", 902, "3d_fullres", "all", "-tr", TRAINER, "-device", "cpu"]
+    train = ["nnUNetv2_train", 902, "3d_fullres", "all", "-tr", TRAINER, "-device", "cuda"]
     options = ["-d", 902, "-tr", TRAINER, *PREDICT]
-    options[options.index(0)] = "all"
+    options[options.index(0)], options[options.index("cpu")] = "all", "cuda"
     folders = ["-i", host.raw / dataset.name / "imagesTs", "-o", tmp_path / "out"]
     host.run_in_one_process(train, ["nnUNetv2_predict", *folders, *options])
     model = host.results / dataset.name / f"{TRAINER}__nnUNetPlans__3d_fullres"

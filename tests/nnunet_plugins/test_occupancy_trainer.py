@@ -18,7 +18,7 @@ from tests.nnunet_plugins.host import Host, labels_of, write_dataset
 
 NAME = "Dataset904_Organs"
 TRAINER = "ShortOccupancyTrainer"
-PREDICT = ["-c", "3d_fullres", "-f", 0, "-device", "cpu", "-npp", 0, "-nps", 0, "--disable_tta"]
+PREDICT = ["-c", "3d_fullres", "-f", 0, "-device", "cuda", "-npp", 0, "-nps", 0, "--disable_tta"]
 TRAINERS = '''"""A short occupancy trainer in a user's own folder."""
 import sys
 
@@ -124,7 +124,7 @@ def test_from_training_to_a_shared_model(tmp_path):
     dataset = write_dataset(host.raw, NAME, 3, (40, 36, 32))
     host.prepare(dataset, 904, "-gpu_memory_target", 0.05)
     host.split(NAME, ["c_000", "c_001"], ["c_002"])
-    train = [904, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu"]
+    train = [904, "3d_fullres", 0, "-tr", TRAINER, "-device", "cuda"]
     model = host.results / NAME / f"{TRAINER}__nnUNetPlans__3d_fullres"
     summary = model / "fold_0" / "validation" / "summary.json"
     images, archive = host.raw / NAME / "imagesTs", tmp_path / "model.zip"
