@@ -125,11 +125,17 @@ def init_mesh(
     ]
     data_rank = dist.get_rank() // parts
     device_mesh = dist.device_mesh.DeviceMesh(kind, torch.arange(world).view(data, parts), mesh_dim_names=_NAMES)
+    _first_call(groups[data_rank], kind)
     comm = TorchCommunicator(groups[data_rank])
     return HaloMesh(tuple(spatial), split_axes(spatial, axes), data, data_rank, device_mesh=device_mesh, _comms=[comm])
 
 
 _NAMES = ("data", "spatial")
+
+
+def _first_call(group: dist.ProcessGroup, kind: str) -> None:
+    """NCCL wants the first call in a group to be made by all its ranks; an exchange may concern only some of them."""
+    dist.barrier(group=group, device_ids=[torch.cuda.current_device()] if kind == "cuda" else None)
 
 
 def start_processes(device: torch.device) -> None:
