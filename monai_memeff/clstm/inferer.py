@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from monai_memeff.clstm.network import like_input
 from monai_memeff.clstm.slabs import check_that_slabs_continue
+from monai_memeff.memory.stream import same_stream
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
@@ -154,12 +155,13 @@ class SlabInferer(Inferer):
     def _ahead(self, slabs: Iterable[Tensor], network: nn.Module, total: int | None, name: str) -> Iterator[Tensor]:
         """The slabs on the network's device, some of them fetched while others are computed."""
         device = next(network.parameters()).device
-        source = iter(slabs)
+        source, in_order = iter(slabs), same_stream(device)
         bar = tqdm(total=total, desc=name, unit="slab", disable=not self.progress)
 
         def fetch() -> Tensor | None:
             slab = next(source, None)
-            return None if slab is None else slab.to(device, non_blocking=True)
+            with in_order():
+                return None if slab is None else slab.to(device, non_blocking=True)
 
         with ThreadPoolExecutor(1) as thread, bar:
             waiting = deque(thread.submit(fetch) for _ in range(self.prefetch))

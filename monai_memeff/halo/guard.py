@@ -178,7 +178,7 @@ class Guard(TorchFunctionMode):
         """A size computed in the network's forward is that of a part: find the whole it belongs to."""
         at = [d + self.region.spatial_dims for d in self.region.dims]
         local = tuple(size[i] for i in at)
-        found = {la for la in self.region.state.layouts if not la.replicated and self.region.shape(la) == local}
+        found = {la for la in self.region.seen.layouts if not la.replicated and self.region.shape(la) == local}
         if len(found) != 1:
             raise self.region.fail(f"interpolates to {size}, which is not the size of one tensor seen before.")
         whole = list(size)

@@ -199,8 +199,8 @@ class SpatialPartitionInferer(Inferer):
         began = time.perf_counter()
         shape = inputs.shape[2:]
         volume = _padded(inputs.as_subclass(torch.Tensor).detach(), network_stride(network, spatial_dims_of(network)))
-        parts = self._parts(network, volume)
         device = self.device or next(iter(network.parameters())).device
+        parts = self._parts(network, volume, device)
         store = HostStore(device) if self.store == "host" else FolderStore(self.store)
         pager = Pager(store, device, [volume, *network.parameters(), *network.buffers()])
         try:
@@ -212,14 +212,15 @@ class SpatialPartitionInferer(Inferer):
         self.last_report = StreamingReport(parts, pager.peak, pager.moved, seconds)
         return with_meta(whole, inputs)
 
-    def _parts(self, network: nn.Module, volume: torch.Tensor) -> int:
+    def _parts(self, network: nn.Module, volume: torch.Tensor, device: torch.device) -> int:
         if self.partitions != "auto":
             return int(self.partitions)
         budget, dims = self.memory_budget, spatial_dims_of(network)
-        if budget is None and torch.cuda.is_available():
-            budget = int(0.7 * torch.cuda.mem_get_info()[0])
+        if budget is None and device.type == "cuda":
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own reserve
+            budget = int(0.7 * (torch.cuda.mem_get_info(device)[0] + unused))
         if budget is None:
-            raise ValueError("partitions='auto' needs memory_budget= (bytes) when there is no GPU.")
+            raise ValueError("partitions='auto' needs memory_budget= (bytes) when the work is not on a GPU.")
         peak = whole_peak_bytes(network, volume.shape, volume.dtype)
         limit = volume.shape[2 + self.axis] // network_stride(network, dims)[self.axis]
         parts = 1 if peak <= budget else int(-(-peak * _HEADROOM // budget))

@@ -164,7 +164,7 @@ def shared_mask(region: Region, x: torch.Tensor, p: float, name: str, channels_o
     Channel masks are the same on all ranks; voxel masks differ from rank to rank even if all ranks have one seed.
     """
     rank = 0 if channels_only else region.comm.rank + 1
-    text = f"{region.state.seed}/{region.mesh.data_rank}/{name}/{rank}"
+    text = f"{region.seen.seed}/{region.mesh.data_rank}/{name}/{rank}"
     generator = torch.Generator(device=x.device)
     generator.manual_seed(zlib.crc32(text.encode()) | (zlib.crc32(text[::-1].encode()) << 31))
     shape = (*x.shape[:2], *[1] * (x.dim() - 2)) if channels_only else tuple(x.shape)

@@ -13,6 +13,9 @@ from monai_memeff.halo.exchange import Flight
 from monai_memeff.halo.region import Layout, Margin, Region, set_margin
 from monai_memeff.halo.transport import Communicator
 
+WIDENED = 2**24
+"""Values of half precision that are made float32 at a time for their statistics."""
+
 
 def _wide(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Statistics travel in float64 where the device has it."""
@@ -20,8 +23,11 @@ def _wide(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance over all but the channel axis of (B, C, N)."""
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    """Mean and biased variance over all but the channel axis of (B, C, N), in float32 at least."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        channels = max(WIDENED * x.shape[1] // x.numel(), 1)
+        means, variances = zip(*(_moments(part.float()) for part in x.split(channels, dim=1)), strict=True)
+        return torch.cat(means), torch.cat(variances)
     if x.device.type == "cpu":  # the kernel of batch norm: as exact as var_mean, in a quarter of its time
         mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
     else:
@@ -71,18 +77,20 @@ class _Normalise(torch.autograd.Function):
         x, weight, mean, variance, total = ctx.saved_tensors
         flat, g = x.reshape(*ctx.flat), gradient.reshape(*ctx.flat)
         inverse = (variance + ctx.eps).rsqrt()
+        scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)  # CUDA sums nothing without one
         gx, g_weight, g_bias = torch.ops.aten.native_batch_norm_backward(
-            g, flat, weight, mean, variance, mean, inverse, False, ctx.eps, [True, True, True]
+            g, flat, scale, mean, variance, mean, inverse, False, ctx.eps, [True, True, True]
         )
         wide = _wide(x.dtype, x.device)
         sums = ctx.comm.all_reduce(torch.cat([g_weight.to(wide), g_bias.to(wide)])) / total
         projection, center = sums.chunk(2)
-        scale = inverse.to(wide) if weight is None else inverse.to(wide) * weight.to(wide)
+        scale = inverse.to(wide) * scale.to(wide)
         slope = -(scale * inverse.to(wide) * projection)
         offset = -scale * center - slope * mean.to(wide)
         gx.addcmul_(flat, _row(slope, gx)).add_(_row(offset, gx))
-        has_weight = weight is not None
-        return (gx.reshape(x.shape), g_weight if has_weight else None, g_bias if has_weight else None, *[None] * 6)
+        if weight is None:
+            return (gx.reshape(x.shape), *[None] * 8)
+        return (gx.reshape(x.shape), g_weight.to(weight.dtype), g_bias.to(weight.dtype), *[None] * 6)
 
 
 def _row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -198,7 +206,7 @@ class _GroupNormalise(torch.autograd.Function):
         flat, g = x.reshape(*shape), gradient.reshape(*shape)
         inverse = (variance + ctx.eps).rsqrt()
         gx, projection, center = torch.ops.aten.native_batch_norm_backward(
-            g, flat, None, mean, variance, mean, inverse, False, ctx.eps, [True, True, True]
+            g, flat, torch.ones_like(mean), mean, variance, mean, inverse, False, ctx.eps, [True, True, True]
         )
         wide, rows = _wide(x.dtype, x.device), x.shape[0] * ctx.groups
         sums = torch.cat([t.to(wide).view(rows, -1).sum(1) for t in (projection, center)])

@@ -16,6 +16,7 @@ from torch import nn
 from monai_memeff.halo.arithmetic import Bounds, Spans
 from monai_memeff.halo.mesh import HaloMesh
 from monai_memeff.halo.transport import Communicator
+from monai_memeff.halo.virtual import here
 
 
 class NotPartitionable(RuntimeError):
@@ -36,12 +37,18 @@ class Layout:
 
 @dataclass
 class _State(threading.local):
-    """Per thread (virtual rank): what the current forward has seen."""
+    """Per thread: where in the network it is."""
 
-    layouts: list[Layout] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     inside: bool = False
     guarded: bool = False
+
+
+@dataclass
+class _Seen:
+    """Per rank: what its current forward has seen; on a GPU autograd recomputes in another thread, and asks too."""
+
+    layouts: list[Layout] = field(default_factory=list)
     seed: int = 0
 
 
@@ -63,6 +70,7 @@ class Region:
         self.mesh, self.spatial_dims, self.overlap, self.digest = mesh, spatial_dims, overlap, digest
         self.dims = tuple(axis - spatial_dims for axis in mesh.axes)  # negative, so extra leading axes do not matter
         self.state = _State()
+        self._seen: dict[int | None, _Seen] = {}
         self.random = False
         self.listener: Callable[[], None] | None = None  # called by every layer (a progress bar)
         self._network: Any = None
@@ -85,6 +93,11 @@ class Region:
         return self.mesh.comm
 
     @property
+    def seen(self) -> _Seen:
+        """What this rank's current forward has seen."""
+        return self._seen.setdefault(here(), _Seen())
+
+    @property
     def name(self) -> str:
         """Dotted name of the module that runs now."""
         return self.state.names[-1] if self.state.names else "network"
@@ -105,13 +118,13 @@ class Region:
 
     def begin(self, layout: Layout, seed: int) -> None:
         """Forget the previous forward."""
-        self.state.layouts, self.state.seed = [layout], seed
+        self._seen[here()] = _Seen([layout], seed)
 
     def tag(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Note how a tensor is spread."""
         x._halo_layout = layout
-        if layout not in self.state.layouts:
-            self.state.layouts.append(layout)
+        if layout not in self.seen.layouts:
+            self.seen.layouts.append(layout)
         return x
 
     def layout(self, x: torch.Tensor) -> Layout:
@@ -123,7 +136,7 @@ class Region:
         tag: Layout | None = getattr(x, "_halo_layout", None)
         if tag is not None:
             return tag
-        found = [known for known in self.state.layouts if self.shape(known) == self.local(x)]
+        found = [known for known in self.seen.layouts if self.shape(known) == self.local(x)]
         if len(found) != 1:
             raise self.fail(
                 f"cannot tell how a tensor of local shape {tuple(x.shape)} is spread over the ranks "

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from monai_memeff.halo.transport import Counters, Message, Pending
+from monai_memeff.memory.stream import same_stream
 
 _HERE = threading.local()
 
@@ -93,10 +94,12 @@ class Hub:
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         """Call `work(rank)` for every rank, each in its own thread with the caller's modes; results by rank.
 
-        Grad mode, autocast and dispatch modes (a peak meter counts the ranks' tensors) are those of the caller.
+        Grad mode, autocast, dispatch modes (a peak meter counts the ranks' tensors), CUDA device and stream are those
+        of the caller. A backward pass stays in its rank's thread on a GPU too: torch's one thread per GPU could not
+        serve a rank that another one waits for.
         """
         results: list[Any] = [None] * self.size
-        modes = (_grad_mode(), _autocast(), *_dispatch_modes())
+        modes = (same_stream(), _one_thread, _grad_mode(), _autocast(), *_dispatch_modes())
         threads = [
             threading.Thread(target=self._body, args=(r, work, results, modes), daemon=True) for r in range(self.size)
         ]
@@ -157,6 +160,10 @@ class _Mail:
         need = {peer: self._peers.count(peer) for peer in self._peers}
         self._hub.wait(self._rank, lambda: all(len(self._hub.mail[p, self._rank]) >= n for p, n in need.items()))
         return [box.popleft() for box in boxes]
+
+
+def _one_thread() -> Any:
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 def _grad_mode() -> Callable[[], Any]:

@@ -46,7 +46,7 @@ def scatter(volume: torch.Tensor | None, mesh: HaloMesh, src: int | None = None)
         src: spatial rank that holds the volume and sends the boxes; None if every rank has it.
 
     Returns:
-        A contiguous tensor, on the volume's device.
+        A contiguous tensor, on the volume's device; sent by NCCL, on this process's GPU.
 
     Raises:
         ValueError: if the volume is too small for the mesh, on every rank.
@@ -73,7 +73,7 @@ _KINDS = (
 
 def _send_boxes(volume: torch.Tensor | None, mesh: HaloMesh, src: int) -> torch.Tensor:
     comm = mesh.comm
-    device = volume.device if volume is not None else mesh.device
+    device = mesh.device if volume is None or mesh.device.type == "cuda" else volume.device
     header = torch.zeros(12, dtype=torch.int64, device=device)
     if comm.rank == src:
         if volume is None:
@@ -85,7 +85,7 @@ def _send_boxes(volume: torch.Tensor | None, mesh: HaloMesh, src: int) -> torch.
     bounds = boxes(mesh, shape[2:])
     if comm.rank == src:
         assert volume is not None
-        parts = [_box_of(volume, mesh, bounds, r) for r in range(comm.size)]
+        parts = [_box_of(volume, mesh, bounds, r).to(device) for r in range(comm.size)]
         comm.exchange([(r, t) for r, t in enumerate(parts) if r != src], []).wait()
         return parts[src]
     local = list(shape)
