@@ -34,7 +34,7 @@ def checked_volume(volume: Tensor, in_channels: int, volume_shape: tuple[int, ..
             f"this network was made for volumes of {volume_shape} voxels, got {shape}: resize or pad them, or use "
             "variant='default', which takes any extents."
         )
-    if not bool(torch.isfinite(volume).all()):
+    if volume.is_floating_point() and not all(bool(end.isfinite()) for end in volume.detach().aminmax()):
         bad = int((~torch.isfinite(volume)).sum())
         raise ValueError(f"a volume must be finite, got {bad} values that are NaN or infinite; replace them first.")
     return volume

@@ -240,4 +240,4 @@ class SparseGlobalAvgPool3d(nn.Module):
 
     def forward(self, x: SparseTensor) -> Tensor:
         """Pool (see the class)."""
-        return torch.stack([rows.sum(0) / max(len(rows), 1) for rows in _per_item(x)])
+        return torch.stack([rows.mean(0) if len(rows) else rows.sum(0) for rows in _per_item(x)])

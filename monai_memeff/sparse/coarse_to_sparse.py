@@ -170,7 +170,10 @@ class CoarseToSparseUNet(nn.Module):
         intensities = SparseTensor.from_dense(x, active)
         context = interpolated_at(given, intensities, self.coarse_factor)
         features = intensities.replace(torch.cat((intensities.features, context.to(x.dtype)), dim=1))
-        return checkpoint(self.refine, features) if self.use_checkpoint else self.refine(features)
+        if not self.use_checkpoint:
+            return self.refine(features)
+        # given the rows, torch sees the GPU whose random state dropout needs again
+        return checkpoint(lambda rows: self.refine(features.replace(rows)), features.features)
 
 
 class RecomputedLevel(nn.Sequential):

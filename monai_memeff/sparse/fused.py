@@ -175,7 +175,9 @@ def _activation_gradient(grad: Tensor, before: Tensor, slope: float | Tensor) ->
             return torch.ops.aten.threshold_backward(grad, before, 0), None
         return torch.ops.aten.leaky_relu_backward(grad, before, slope, False), None
     of_before, of_slope = torch.ops.aten._prelu_kernel_backward(grad, before, slope.to(grad.dtype).expand(1, -1))
-    return of_before, of_slope.sum_to_size(1, len(slope))[0].to(slope.dtype)
+    wide = torch.promote_types(slope.dtype, torch.float32)  # many rows: their sum may be beyond half precision
+    summed = of_slope.sum(0, dtype=wide) if len(slope) > 1 else of_slope.sum(dtype=wide)[None]
+    return of_before, summed.to(slope.dtype)
 
 
 def _affine(mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> Pair:

@@ -236,6 +236,12 @@ def test_global_average_pooling() -> None:
         torch.testing.assert_close(pooled[item], mean)
 
 
+def test_global_average_pooling_of_many_voxels_stays_within_half_precision() -> None:
+    image = torch.full((1, 1, 50, 50, 50), 2.0).half()
+    everything = SparseTensor.from_dense(image, image > 0)
+    assert blocks.SparseGlobalAvgPool3d()(everything).tolist() == [[2.0]]  # the sum is beyond 65504
+
+
 def test_dropout3d_drops_whole_channels_of_an_item() -> None:
     x = partial(channels=200)
     x = x.replace(torch.ones_like(x.features).requires_grad_())

@@ -240,3 +240,10 @@ def test_a_unet_keeps_one_tensor_per_layer(batch_size: int) -> None:
     for ours, theirs in zip(step(True), step(False), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     assert_less_memory(lambda: step(True), lambda: step(False), 0.85)
+
+
+@pytest.mark.parametrize("slopes", [1, 3])
+def test_the_gradient_of_a_slope_is_summed_in_single_precision(slopes: int) -> None:
+    before, grad = torch.full((4000, 3), -8.0).half(), torch.full((4000, 3), 8.0).half()
+    _, found = fused._activation_gradient(grad, before, torch.full((slopes,), 0.25))
+    assert found.tolist() == [-64.0 * 12000 / slopes] * slopes  # beyond the largest half, 65504
