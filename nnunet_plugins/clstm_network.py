@@ -23,7 +23,7 @@ class CLSTMPlansUNet(CLSTMUNet):
         bidirectional: also from the last slice to the first.
         checkpoint: see :class:`~monai_memeff.clstm.CLSTMUNet`, also for what follows.
         recompute: share of the U-Net that the backward pass may repeat.
-        host: keep states, volume and logits of a training step in host memory.
+        host: keep the states of a training step in host memory; the logits are where the image is.
         norm: of the U-Net.
         deep_supervision: set by nnU-Net; there is one output, so it changes nothing.
     """

@@ -53,7 +53,8 @@ class CLSTMTrainer(ClearSplitError, nnUNetTrainer):
         bidirectional: also from the last slice to the first.
         checkpoint: "slice", "sqrt", or slices per checkpoint.
         recompute: share of the U-Net that the backward pass may repeat; less keeps more.
-        host: keep volume, states and logits of a training step in host memory.
+        host: keep the states of a training step in host memory, and the outputs that ``recompute`` keeps; image and
+            logits are where nnU-Net puts them, on the device.
         norm: of the U-Net; None or a list as in MONAI, such as ["instance", {"affine": true}] or "batch".
     """
 

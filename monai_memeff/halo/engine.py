@@ -60,7 +60,7 @@ class PartitionPrepareBatch(PrepareBatch):
 
     Args:
         mesh: where the parts live.
-        prepare_batch: how image and label are taken from the batch.
+        prepare_batch: how image and label are taken from the batch; called with ``device=None``.
     """
 
     def __init__(self, mesh: HaloMesh, prepare_batch: Callable[..., Any] = default_prepare_batch) -> None:
@@ -73,9 +73,21 @@ class PartitionPrepareBatch(PrepareBatch):
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Image and label of this rank's part, on the device."""
-        batch = self.prepare_batch(batchdata, device, non_blocking, **kwargs)
-        return tuple(scatter(t, self.mesh) if isinstance(t, torch.Tensor) and t.dim() > 2 else t for t in batch)
+        """Image and label of this rank's part, on the device, which the whole volume never is."""
+        batch = self.prepare_batch(batchdata, None, non_blocking, **kwargs)
+        parts = [scatter(t, self.mesh) if isinstance(t, torch.Tensor) and t.dim() > 2 else t for t in batch]
+        return _moved(tuple(parts), device, non_blocking)
+
+
+def _moved(values: Any, device: str | torch.device | None, non_blocking: bool) -> Any:
+    """All tensors in nested values on a device."""
+    if isinstance(values, torch.Tensor):
+        return values.to(device=device, non_blocking=non_blocking)
+    if isinstance(values, (list, tuple)):
+        return type(values)(_moved(value, device, non_blocking) for value in values)
+    if isinstance(values, dict):
+        return {key: _moved(value, device, non_blocking) for key, value in values.items()}
+    return values
 
 
 class GatheredNetwork(nn.Module):

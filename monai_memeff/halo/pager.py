@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = 16384  # storages up to this size stay where they are: statistics, scalars
+PINNED = 2**20  # bytes up to which torch may round a pinned buffer up to the next power of two
 
 
 class HostStore:
@@ -27,20 +28,33 @@ class HostStore:
     def __init__(self, device: torch.device) -> None:
         self._pin = device.type == "cuda"
 
-    def write(self, data: torch.Tensor) -> torch.Tensor:
+    def write(self, data: torch.Tensor) -> list[torch.Tensor]:
         """Copy bytes in; returns the ticket."""
-        slot = torch.empty(data.numel(), dtype=torch.uint8, pin_memory=self._pin)
-        return slot.copy_(data, non_blocking=self._pin)
+        parts = data.split(_without_rounding(data.numel()) if self._pin else [data.numel()])
+        slot = [torch.empty(len(part), dtype=torch.uint8, pin_memory=self._pin) for part in parts]
+        for buffer, part in zip(slot, parts, strict=True):
+            buffer.copy_(part, non_blocking=self._pin)
+        return slot
 
-    def read(self, slot: torch.Tensor, data: torch.Tensor) -> None:
+    def read(self, slot: list[torch.Tensor], data: torch.Tensor) -> None:
         """Copy bytes back."""
-        data.copy_(slot, non_blocking=self._pin)
+        for buffer, part in zip(slot, data.split([len(buffer) for buffer in slot]), strict=True):
+            part.copy_(buffer, non_blocking=self._pin)
 
-    def release(self, slot: torch.Tensor) -> None:
+    def release(self, slot: list[torch.Tensor]) -> None:
         """Give a ticket back: nothing to do, the buffer goes with it."""
 
     def close(self) -> None:
         """Nothing is left."""
+
+
+def _without_rounding(nbytes: int) -> list[int]:
+    """Sizes of pinned buffers that hold so many bytes: powers of two, to which torch rounds all of them, and a rest."""
+    sizes = []
+    while nbytes > PINNED:
+        sizes.append(1 << (nbytes.bit_length() - 1))
+        nbytes -= sizes[-1]
+    return [*sizes, nbytes] if nbytes else sizes
 
 
 class FolderStore:

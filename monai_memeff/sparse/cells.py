@@ -53,8 +53,9 @@ def _background_and_uncertainty(logits: Tensor, sigmoid: bool) -> tuple[Tensor, 
         undecided = 1 - (2 * probabilities - 1).abs()
         return 1 - probabilities.amax(1, keepdim=True), undecided.amax(1, keepdim=True)
     probabilities = logits.softmax(1)
-    largest = probabilities.topk(2, dim=1).values
-    return probabilities[:, :1], 1 - (largest[:, :1] - largest[:, 1:])
+    first, which = probabilities.max(1, keepdim=True)  # twice, as topk on CUDA takes a block of threads for each cell
+    second = probabilities.scatter(1, which, -1.0).amax(1, keepdim=True)
+    return probabilities[:, :1], 1 - (first - second)
 
 
 def _dilated(volume: Tensor, reach: int) -> Tensor:

@@ -12,8 +12,18 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from monai_memeff.halo import Hub, SpatialPartitionInferer, no_mesh, norm, scatter, spatial_partition, virtual_mesh
+from monai_memeff.halo import (
+    Hub,
+    PartitionPrepareBatch,
+    SpatialPartitionInferer,
+    no_mesh,
+    norm,
+    scatter,
+    spatial_partition,
+    virtual_mesh,
+)
 from monai_memeff.halo.mesh import HaloMesh
+from monai_memeff.halo.pager import HostStore
 from monai_memeff.memory import checkpoint, measure_peak
 from tests.halo.networks import unet
 from tests.pretend_cuda import pretended_gpu
@@ -144,3 +154,37 @@ def test_a_volume_on_the_host_is_sent_by_nccl_from_the_gpu(monkeypatch: pytest.M
         parts = hub.run(lambda rank: scatter(volume if rank == 0 else None, mesh, src=0))
         assert [part.device.type for part in parts] == ["cuda", "cuda"]
         assert torch.equal(torch.cat([part.cpu() for part in parts], 2), volume)
+
+
+def test_pinned_buffers_are_not_rounded_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, sizes = torch.empty, []
+
+    def pinned(count: int, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        sizes.append(count)
+        return empty(count, dtype=dtype)
+
+    store, data = HostStore(torch.device("cuda")), torch.randint(256, (5 * 2**20 + 77,), dtype=torch.uint8)
+    monkeypatch.setattr(torch, "empty", pinned)
+    slot = store.write(data)
+    found = torch.zeros_like(data)
+    store.read(slot, found)
+    assert sizes == [2**22, 2**20, 77]
+    assert torch.equal(found, data)
+
+
+def test_a_batch_is_cut_before_it_travels() -> None:
+    hub, on_gpu = Hub(2), []
+    mesh = virtual_mesh(hub, (2,))
+    batch = {"image": torch.randn(1, 1, 8, 4, 4), "label": torch.ones(1, 1, 8, 4, 4)}
+    with pretended_gpu():
+        found = hub.run(lambda _: PartitionPrepareBatch(mesh)(batch, torch.device("cuda", 0)))
+        on_gpu = [tensor.device.type for part in found for tensor in part]
+        assert torch.equal(torch.cat([image.cpu() for image, _ in found], 2), batch["image"])
+    assert on_gpu == ["cuda"] * 4
+
+    def prepare(batchdata: dict[str, torch.Tensor], device: object, non_blocking: bool) -> tuple[torch.Tensor, ...]:
+        assert device is None
+        return batchdata["image"], batchdata["label"]
+
+    assert len(PartitionPrepareBatch(no_mesh(), prepare)(batch, "cpu")) == 2
