@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Draw = Callable[[int, int], Tensor]
 """``draw(limit, count)``: ``count`` random integers below ``limit``, int64."""
@@ -57,14 +56,26 @@ def border_band(label: Tensor, width: int = PUBLISHED_BAND) -> Tensor:
     Returns:
         (H, W, D) boolean.
     """
-    values = label[None, None].float()
-    return (_largest(values, width + 2) != -_largest(-values, width + 2))[0, 0]
+    reach = width // 2 + 1
+    return _within(label, reach, torch.maximum) != _within(label, reach, torch.minimum)
 
 
-def _largest(values: Tensor, width: int) -> Tensor:
-    for axis in range(3):
-        size = [width if a == axis else 1 for a in range(3)]
-        values = F.max_pool3d(values, size, stride=1, padding=[s // 2 for s in size])
+def _within(values: Tensor, reach: int, choose: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The largest (or smallest) value up to ``reach`` voxels away along every axis, by windows that double.
+
+    In the dtype of ``values``; max-pooling on a GPU would write a 64-bit index for every voxel too.
+    """
+    for axis, extent in enumerate(values.shape):
+        beyond = min(reach, extent - 1)
+        window, length = 2 * beyond + 1, 1
+        ends = (values.narrow(axis, place, 1).repeat_interleave(beyond, axis) for place in (0, extent - 1))
+        first, last = ends  # a window that reaches beyond the border holds these values anyway
+        values = torch.cat((first, values, last), axis)
+        while length < window:
+            step = min(length, window - length)
+            size = values.shape[axis] - step
+            values = choose(values.narrow(axis, 0, size), values.narrow(axis, step, size))
+            length += step
     return values
 
 

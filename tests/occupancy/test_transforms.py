@@ -47,6 +47,7 @@ def test_uniform_points_hit_every_part_alike() -> None:
 def test_the_band_is_a_dilated_gradient(shape: tuple[int, int, int], width: int) -> None:
     label = ball(shape, 4.3)[0, 0]
     torch.testing.assert_close(border_band(label, width), sobel_band(label, width))
+    assert torch.equal(border_band(label.to(torch.uint8), width), border_band(label, width))
 
 
 def test_the_published_recipe_for_the_liver() -> None:
