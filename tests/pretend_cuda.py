@@ -61,8 +61,8 @@ class PretendedGPU(TorchDispatchMode):
 
     def __init__(self, of_another_thread: PretendedGPU | None = None) -> None:
         super().__init__()
-        same = of_another_thread
-        self.on_gpu, self.undecided = (same.on_gpu, same.undecided) if same else (_Storages(), _Storages())
+        self.on_gpu = of_another_thread.on_gpu if of_another_thread else _Storages()
+        self.undecided = of_another_thread.undecided if of_another_thread else _Storages()
 
     def put(self, value: Any, on_gpu: bool = True) -> Any:
         """Say where a tensor is; other values pass."""
@@ -129,101 +129,105 @@ class _Crossing(torch.autograd.Function):
         return ctx.gpu.put(grad.clone(), not ctx.to_gpu), None, None
 
 
-@contextlib.contextmanager
-def pretended_gpu() -> Iterator[PretendedGPU]:
-    """While it is entered, "cuda" can be used, and :class:`PretendedGPU` watches."""
-    gpu = PretendedGPU()
-    with contextlib.ExitStack() as stack:
-        for owner, name, stand_in in _stand_ins(gpu):
-            stack.enter_context(mock.patch.object(owner, name, stand_in))
-        stack.enter_context(gpu)
-        stack.enter_context(_WhatPythonMakes(gpu))
-        yield gpu
+class _StandIns:
+    """What takes the place of torch's own functions; the originals are looked up when it is made."""
 
+    def __init__(self, gpu: PretendedGPU) -> None:
+        self.gpu = gpu
+        self.here = threading.local()
+        self.load, self.prepare_autocast, self.run_thread = torch.load, torch.autocast.__init__, threading.Thread.run
+        self.enabled, self.autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+        self.device_of = Tensor.device.__get__  # type: ignore[attr-defined]
+        self.to, self.deepcopy = Tensor.to, Tensor.__deepcopy__
 
-def _stand_ins(gpu: PretendedGPU) -> Iterator[tuple[Any, str, Any]]:
-    """What is replaced in torch: (owner, name, replacement)."""
-    load, prepare = torch.load, torch.autocast.__init__
-    enabled, autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
-    device_of, to, deepcopy = Tensor.device.__get__, Tensor.to, Tensor.__deepcopy__  # type: ignore[attr-defined]
+    def table(self) -> list[tuple[Any, str, Any]]:
+        """(owner, name, replacement)."""
+        card = SimpleNamespace(name="pretended", major=8, minor=6)
+        return [
+            (Tensor, "device", property(self.where)),
+            (Tensor, "is_cuda", property(lambda tensor: tensor in self.gpu.on_gpu)),
+            (Tensor, "to", lambda tensor, *args, **kwargs: self.moved(tensor, *args, **kwargs)),
+            (Tensor, "cpu", lambda tensor, **_: self.moved(tensor, CPU)),
+            (Tensor, "cuda", lambda tensor, *_, **__: self.moved(tensor, CUDA)),
+            (Tensor, "new_tensor", lambda tensor, data, **kwargs: self.new_tensor(tensor, data, **kwargs)),
+            (Tensor, "__deepcopy__", lambda tensor, memo: self.copied(tensor, memo)),
+            (Tensor, "numpy", self.as_array(Tensor.numpy)),
+            (Tensor, "__array__", self.as_array(Tensor.__array__)),
+            (torch, "tensor", self.made(torch.tensor)),
+            (torch, "as_tensor", self.made(torch.as_tensor)),
+            (torch, "load", lambda file, map_location=None, **kwargs: self.load(file, map_location=CPU, **kwargs)),
+            (torch, "is_autocast_enabled", lambda *kind: self.enabled(*(["cpu"] if kind else []))),
+            (torch, "get_autocast_dtype", lambda _: self.autocast_dtype("cpu")),
+            (torch.autocast, "__init__", lambda context, *args, **kwargs: self.autocast(context, *args, **kwargs)),
+            (torch.cuda, "_lazy_init", lambda: None),
+            (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "device_count", lambda: 1),
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "get_device_properties", lambda *_: card),
+            (torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None),
+            (threading.Thread, "run", lambda thread: self.watched(thread)),
+        ]
 
-    def where(tensor: Tensor) -> torch.device:
-        return CUDA if tensor in gpu.on_gpu else device_of(tensor)
+    def where(self, tensor: Tensor) -> torch.device:
+        return CUDA if tensor in self.gpu.on_gpu else self.device_of(tensor)
 
-    inside = threading.local()
-
-    def moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if getattr(inside, "to", False):  # torch's hooks look the method up again by its name
-            return to(tensor, *args, **kwargs)
+    def moved(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         wanted = [a.device if isinstance(a, Tensor) else a for a in (*args, *kwargs.values())]
-        device = next((torch.device(w) for w in wanted if isinstance(w, (str, torch.device))), where(tensor))
-        if device.type not in ("cpu", "cuda"):
-            return to(tensor, *args, **kwargs)
-        crosses = device.type != where(tensor).type
+        device = next((torch.device(w) for w in wanted if isinstance(w, (str, torch.device))), self.where(tensor))
+        # torch's hooks look the method up again by its name
+        if getattr(self.here, "moves", False) or device.type not in ("cpu", "cuda"):
+            return self.to(tensor, *args, **kwargs)
+        crosses = device.type != self.where(tensor).type
         rest = [CPU if isinstance(a, (str, torch.device)) else a.dtype if isinstance(a, Tensor) else a for a in args]
         named = {key: CPU if key == "device" else value for key, value in kwargs.items()}
-        inside.to = True
+        self.here.moves = True
         try:
-            result = to(tensor, *rest, **named)
+            result = self.to(tensor, *rest, **named)
         finally:
-            inside.to = False
-        return _Crossing.apply(result, gpu, device.type == "cuda") if crosses else result
+            self.here.moves = False
+        return _Crossing.apply(result, self.gpu, device.type == "cuda") if crosses else result
 
-    def autocast(context: Any, device_type: str, dtype: Any = None, **kwargs: Any) -> None:
-        halves = {"device_type": "cpu", "dtype": torch.bfloat16} if device_type == "cuda" else {}
-        prepare(context, **{"device_type": device_type, "dtype": dtype, **kwargs, **halves})
+    def new_tensor(self, tensor: Tensor, data: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor(data, **{"dtype": tensor.dtype, "device": self.where(tensor), **kwargs})
 
-    run = threading.Thread.run
+    def copied(self, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        result = self.deepcopy(tensor, memo)
+        return self.gpu.put(result) if tensor in self.gpu.on_gpu else result
 
-    def watched(thread: threading.Thread) -> None:
-        with PretendedGPU(gpu):
-            run(thread)
-
-    def copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-        result = deepcopy(tensor, memo)
-        return gpu.put(result) if tensor in gpu.on_gpu else result
-
-    def as_array(original: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    def as_array(self, original: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
         def convert(tensor: Tensor, *args: Any, **kwargs: Any) -> np.ndarray:
-            if tensor in gpu.on_gpu:
+            if tensor in self.gpu.on_gpu:
                 raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu().")
             return original(tensor, *args, **kwargs)
 
         return convert
 
-    def made(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def made(self, factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def make(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
             if device is None:
                 return factory(data, *args, **kwargs)
-            if isinstance(data, Tensor):
-                return moved(factory(data, *args, **kwargs), device)
-            return moved(factory(data, *args, device=CPU, **kwargs), device)
+            home = {} if isinstance(data, Tensor) else {"device": CPU}
+            return self.moved(factory(data, *args, **home, **kwargs), device)
 
         return make
 
-    yield threading.Thread, "run", watched
-    yield Tensor, "device", property(where)
-    yield Tensor, "is_cuda", property(lambda tensor: tensor in gpu.on_gpu)
-    yield Tensor, "to", moved
-    yield Tensor, "cpu", lambda tensor, **_: moved(tensor, CPU)
-    yield Tensor, "cuda", lambda tensor, *_, **__: moved(tensor, CUDA)
-    yield Tensor, "__deepcopy__", copied
-    yield (
-        Tensor,
-        "new_tensor",
-        lambda tensor, data, **kwargs: torch.tensor(data, **{"dtype": tensor.dtype, "device": where(tensor), **kwargs}),
-    )
-    yield Tensor, "numpy", as_array(Tensor.numpy)
-    yield Tensor, "__array__", as_array(Tensor.__array__)
-    yield torch.autocast, "__init__", autocast
-    yield torch, "is_autocast_enabled", lambda *kind: enabled(*(["cpu"] if kind else []))
-    yield torch, "get_autocast_dtype", lambda _: autocast_dtype("cpu")
-    yield torch, "load", lambda file, map_location=None, **kwargs: load(file, map_location=CPU, **kwargs)
-    yield torch, "tensor", made(torch.tensor)
-    yield torch, "as_tensor", made(torch.as_tensor)
-    yield torch.cuda, "_lazy_init", lambda: None
-    yield torch.cuda, "is_available", lambda: True
-    yield torch.cuda, "device_count", lambda: 1
-    yield torch.cuda, "current_device", lambda: 0
-    yield torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(name="pretended", major=8, minor=6)
-    yield torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None
+    def autocast(self, context: Any, device_type: str, dtype: Any = None, **kwargs: Any) -> None:
+        """Mixed precision on the pretended GPU is the CPU's, in bfloat16."""
+        halves = {"device_type": "cpu", "dtype": torch.bfloat16} if device_type == "cuda" else {}
+        self.prepare_autocast(context, **{"device_type": device_type, "dtype": dtype, **kwargs, **halves})
+
+    def watched(self, thread: threading.Thread) -> None:
+        with PretendedGPU(self.gpu):
+            self.run_thread(thread)
+
+
+@contextlib.contextmanager
+def pretended_gpu() -> Iterator[PretendedGPU]:
+    """While it is entered, "cuda" can be used, and :class:`PretendedGPU` watches."""
+    gpu = PretendedGPU()
+    with contextlib.ExitStack() as stack:
+        for owner, name, stand_in in _StandIns(gpu).table():
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
+        stack.enter_context(gpu)
+        stack.enter_context(_WhatPythonMakes(gpu))
+        yield gpu
