@@ -10,6 +10,7 @@ import torch
 from monai.engines import PrepareBatch, default_prepare_batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from monai_memeff.halo.communicator import init_mesh, start_processes
 from monai_memeff.halo.mesh import HaloMesh
@@ -76,18 +77,7 @@ class PartitionPrepareBatch(PrepareBatch):
         """Image and label of this rank's part, on the device, which the whole volume never is."""
         batch = self.prepare_batch(batchdata, None, non_blocking, **kwargs)
         parts = [scatter(t, self.mesh) if isinstance(t, torch.Tensor) and t.dim() > 2 else t for t in batch]
-        return _moved(tuple(parts), device, non_blocking)
-
-
-def _moved(values: Any, device: str | torch.device | None, non_blocking: bool) -> Any:
-    """All tensors in nested values on a device."""
-    if isinstance(values, torch.Tensor):
-        return values.to(device=device, non_blocking=non_blocking)
-    if isinstance(values, (list, tuple)):
-        return type(values)(_moved(value, device, non_blocking) for value in values)
-    if isinstance(values, dict):
-        return {key: _moved(value, device, non_blocking) for key, value in values.items()}
-    return values
+        return tree_map_only(torch.Tensor, lambda t: t.to(device=device, non_blocking=non_blocking), tuple(parts))
 
 
 class GatheredNetwork(nn.Module):

@@ -173,15 +173,16 @@ def test_pinned_buffers_are_not_rounded_up(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(found, data)
 
 
-def test_a_batch_is_cut_before_it_travels() -> None:
-    hub, on_gpu = Hub(2), []
-    mesh = virtual_mesh(hub, (2,))
-    batch = {"image": torch.randn(1, 1, 8, 4, 4), "label": torch.ones(1, 1, 8, 4, 4)}
-    with pretended_gpu():
+def test_a_batch_is_cut_before_it_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, arrived = Hub(2), []
+    mesh, batch = virtual_mesh(hub, (2,)), {"image": torch.randn(1, 1, 8, 4, 4), "label": torch.ones(1, 1, 8, 4, 4)}
+    with pretended_gpu() as gpu:
+        put = gpu.put
+        monkeypatch.setattr(gpu, "put", lambda value, on_gpu=True: arrived.append(value.numel()) or put(value, on_gpu))
         found = hub.run(lambda _: PartitionPrepareBatch(mesh)(batch, torch.device("cuda", 0)))
-        on_gpu = [tensor.device.type for part in found for tensor in part]
+        assert [tensor.device.type for part in found for tensor in part] == ["cuda"] * 4
+        assert arrived == [64] * 4  # halves; the whole has 128 voxels
         assert torch.equal(torch.cat([image.cpu() for image, _ in found], 2), batch["image"])
-    assert on_gpu == ["cuda"] * 4
 
     def prepare(batchdata: dict[str, torch.Tensor], device: object, non_blocking: bool) -> tuple[torch.Tensor, ...]:
         assert device is None
