@@ -33,7 +33,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of defects and weights.")] = 0,
 ) -> None:
     """Complete a skull: train a sparse network on random defects of one head, then fill defects it has not seen."""
-    from monai_memeff.demo.skull import run_demo
+    from monai_memeff.apps.skull.demo.run import run_demo
 
     run_demo(image, size, output, seconds, threshold, defects, seed)
 
@@ -57,7 +57,7 @@ def merge(
     """Merge a bundle's configuration with overlays into one file, for hosts that read only one (MONAI Label)."""
     from monai.bundle import ConfigParser
 
-    from monai_memeff.demo.intake import InputError
+    from monai_memeff.apps.skull.demo.io import InputError
 
     missing = [str(path) for path in configs if not path.is_file()]
     if missing:
@@ -82,8 +82,8 @@ def convert(
 
     import torch
 
-    from monai_memeff.demo.intake import InputError
-    from monai_memeff.sparse.minkowski_weights import convert_file
+    from monai_memeff.apps.skull.demo.io import InputError
+    from monai_memeff.sparse.networks.minkowski_weights import convert_file
 
     try:
         wanted = None if channels is None else tuple(int(number) for number in channels.split(","))
@@ -121,7 +121,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Run the command line; bad input is one line on stderr and exit status 2."""
-    from monai_memeff.demo.intake import InputError
+    from monai_memeff.apps.skull.demo.io import InputError
 
     try:
         app()

@@ -17,7 +17,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_plugins import whole_volume
-from nnunet_plugins.split import ClearSplitError
+from nnunet_plugins.split import SplitErrorMixin
 
 KEY = "clstm_trainer"
 """Key of a configuration in the plans: settings to change beforehand, and afterwards what was used."""
@@ -29,12 +29,12 @@ SETTINGS = ("channels", "hidden_channels", "bidirectional", "checkpoint", "recom
 whole_volume.install()
 
 
-class CLSTMTrainer(ClearSplitError, nnUNetTrainer):
+class CLSTMTrainer(SplitErrorMixin, nnUNetTrainer):
     """``nnUNetv2_train DATASET 3d_fullres 0 -tr CLSTMTrainer``: one whole image per iteration, any dataset.
 
     No patches and no stitching: every training and validation iteration sees one preprocessed image as a whole,
     whatever its shape, and so does prediction. The network is :class:`nnunet_plugins.clstm_network.CLSTMPlansUNet`;
-    its memory hardly grows with the number of slices. Loss, optimiser and schedule are stock; so is the augmentation,
+    its memory hardly grows with the number of slices. Loss, optimizer and schedule are stock; so is the augmentation,
     but for rotations within 10 degrees as published (van de Leemput et al. 2018, section 3) and no mirroring, because
     the network walks in one direction. The edited plans are saved with the results, where predict, export and import
     find them; those in ``nnUNet_preprocessed`` stay as they are.

@@ -8,7 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-# the start-up file must stand alone, so it says these names for itself; a test holds both to the same behaviour
+# the start-up file must stand alone, so it says these names for itself; a test holds both to the same behavior
 VARIABLE = "nnUNet_extTrainer"
 OPT_OUT = "MEMEFF_NO_NNUNET"
 STARTUP = "_monai_memeff_nnunet"

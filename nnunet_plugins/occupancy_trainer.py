@@ -15,7 +15,7 @@ from torch import nn
 
 from monai_memeff.occupancy import Lookahead, OccupancyLoss, occupancy_optimizer
 from monai_memeff.occupancy.engine import draw_batch
-from nnunet_plugins.split import ClearSplitError
+from nnunet_plugins.split import SplitErrorMixin
 
 KEY = "occupancy_trainer"
 """Key of a configuration in the plans: settings to change beforehand, and afterwards what was used."""
@@ -25,7 +25,7 @@ NETWORK_SETTINGS = ("channels", "width", "blocks", "points_per_pass", "inference
 SETTINGS = (*NETWORK_SETTINGS, "patch_size", "points", "sampling", "coarse_weight", "learning_rate")
 
 
-class OccupancyTrainer(ClearSplitError, nnUNetTrainer):
+class OccupancyTrainer(SplitErrorMixin, nnUNetTrainer):
     """``nnUNetv2_train DATASET 3d_fullres 0 -tr OccupancyTrainer``: any dataset with exclusive labels, 3D.
 
     The network is the default :class:`~monai_memeff.occupancy.OccupancyNet`. A training step answers random points of
@@ -37,7 +37,7 @@ class OccupancyTrainer(ClearSplitError, nnUNetTrainer):
     write it into the plans, under ``"occupancy_trainer"`` in the configuration, for example
     ``"occupancy_trainer": {"points": 32768, "patch_size": [160, 160, 160]}``; the plans go first.
 
-    - Optimiser: Lookahead around RAdam, as in the paper; learning rate by nnU-Net's polynomial schedule.
+    - Optimizer: Lookahead around RAdam, as in the paper; learning rate by nnU-Net's polynomial schedule.
     - Deep supervision and compile: off. There is one output, and the number of points asked changes with every patch.
     - Mirroring, augmentation, patches, oversampling and the ignore label: as in stock.
     - Region-based labels and 2D configurations are refused.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monai_memeff.sparse.coarse_to_sparse import CoarseToSparseUNet
+from monai_memeff.sparse.networks.coarse_to_sparse import CoarseToSparseUNet
 
 ACTIVATION = ("leakyrelu", {"negative_slope": 0.01, "inplace": True})  # nnU-Net's
 NORM = ("instance", {"affine": True, "eps": 1e-5})
@@ -29,11 +29,11 @@ class CoarseToSparsePlansUNet(CoarseToSparseUNet):
         strides: of every stage as in the plan, the first one 1.
         features_per_stage: of the dense network, from the cells down, one per stage.
         num_res_units: convolutions per level and direction, in residual units; 0 is one plain convolution.
-        refine_channels: see :class:`~monai_memeff.sparse.coarse_to_sparse.CoarseToSparseUNet`, also for what follows.
+        refine_channels: see :class:`~monai_memeff.sparse.CoarseToSparseUNet`, also for what follows.
         context_channels: features handed from the dense to the sparse network.
         max_active: largest fraction of the patch's voxels to compute at full resolution.
         certainty: background probability from which a cell is left out.
-        dilation: neighbours computed too, in cells.
+        dilation: neighbors computed too, in cells.
         sigmoid: regions (overlapping labels) instead of exclusive labels.
         use_checkpoint: recompute instead of keep.
         deep_supervision: set by nnU-Net.

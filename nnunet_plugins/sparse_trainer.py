@@ -10,12 +10,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunet_plugins.sparse_plans import KEY, NETWORK_SETTINGS, edit_plans
-from nnunet_plugins.split import ClearSplitError
+from nnunet_plugins.split import SplitErrorMixin
 
 SETTINGS = ("memory_share", "patch_size", *NETWORK_SETTINGS)
 
 
-class SparseTrainer(ClearSplitError, nnUNetTrainer):
+class SparseTrainer(SplitErrorMixin, nnUNetTrainer):
     """``nnUNetv2_train DATASET 3d_fullres 0 -tr SparseTrainer``: any dataset, 3d_fullres and 3d_lowres.
 
     The plan's U-Net is replaced by :class:`nnunet_plugins.plans_network.CoarseToSparsePlansUNet`: its first stage, at
@@ -42,7 +42,7 @@ class SparseTrainer(ClearSplitError, nnUNetTrainer):
         patch_size: the patch in voxels, instead of the rule; None follows the rule.
         max_active: largest fraction of the patch's voxels to compute at full resolution.
         certainty: background probability from which a cell is left out.
-        dilation: neighbours computed too, in cells.
+        dilation: neighbors computed too, in cells.
         num_res_units: convolutions per level and direction, in residual units.
         refine_channels: features per level of the sparse network.
         context_channels: features handed from the dense to the sparse network.

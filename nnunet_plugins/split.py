@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class ClearSplitError:
+class SplitErrorMixin:
     """Goes before ``nnUNetTrainer`` in a trainer's bases."""
 
     def do_split(self) -> tuple[list[str], list[str]]:

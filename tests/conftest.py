@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pretend_cuda import pretended_gpu
+from tests.fake_cuda import fake_cuda_device
 
 # Triton's interpreter stands in for a GPU. It is chosen when Triton is loaded, which many a test causes.
 if not torch.cuda.is_available() and "triton" not in sys.modules:
@@ -52,7 +52,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def gpu() -> Iterator[torch.device]:
     """A GPU: the machine's, else a pretended one."""
-    with contextlib.nullcontext() if torch.cuda.is_available() else pretended_gpu():
+    with contextlib.nullcontext() if torch.cuda.is_available() else fake_cuda_device():
         yield torch.device("cuda")
 
 

@@ -23,9 +23,9 @@ from monai_memeff.sparse import (
     backends,
     keep_kernel_maps,
 )
+from tests.fake_cuda import fake_cuda_device
 from tests.halo.networks import unet
 from tests.oracles import assert_tensors_agree, asymmetric, fill_asymmetric
-from tests.pretend_cuda import pretended_gpu
 
 CPU = torch.device("cpu")
 SHAPE = (2, 1, 16, 8, 24)
@@ -131,7 +131,7 @@ def test_inference(inferer: Inferer, network: Callable[[], nn.Module], on_host: 
 
 
 def test_what_the_pretended_gpu_refuses() -> None:
-    with pretended_gpu():
+    with fake_cuda_device():
         there, here = torch.ones(3, device="cuda"), torch.ones(3)
         assert there.device == torch.device("cuda:0")
         assert (there + 1).is_cuda

@@ -16,16 +16,16 @@ from monai.utils import convert_to_numpy, optional_import
 GREEN, RED, PURPLE = (0.1, 0.8, 0.2), (0.9, 0.1, 0.1), (0.6, 0.1, 0.9)
 
 
-def agreement_colours(image: np.ndarray, prediction: np.ndarray, reference: np.ndarray, opacity: float) -> np.ndarray:
-    """Grey image (H, W) in 0 ... 1 with the colours laid over it: (H, W, 3)."""
-    colours = np.repeat(image[..., None], 3, axis=-1)
-    for where, colour in (
+def agreement_colors(image: np.ndarray, prediction: np.ndarray, reference: np.ndarray, opacity: float) -> np.ndarray:
+    """Grey image (H, W) in 0 ... 1 with the colors laid over it: (H, W, 3)."""
+    colors = np.repeat(image[..., None], 3, axis=-1)
+    for where, color in (
         (prediction & reference, GREEN),
         (~prediction & reference, RED),
         (prediction & ~reference, PURPLE),
     ):
-        colours[where] = (1 - opacity) * colours[where] + opacity * np.asarray(colour)
-    return colours
+        colors[where] = (1 - opacity) * colors[where] + opacity * np.asarray(color)
+    return colors
 
 
 def save_agreement(
@@ -44,9 +44,9 @@ def save_agreement(
         image: (H, W, D), in the orientation RAS.
         prediction: likewise; above 0 is inside.
         reference: likewise; where it is empty, the sections go through the middle of the volume.
-        spacing: in millimetres, for the proportions.
+        spacing: in millimeters, for the proportions.
         window: intensities that are black and white; None: the 1st and 99th percentile.
-        opacity: of the colours.
+        opacity: of the colors.
 
     Raises:
         ValueError: the three have different shapes, or are not 3D.
@@ -58,7 +58,7 @@ def save_agreement(
             f"{volume.shape}, {inside.shape} and {truth.shape}."
         )
     low, high = np.percentile(volume, [1, 99]) if window is None else window
-    grey = np.clip((volume - low) / max(high - low, 1e-6), 0, 1)
+    gray = np.clip((volume - low) / max(high - low, 1e-6), 0, 1)
     found = np.argwhere(truth > 0)
     middle = found.mean(0).round().astype(int) if len(found) else np.array(volume.shape) // 2
     agg, _ = optional_import("matplotlib.backends.backend_agg")
@@ -69,10 +69,10 @@ def save_agreement(
         section = [slice(None)] * 3
         section[axis] = middle[axis]
         place: Any = tuple(section)
-        colours = agreement_colours(grey[place], inside[place] > 0, truth[place] > 0, opacity)
+        colors = agreement_colors(gray[place], inside[place] > 0, truth[place] > 0, opacity)
         across, up = (s for number, s in enumerate(spacing) if number != axis)
         axes = figure.add_subplot(1, 3, axis + 1)
-        axes.imshow(colours.transpose(1, 0, 2), origin="lower", aspect=up / across)
+        axes.imshow(colors.transpose(1, 0, 2), origin="lower", aspect=up / across)
         axes.set_title(name, color="white")
         axes.axis("off")
     figure.text(0.5, 0.02, "green: agreement   red: missed   purple: too much", color="white", ha="center")

@@ -24,11 +24,11 @@ class SliceSequence(Transform):
     before warms up on them, and :meth:`inverse` drops what it said there.
 
     Args:
-        slab: slices that each slab is there for, the last one the rest; or, with ``mm``, millimetres.
+        slab: slices that each slab is there for, the last one the rest; or, with ``mm``, millimeters.
         axis: spatial axis, 0 to 2 for H, W, D, or negative.
-        overlap: slices (or millimetres) before these.
-        mm: ``slab`` and ``overlap`` are millimetres, turned into slices by the volume's own slice spacing.
-        spacing: slice spacing in millimetres that the network was trained with; a volume with another one (by more than
+        overlap: slices (or millimeters) before these.
+        mm: ``slab`` and ``overlap`` are millimeters, turned into slices by the volume's own slice spacing.
+        spacing: slice spacing in millimeters that the network was trained with; a volume with another one (by more than
             1 %) is refused.
 
     Raises:
@@ -119,7 +119,7 @@ class SliceSequenced(MapTransform, InvertibleTransform):
         slab: see :class:`SliceSequence`, also for what follows.
         axis: spatial axis.
         overlap: slices before each slab.
-        mm: whether both are millimetres.
+        mm: whether both are millimeters.
         spacing: slice spacing that is expected.
         allow_missing_keys: pass over volumes that are not there.
 

@@ -1,4 +1,4 @@
-"""The 2D U-Net that sees one slice at a time, and batch normalisation that takes its statistics slice by slice."""
+"""The 2D U-Net that sees one slice at a time, and batch normalization that takes its statistics slice by slice."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 
 class SliceBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation whose training statistics belong to one slice position, however many slices come at once.
+    """Batch normalization whose training statistics belong to one slice position, however many slices come at once.
 
-    The published network was trained one slice at a time, so each slice was normalised by itself. Here a batch of
-    ``slices`` slices gives what as many calls with one slice each would: normalisation over (B, H, W) of each slice
+    The published network was trained one slice at a time, so each slice was normalized by itself. Here a batch of
+    ``slices`` slices gives what as many calls with one slice each would: normalization over (B, H, W) of each slice
     position, and running statistics moved once per slice, in order. So a result does not depend on how many slices are
     computed, or recomputed, together. In evaluation mode it is ``BatchNorm2d``, and its ``state_dict`` always is.
     """
 
     def forward(self, x: Tensor, slices: int = 1) -> Tensor:
-        """Normalise.
+        """Normalize.
 
         Args:
             x: (B * slices, C, H, W), the slices of one volume next to each other.
@@ -105,7 +105,7 @@ class SliceUNet(nn.Module):
         height, width = x.shape[-2:]
         down, right = -height % self.stride, -width % self.stride
         if (height + down, width + right) == (self.stride, self.stride):
-            right += self.stride  # one value per channel at the bottom has no variance to normalise by
+            right += self.stride  # one value per channel at the bottom has no variance to normalize by
         if down or right:
             x = F.pad(x, (0, right, 0, down), mode="replicate")
         skips = [self.encoder[0](x, slices)]

@@ -1,8 +1,8 @@
-"""One convention for positions: voxel index <-> unit cube at cell centres <-> millimetres through a 4x4 affine.
+"""One convention for positions: voxel index <-> unit cube at cell centers <-> millimeters through a 4x4 affine.
 
-Index: voxel ``i`` of an axis with ``n`` voxels has its centre at ``i`` and covers ``[i - 1/2, i + 1/2)``; the axes are
+Index: voxel ``i`` of an axis with ``n`` voxels has its center at ``i`` and covers ``[i - 1/2, i + 1/2)``; the axes are
 (i, j, k), as in the image array (H, W, D). Unit cube: the whole volume, outer faces included, is ``[-1, 1]`` along
-every axis, so that centre is ``(2 i + 1) / n - 1``; this is torch's ``align_corners=False``. Millimetres: ``affine @
+every axis, so that center is ``(2 i + 1) / n - 1``; this is torch's ``align_corners=False``. Millimeters: ``affine @
 (i, j, k, 1)`` with the image's own 4x4 affine (MONAI: RAS). Points are tensors (..., 3), components in the last axis.
 """
 
@@ -50,10 +50,10 @@ def nearest_index(unit: Tensor, spatial_shape: Sequence[int]) -> Tensor:
     return torch.minimum(cell.clamp(min=0), extent - 1).to(torch.int64)
 
 
-def unit_centres(
+def unit_centers(
     spatial_shape: Sequence[int], dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
 ) -> Tensor:
-    """All voxel centres of a volume in the unit cube.
+    """All voxel centers of a volume in the unit cube.
 
     Args:
         spatial_shape: extents in voxels, for example (H, W, D).
@@ -87,25 +87,25 @@ def sample_at(image: Tensor, unit: Tensor, mode: str = "bilinear", padding_mode:
 
 
 def index_to_mm(index: Tensor, affine: Tensor) -> Tensor:
-    """Map (..., 3) voxel indices to millimetres with a (4, 4) affine; computed in float64."""
+    """Map (..., 3) voxel indices to millimeters with a (4, 4) affine; computed in float64."""
     matrix = check_affine(affine).to(index.device)
     return index.to(torch.float64) @ matrix[:3, :3].T + matrix[:3, 3]
 
 
 def mm_to_index(points: Tensor, affine: Tensor) -> Tensor:
-    """Map (..., 3) millimetres to fractional voxel indices with a (4, 4) affine; computed in float64."""
+    """Map (..., 3) millimeters to fractional voxel indices with a (4, 4) affine; computed in float64."""
     matrix = check_affine(affine).to(points.device)
     offset = points.to(torch.float64) - matrix[:3, 3]
     return offset @ torch.linalg.inv(matrix[:3, :3]).T
 
 
 def unit_to_mm(unit: Tensor, spatial_shape: Sequence[int], affine: Tensor) -> Tensor:
-    """Map (..., 3) positions in the unit cube to millimetres; see :func:`unit_to_index` and :func:`index_to_mm`."""
+    """Map (..., 3) positions in the unit cube to millimeters; see :func:`unit_to_index` and :func:`index_to_mm`."""
     return index_to_mm(unit_to_index(unit.to(torch.float64), spatial_shape), affine)
 
 
 def mm_to_unit(points: Tensor, spatial_shape: Sequence[int], affine: Tensor) -> Tensor:
-    """Map (..., 3) millimetres to the unit cube; see :func:`mm_to_index` and :func:`index_to_unit`."""
+    """Map (..., 3) millimeters to the unit cube; see :func:`mm_to_index` and :func:`index_to_unit`."""
     return index_to_unit(mm_to_index(points, affine), spatial_shape)
 
 
@@ -113,7 +113,7 @@ def check_affine(affine: Tensor | np.ndarray) -> Tensor:
     """Refuse what is no affine of a volume.
 
     Args:
-        affine: (4, 4), voxel index to millimetres.
+        affine: (4, 4), voxel index to millimeters.
 
     Returns:
         The affine as a float64 tensor on its own device.
@@ -136,13 +136,13 @@ def check_affine(affine: Tensor | np.ndarray) -> Tensor:
 
 
 def spacing(affine: Tensor | np.ndarray) -> tuple[float, float, float]:
-    """Voxel size in millimetres along (i, j, k): the lengths of the columns of a (4, 4) affine."""
+    """Voxel size in millimeters along (i, j, k): the lengths of the columns of a (4, 4) affine."""
     lengths = check_affine(affine)[:3, :3].norm(dim=0).tolist()
     return lengths[0], lengths[1], lengths[2]
 
 
 def voxel_volume(affine: Tensor | np.ndarray) -> float:
-    """Volume of one voxel in cubic millimetres; right for sheared axes too."""
+    """Volume of one voxel in cubic millimeters; right for sheared axes too."""
     return float(torch.linalg.det(check_affine(affine)[:3, :3]).abs())
 
 
@@ -156,7 +156,7 @@ def is_oblique(affine: Tensor | np.ndarray, tolerance: float = 1e-3) -> bool:
     """Whether some voxel axis is parallel to no world axis, by tilt or shear; flips and swaps of axes are not oblique.
 
     Args:
-        affine: (4, 4), voxel index to millimetres.
+        affine: (4, 4), voxel index to millimeters.
         tolerance: largest component across, as a fraction of the axis' length; 1e-3 is 0.06 degrees.
     """
     matrix = check_affine(affine)[:3, :3]
@@ -166,7 +166,7 @@ def is_oblique(affine: Tensor | np.ndarray, tolerance: float = 1e-3) -> bool:
 
 
 def crop_affine(affine: Tensor | np.ndarray, start: Sequence[int]) -> Tensor:
-    """Affine of the part of a volume that begins at voxel ``start`` (i, j, k): every voxel keeps its millimetres."""
+    """Affine of the part of a volume that begins at voxel ``start`` (i, j, k): every voxel keeps its millimeters."""
     matrix = check_affine(affine).clone()
     offset = torch.tensor(tuple(start), dtype=torch.float64, device=matrix.device)
     matrix[:3, 3] += matrix[:3, :3] @ offset
@@ -176,7 +176,7 @@ def crop_affine(affine: Tensor | np.ndarray, start: Sequence[int]) -> Tensor:
 def resize_affine(affine: Tensor | np.ndarray, spatial_shape: Sequence[int], new_shape: Sequence[int]) -> Tensor:
     """Affine of a volume resampled to ``new_shape`` voxels over the same space.
 
-    The outer faces stay where they are (cell centres move), as ``interpolate(..., align_corners=False)`` resamples.
+    The outer faces stay where they are (cell centers move), as ``interpolate(..., align_corners=False)`` resamples.
 
     Args:
         affine: (4, 4) of the volume with ``spatial_shape``.

@@ -28,8 +28,8 @@ def checkpoint(
     form, so inputs may be any Python objects, nested checkpoints and ``torch.autograd.grad`` work, and autocast is
     restored for the second pass.
 
-    A second forward pass would also update the running statistics of batch normalisation twice. It does not here: in
-    the recomputation every normalisation layer called as a module works on copies of its running buffers. Inside
+    A second forward pass would also update the running statistics of batch normalization twice. It does not here: in
+    the recomputation every normalization layer called as a module works on copies of its running buffers. Inside
     ``torch.compile`` the compiler does the same by itself, in torch releases that trace checkpoints with buffer updates
     (2.13 does; 2.6 runs them uncompiled and updates twice).
 
@@ -38,7 +38,7 @@ def checkpoint(
     Args:
         function: what to run; a module, or any callable that does the same work when it is called again.
         *args: its arguments; only tensors among them receive gradients.
-        batch_norm_once: keep running statistics as one forward pass leaves them. ``False`` is torch's own behaviour.
+        batch_norm_once: keep running statistics as one forward pass leaves them. ``False`` is torch's own behavior.
         preserve_rng: restore the random state for the second pass, so that dropout draws the same mask. ``False`` saves
             a little time where nothing is random.
 
@@ -108,7 +108,7 @@ def _plain_then_recompute() -> tuple[AbstractContextManager[None], AbstractConte
 
 
 class _RunningStatisticsUntouched(AbstractContextManager[None]):
-    """While it is entered, normalisation layers of this thread update copies of their running buffers.
+    """While it is entered, normalization layers of this thread update copies of their running buffers.
 
     The copies are swapped in rather than left out, because the second pass must save as many tensors as the first.
     torch enters one instance again for every backward pass through the same graph, and nests it for nested

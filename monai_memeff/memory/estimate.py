@@ -17,7 +17,7 @@ class PeakEstimate:
     """Peak bytes as a line over the number of voxels: ``fixed_bytes + bytes_per_voxel * voxels``.
 
     Args:
-        fixed_bytes: what does not grow with the volume, such as gradients and the optimiser's state.
+        fixed_bytes: what does not grow with the volume, such as gradients and the optimizer's state.
         bytes_per_voxel: what every voxel of the input volume costs.
         worst_error: largest deviation of a measured peak from the line, as a fraction of that peak; 0 if only two sizes
             were measured, since two points always lie on a line.
@@ -71,7 +71,7 @@ def estimate_peak(
 
     Convolutional networks follow the line closely when every size is a multiple of the total stride; attention over
     all voxels does not. A third size shows how well the line holds (``worst_error``). The step runs once on the first
-    size unmeasured, so that gradients and the optimiser's state exist; they are counted all the same, in
+    size unmeasured, so that gradients and the optimizer's state exist; they are counted all the same, in
     ``fixed_bytes``. The network's parameters are not, since they are alive before.
 
     Args:
@@ -102,9 +102,9 @@ def estimate_peak(
 
 def _line(voxels: Sequence[int], peaks: Sequence[int]) -> PeakEstimate:
     """Least squares."""
-    centre, level = sum(voxels) / len(voxels), sum(peaks) / len(peaks)
-    spread = sum((v - centre) ** 2 for v in voxels)
-    slope = sum((v - centre) * (p - level) for v, p in zip(voxels, peaks, strict=True)) / spread
-    fixed = level - slope * centre
+    center, level = sum(voxels) / len(voxels), sum(peaks) / len(peaks)
+    spread = sum((v - center) ** 2 for v in voxels)
+    slope = sum((v - center) * (p - level) for v, p in zip(voxels, peaks, strict=True)) / spread
+    fixed = level - slope * center
     errors = [abs(fixed + slope * v - p) / p for v, p in zip(voxels, peaks, strict=True) if p > 0]
     return PeakEstimate(fixed, slope, max(errors, default=0.0) if len(voxels) > 2 else 0.0)

@@ -8,7 +8,7 @@ from types import TracebackType
 
 import torch
 
-from monai_memeff.memory.ledger import Ledger, Watcher, tensors_alive, watch_resize
+from monai_memeff.memory.tracker import Ledger, Watcher, tensors_alive, watch_resize
 
 
 class PeakMeter(ABC):

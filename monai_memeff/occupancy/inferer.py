@@ -15,12 +15,12 @@ from monai.inferers import Inferer
 from monai.utils import optional_import
 from torch import Tensor, nn
 
-from monai_memeff.occupancy.answers import PointAnswers, labels_of
+from monai_memeff.occupancy.evaluator import PointEvaluator, labels_of
 from monai_memeff.occupancy.octree import NodeGrid, default_stride, node_counts, refine
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
-NOT_ASKED_LOGIT = 10.0
+UNQUERIED_LOGIT = 10.0
 """Size of the logit of voxels that were not asked: a probability of less than 5e-5 to be something else."""
 
 
@@ -29,7 +29,7 @@ class OctreeReport:
     """What one call asked; counts are sums over the batch.
 
     Attributes:
-        points_asked: points that the network answered, none of them twice.
+        num_queries: points that the network answered, none of them twice.
         voxels: voxels of the batch.
         levels: strides in voxels per axis, coarsest first.
         points_per_level: points asked at each of them, the coarsest grid included.
@@ -39,7 +39,7 @@ class OctreeReport:
         seconds: wall time, without the comparison.
     """
 
-    points_asked: int
+    num_queries: int
     voxels: int
     levels: tuple[tuple[int, ...], ...]
     points_per_level: tuple[int, ...]
@@ -51,7 +51,7 @@ class OctreeReport:
     @property
     def share(self) -> float:
         """Points asked per voxel."""
-        return self.points_asked / self.voxels
+        return self.num_queries / self.voxels
 
 
 class OctreeInferer(Inferer):
@@ -150,7 +150,7 @@ class OctreeInferer(Inferer):
         results, reports = [], []
         for item in volume.split(1):
             began = time.perf_counter()
-            search = _Search(self, PointAnswers(network, item), item)
+            search = _Search(self, PointEvaluator(network, item), item)
             results.append(search.run())
             seconds = time.perf_counter() - began
             reports.append(search.report(seconds, search.disagreement() if self.compare_dense else None))
@@ -161,7 +161,7 @@ class OctreeInferer(Inferer):
 class _Search:
     """One volume of a batch: its octree, and what was asked."""
 
-    def __init__(self, settings: OctreeInferer, network: PointAnswers, volume: Tensor) -> None:
+    def __init__(self, settings: OctreeInferer, network: PointEvaluator, volume: Tensor) -> None:
         self.network, self.budget = network, settings.points_per_pass
         self.shape, self.device = tuple(volume.shape[2:]), volume.device
         self.stride = settings.stride or default_stride(self.shape)
@@ -198,7 +198,7 @@ class _Search:
     def report(self, seconds: float, disagreement: int | None) -> OctreeReport:
         """What this volume took."""
         return OctreeReport(
-            points_asked=self.asked,
+            num_queries=self.asked,
             voxels=math.prod(self.shape),
             levels=tuple(self.levels),
             points_per_level=tuple(self.points),
@@ -232,11 +232,11 @@ class _Search:
     def _logits(self, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
         channels, labels = self.network.channels, self.grid.labels
         if channels == 1:
-            whole = labels[None].float().mul_(2 * NOT_ASKED_LOGIT).sub_(NOT_ASKED_LOGIT)
+            whole = labels[None].float().mul_(2 * UNQUERIED_LOGIT).sub_(UNQUERIED_LOGIT)
         else:
             whole = torch.zeros(channels, *self.shape, device=self.device)
             for channel in range(channels):
-                whole[channel].masked_fill_(labels == channel, NOT_ASKED_LOGIT)
+                whole[channel].masked_fill_(labels == channel, UNQUERIED_LOGIT)
         for keys, logits in kept:
             whole.view(channels, -1)[:, keys] = logits.T.float()
         return whole
@@ -266,7 +266,7 @@ def _summed(reports: Sequence[OctreeReport]) -> OctreeReport:
     wrong = [report.disagreement for report in reports if report.disagreement is not None]
     return replace(
         reports[0],
-        points_asked=sum(report.points_asked for report in reports),
+        num_queries=sum(report.num_queries for report in reports),
         voxels=sum(report.voxels for report in reports),
         points_per_level=tuple(map(sum, zip(*(report.points_per_level for report in reports), strict=True))),
         rounds=tuple(map(max, zip(*(report.rounds for report in reports), strict=True))),

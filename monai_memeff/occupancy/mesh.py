@@ -1,4 +1,4 @@
-"""From labels or logits to a closed surface in millimetres, written as STL or PLY."""
+"""From labels or logits to a closed surface in millimeters, written as STL or PLY."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SurfaceMesh(NamedTuple):
     """A closed surface.
 
     Attributes:
-        vertices: float64 (V, 3), millimetres in the affine's space (MONAI: RAS+).
+        vertices: float64 (V, 3), millimeters in the affine's space (MONAI: RAS+).
         faces: int64 (F, 3), indices of vertices, anticlockwise seen from outside.
     """
 
@@ -27,7 +27,7 @@ class SurfaceMesh(NamedTuple):
 
     @property
     def volume(self) -> float:
-        """Enclosed cubic millimetres; positive, as faces look outwards."""
+        """Enclosed cubic millimeters; positive, as faces look outwards."""
         a, b, c = (self.vertices[self.faces[:, corner]] for corner in range(3))
         return float(np.einsum("ij,ij->", a, np.cross(b, c)) / 6)
 
@@ -37,11 +37,11 @@ def labels_to_mesh(
 ) -> SurfaceMesh:
     """The surface of one label (marching cubes, Lorensen and Cline 1987, in the variant of Lewiner et al. 2003).
 
-    It runs half-way between voxel centres, and half a voxel outside the border where the label touches it.
+    It runs half-way between voxel centers, and half a voxel outside the border where the label touches it.
 
     Args:
         labels: integers (H, W, D), or with leading axes of size 1, such as the (1, 1, H, W, D) of OctreeInferer.
-        affine: (4, 4), voxel index -> millimetres; default that of a MetaTensor.
+        affine: (4, 4), voxel index -> millimeters; default that of a MetaTensor.
         label: which one.
 
     Raises:
@@ -63,7 +63,7 @@ def logits_to_mesh(logits: Tensor, affine: Tensor | np.ndarray | None = None, la
 
     Args:
         logits: (K, H, W, D) or (1, K, H, W, D), as OctreeInferer gives them; one channel is positive inside label 1.
-        affine: (4, 4), voxel index -> millimetres; default that of a MetaTensor.
+        affine: (4, 4), voxel index -> millimeters; default that of a MetaTensor.
         label: which class.
 
     Raises:
@@ -86,11 +86,11 @@ def logits_to_mesh(logits: Tensor, affine: Tensor | np.ndarray | None = None, la
 
 
 def write_mesh(path: str | Path, mesh: SurfaceMesh, space: str = "LPS") -> None:
-    """Write a binary STL or PLY in millimetres, by the file's suffix.
+    """Write a binary STL or PLY in millimeters, by the file's suffix.
 
     Args:
         path: ends in .stl or .ply; its folder exists.
-        mesh: in RAS+ millimetres.
+        mesh: in RAS+ millimeters.
         space: "LPS", as DICOM and 3D Slicer take files (the header says so), or "RAS", as it is.
 
     Raises:
@@ -156,7 +156,7 @@ def _box(inside: np.ndarray) -> tuple[slice, ...]:
 def _affine(volume: Tensor | np.ndarray, affine: Tensor | np.ndarray | None) -> np.ndarray:
     if affine is None:
         if not isinstance(volume, MetaTensor):
-            raise ValueError("a plain tensor has no affine: give affine= (4, 4), voxel index -> millimetres.")
+            raise ValueError("a plain tensor has no affine: give affine= (4, 4), voxel index -> millimeters.")
         affine = volume.affine[0] if volume.affine.dim() == 3 else volume.affine
     return check_affine(affine).cpu().numpy()
 

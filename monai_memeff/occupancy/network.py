@@ -11,10 +11,17 @@ from torch.nn import functional as F
 
 from monai_memeff.geometry import index_to_unit, sample_at
 from monai_memeff.occupancy.checks import checked_points, checked_shape, checked_volume, like_input, plain_tensor
-from monai_memeff.occupancy.decoder import PointDecoder
-from monai_memeff.occupancy.encoder import CoarseHead, LastHead, PlainCode, PooledCode, ResidualEncoder, SkipCode
-from monai_memeff.occupancy.norm import Statistics
-from monai_memeff.occupancy.patches import PatchEncoder, PatchLinear, gather_patches, halved, voxels_of
+from monai_memeff.occupancy.nn.decoder import PointDecoder
+from monai_memeff.occupancy.nn.encoder import (
+    AuxiliaryHead,
+    CoarseHead,
+    PlainLatentHead,
+    PooledLatentHead,
+    ResidualEncoder,
+    SkipLatentHead,
+)
+from monai_memeff.occupancy.nn.norm import Statistics
+from monai_memeff.occupancy.nn.patches import PatchEncoder, PatchLinear, gather_patches, halved, voxels_of
 
 
 class Variant(NamedTuple):
@@ -126,7 +133,7 @@ class OccupancyNet(nn.Module):
         act = act or (("leakyrelu", {"negative_slope": 0.01}) if ours else "PADE")
         norm = norm or ("batch" if not ours else ("group", {"num_groups": _groups(channels)}))
         self.encoder = encoder or ResidualEncoder(in_channels, channels, act, norm)
-        self.code = (PooledCode if ours else SkipCode if parts.skip else PlainCode)(channels, blocks)
+        self.code = (PooledLatentHead if ours else SkipLatentHead if parts.skip else PlainLatentHead)(channels, blocks)
         self.coarse_head = _coarse_head(parts, channels, out_channels)
         condition = channels[-1] if ours else _product(self.volume_shape) // (downscale * 2 ** len(channels)) ** 3
         self.patch_encoder = _patch_encoder(parts, in_channels, act)
@@ -227,7 +234,7 @@ class OccupancyNet(nn.Module):
 def grid_points(
     spatial_shape: Sequence[int], points_per_pass: int, device: torch.device | None = None
 ) -> Iterator[Tensor]:
-    """All voxel centres of a volume as (N, 3) float32 voxel indices, last axis fastest, in portions."""
+    """All voxel centers of a volume as (N, 3) float32 voxel indices, last axis fastest, in portions."""
     total = _product(spatial_shape)
     for start in range(0, total, points_per_pass):
         numbers = torch.arange(start, min(start + points_per_pass, total), device=device)
@@ -237,7 +244,7 @@ def grid_points(
 def _coarse_head(parts: Variant, channels: Sequence[int], out_channels: int) -> nn.Module | None:
     if parts.interpolated:
         return CoarseHead(channels, out_channels, min(1, len(channels) - 1))
-    return LastHead(channels[-1], out_channels) if parts.skip else None
+    return AuxiliaryHead(channels[-1], out_channels) if parts.skip else None
 
 
 def _patch_encoder(parts: Variant, in_channels: int, act: tuple | str) -> PatchEncoder | PatchLinear | None:

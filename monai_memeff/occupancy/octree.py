@@ -31,7 +31,7 @@ def node_counts(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
 class NodeGrid:
     """One level of the octree: a label, asked or assumed, at every ``stride``-th voxel and the last one of each axis.
 
-    Neighbouring nodes are the corners of cells, and every voxel of the volume lies in one; the last cell of an axis is
+    Neighboring nodes are the corners of cells, and every voxel of the volume lies in one; the last cell of an axis is
     shorter where the stride does not divide the extent. Nodes are named by their flat index in the grid, cells by their
     first corner.
 

@@ -1,4 +1,4 @@
-"""Lookahead, and the published optimiser and schedule made with it."""
+"""Lookahead, and the published optimizer and schedule made with it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
-from monai_memeff.occupancy.activation import PadeActivation
+from monai_memeff.occupancy.nn.activation import PadeActivation
 
 
 class Lookahead(Optimizer):
-    """Slow weights that follow an optimiser's: every ``k`` steps they move a share ``alpha`` of the way to its weights.
+    """Slow weights that follow an optimizer's: every ``k`` steps they move a share ``alpha`` of the way to its weights.
 
     Zhang, Lucas, Hinton and Ba, NeurIPS 2019 (arXiv 1907.08610), algorithm 1. Parameter groups are those of the inner
-    optimiser, so schedulers and gradient scalers work as usual. The slow weights start when the first step is taken.
+    optimizer, so schedulers and gradient scalers work as usual. The slow weights start when the first step is taken.
 
     Args:
         optimizer: the inner one.
@@ -42,7 +42,7 @@ class Lookahead(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of the inner optimiser, and every k-th time one of the slow weights."""
+        """One step of the inner optimizer, and every k-th time one of the slow weights."""
         parameters = self._parameters()
         self.slow += [p.detach().clone() for p in parameters[len(self.slow) :]]
         loss = self.optimizer.step(closure)
@@ -54,14 +54,14 @@ class Lookahead(Optimizer):
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the inner optimiser too; its slow weights start with the next step."""
+        """Add a group to the inner optimizer too; its slow weights start with the next step."""
         if hasattr(self, "optimizer"):
             self.optimizer.add_param_group(param_group)
         else:
             super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimiser's state, the slow weights and the count of steps."""
+        """The inner optimizer's state, the slow weights and the count of steps."""
         return {"optimizer": self.optimizer.state_dict(), "slow": self.slow, "steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class Lookahead(Optimizer):
 def occupancy_optimizer(
     network: nn.Module, lr: float = 3e-4, pade_lr: float = 1e-2, k: int = 5, alpha: float = 0.8
 ) -> Lookahead:
-    """The published optimiser: Lookahead around RAdam, with a learning rate of their own for Pade activations.
+    """The published optimizer: Lookahead around RAdam, with a learning rate of their own for Pade activations.
 
     Reich et al., BMVC 2021 (arXiv 2110.10640), section 4.
 

@@ -1,4 +1,4 @@
-"""Which points of a labelled volume to train on: uniform, near the border of a structure, balanced over classes."""
+"""Which points of a labeled volume to train on: uniform, near the border of a structure, balanced over classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transforms that draw training points of a labelled volume, always the same number, so that samples collate."""
+"""Transforms that draw training points of a labeled volume, always the same number, so that samples collate."""
 
 from __future__ import annotations
 

@@ -1,11 +1,24 @@
 """Sparse wing: compute only where there is something."""
 
 from monai_memeff.sparse import backends
-from monai_memeff.sparse.activity import active_voxels
-from monai_memeff.sparse.blocks import (
+from monai_memeff.sparse.core.activity import active_voxels
+from monai_memeff.sparse.core.map_cache import (
+    keep_kernel_maps,
+)
+from monai_memeff.sparse.core.tensor import SparseTensor, concatenate_channels, union_add
+from monai_memeff.sparse.engine import PrepareBatchSparse
+from monai_memeff.sparse.inferer import SparseInferer
+from monai_memeff.sparse.loss import SparseCompletionLoss
+from monai_memeff.sparse.networks.coarse_to_sparse import CoarseToSparseUNet
+from monai_memeff.sparse.networks.completion import SparseCompletionNet
+from monai_memeff.sparse.networks.unet import SparseUNet
+from monai_memeff.sparse.nn.blocks import (
     SparseAvgPool3d,
     SparseBatchNorm3d,
+    SparseDropout,
     SparseDropout3d,
+    SparseELU,
+    SparseGELU,
     SparseGlobalAvgPool3d,
     SparseGroupNorm,
     SparseInstanceNorm3d,
@@ -13,60 +26,23 @@ from monai_memeff.sparse.blocks import (
     SparseMaxPool3d,
     SparsePReLU,
     SparseReLU,
+    SparseSigmoid,
+    SparseSiLU,
+    SparseTanh,
 )
-from monai_memeff.sparse.bone_spacing import BoneSpacing, BoneSpacingD, BoneSpacingd, BoneSpacingDict
-from monai_memeff.sparse.coarse_noise import (
-    RandCoarseNoise,
-    RandCoarseNoiseD,
-    RandCoarseNoised,
-    RandCoarseNoiseDict,
+from monai_memeff.sparse.nn.conv import SparseConv3d, SparseConvTranspose3d
+from monai_memeff.sparse.nn.convert import to_sparse
+from monai_memeff.sparse.transforms.coarse_masks import (
+    DownsampleMask,
+    DownsampleMaskD,
+    DownsampleMaskd,
+    DownsampleMaskDict,
+    ResampleToGrid,
+    ResampleToGridD,
+    ResampleToGridd,
+    ResampleToGridDict,
 )
-from monai_memeff.sparse.coarse_to_sparse import CoarseToSparseUNet
-from monai_memeff.sparse.conv import SparseConv3d, SparseConvTranspose3d
-from monai_memeff.sparse.convert import to_sparse
-from monai_memeff.sparse.defects import RandSkullDefect, RandSkullDefectD, RandSkullDefectd, RandSkullDefectDict
-from monai_memeff.sparse.engine import PrepareBatchSparse
-from monai_memeff.sparse.implant import (
-    ImplantFromCompletion,
-    ImplantFromCompletionD,
-    ImplantFromCompletiond,
-    ImplantFromCompletionDict,
-)
-from monai_memeff.sparse.inferer import SparseInferer
-from monai_memeff.sparse.loss import SparseCompletionLoss
-from monai_memeff.sparse.map_cache import (
-    keep_kernel_maps,
-)
-from monai_memeff.sparse.metrics import ImplantMetric
-from monai_memeff.sparse.network import SparseCompletionNet, SparseUNet
-from monai_memeff.sparse.pepper import (
-    RandPepper,
-    RandPepperD,
-    RandPepperd,
-    RandPepperDict,
-)
-from monai_memeff.sparse.preparation import (
-    SkullShell,
-    SkullShellD,
-    SkullShelld,
-    SkullShellDict,
-    UpperSkullCrop,
-    UpperSkullCropD,
-    UpperSkullCropd,
-    UpperSkullCropDict,
-)
-from monai_memeff.sparse.superresolution import (
-    CoarsenMask,
-    CoarsenMaskD,
-    CoarsenMaskd,
-    CoarsenMaskDict,
-    PlaceCoarse,
-    PlaceCoarseD,
-    PlaceCoarsed,
-    PlaceCoarseDict,
-)
-from monai_memeff.sparse.tensor import SparseTensor, concatenate_channels, union_add
-from monai_memeff.sparse.transforms import (
+from monai_memeff.sparse.transforms.coordinates import (
     SparseCollate,
     SparseCoordinates,
     SparseCoordinatesD,
@@ -74,43 +50,44 @@ from monai_memeff.sparse.transforms import (
     SparseCoordinatesDict,
     sparse_collate,
 )
+from monai_memeff.sparse.transforms.segmentation_errors import (
+    RandSegmentationErrors,
+    RandSegmentationErrorsD,
+    RandSegmentationErrorsd,
+    RandSegmentationErrorsDict,
+)
+from monai_memeff.sparse.transforms.threshold_at_spacing import (
+    ThresholdAtSpacing,
+    ThresholdAtSpacingD,
+    ThresholdAtSpacingd,
+    ThresholdAtSpacingDict,
+)
+from monai_memeff.sparse.transforms.voxel_dropout import (
+    RandVoxelDropout,
+    RandVoxelDropoutD,
+    RandVoxelDropoutd,
+    RandVoxelDropoutDict,
+)
 
 __all__ = [
-    "BoneSpacing",
-    "BoneSpacingD",
-    "BoneSpacingDict",
-    "BoneSpacingd",
     "CoarseToSparseUNet",
-    "CoarsenMask",
-    "CoarsenMaskD",
-    "CoarsenMaskDict",
-    "CoarsenMaskd",
-    "ImplantFromCompletion",
-    "ImplantFromCompletionD",
-    "ImplantFromCompletionDict",
-    "ImplantFromCompletiond",
-    "ImplantMetric",
-    "PlaceCoarse",
-    "PlaceCoarseD",
-    "PlaceCoarseDict",
-    "PlaceCoarsed",
+    "DownsampleMask",
+    "DownsampleMaskD",
+    "DownsampleMaskDict",
+    "DownsampleMaskd",
     "PrepareBatchSparse",
-    "RandCoarseNoise",
-    "RandCoarseNoiseD",
-    "RandCoarseNoiseDict",
-    "RandCoarseNoised",
-    "RandPepper",
-    "RandPepperD",
-    "RandPepperDict",
-    "RandPepperd",
-    "RandSkullDefect",
-    "RandSkullDefectD",
-    "RandSkullDefectDict",
-    "RandSkullDefectd",
-    "SkullShell",
-    "SkullShellD",
-    "SkullShellDict",
-    "SkullShelld",
+    "RandSegmentationErrors",
+    "RandSegmentationErrorsD",
+    "RandSegmentationErrorsDict",
+    "RandSegmentationErrorsd",
+    "RandVoxelDropout",
+    "RandVoxelDropoutD",
+    "RandVoxelDropoutDict",
+    "RandVoxelDropoutd",
+    "ResampleToGrid",
+    "ResampleToGridD",
+    "ResampleToGridDict",
+    "ResampleToGridd",
     "SparseAvgPool3d",
     "SparseBatchNorm3d",
     "SparseCollate",
@@ -122,7 +99,10 @@ __all__ = [
     "SparseCoordinatesD",
     "SparseCoordinatesDict",
     "SparseCoordinatesd",
+    "SparseDropout",
     "SparseDropout3d",
+    "SparseELU",
+    "SparseGELU",
     "SparseGlobalAvgPool3d",
     "SparseGroupNorm",
     "SparseInferer",
@@ -131,12 +111,15 @@ __all__ = [
     "SparseMaxPool3d",
     "SparsePReLU",
     "SparseReLU",
+    "SparseSiLU",
+    "SparseSigmoid",
+    "SparseTanh",
     "SparseTensor",
     "SparseUNet",
-    "UpperSkullCrop",
-    "UpperSkullCropD",
-    "UpperSkullCropDict",
-    "UpperSkullCropd",
+    "ThresholdAtSpacing",
+    "ThresholdAtSpacingD",
+    "ThresholdAtSpacingDict",
+    "ThresholdAtSpacingd",
     "active_voxels",
     "backends",
     "concatenate_channels",

@@ -9,7 +9,7 @@ import torch
 from monai.engines import PrepareBatch
 from torch import Tensor
 
-from monai_memeff.sparse.tensor import SparseTensor
+from monai_memeff.sparse.core.tensor import SparseTensor
 
 
 class PrepareBatchSparse(PrepareBatch):

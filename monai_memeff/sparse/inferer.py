@@ -8,8 +8,8 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor, nn
 
-from monai_memeff.sparse.network import like_input
-from monai_memeff.sparse.tensor import SparseTensor
+from monai_memeff.sparse.core.tensor import SparseTensor
+from monai_memeff.sparse.networks.output import like_input
 
 
 class SparseInferer(Inferer):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_memeff.geometry import key_lists
-from monai_memeff.sparse.tensor import SparseTensor, occupied
-from monai_memeff.sparse.voxel_set import VoxelSet
+from monai_memeff.sparse.core.tensor import SparseTensor, occupied
+from monai_memeff.sparse.core.voxel_set import VoxelSet
 
 
 class SparseCompletionLoss(nn.Module):

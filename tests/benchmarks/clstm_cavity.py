@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("MEMEFF_DATA", ROOT.parent / "shared" / "data"))
     parser.add_argument("--work", type=Path, required=True, help="a folder for data, models and results")
     parser.add_argument("--train", choices=HEADS, default="visible_human", help="the other one is predicted")
-    parser.add_argument("--pixdim", type=float, default=4.0, help="millimetres")
+    parser.add_argument("--pixdim", type=float, default=4.0, help="millimeters")
     parser.add_argument("--channels", type=int, nargs="+", default=[8, 16, 32, 64, 128])
     parser.add_argument("--norm", default="instance", help="batch, as published, or instance")
     parser.add_argument("--slices", type=int, default=1000, help="iterations of stage 1")

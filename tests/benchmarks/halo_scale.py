@@ -3,7 +3,7 @@
     python tests/benchmarks/halo_scale.py [--side 512] [--latency 5e-6] [--bandwidth 2e11] [--flops 2e14]
 
 Every layer runs on the meta device through the same plans and layouts as on real ranks; a communicator that owns no
-neighbour counts messages and bytes of one rank in the middle of the mesh. Peak is that rank's activation bytes in
+neighbor counts messages and bytes of one rank in the middle of the mesh. Peak is that rank's activation bytes in
 inference. The time is a MODEL: compute = 2 x multiply-adds / flops, communication = messages x latency + bytes /
 bandwidth, reductions at 2 log2(ranks) x latency each, nothing overlapped. It is not a measurement.
 """

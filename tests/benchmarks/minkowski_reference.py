@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from monai_memeff.sparse import SparseCompletionNet, SparseTensor
 from monai_memeff.sparse.backends import minkowski
-from monai_memeff.sparse.minkowski_weights import kernel_to_weight, to_minkowski, weight_to_kernel
+from monai_memeff.sparse.networks.minkowski_weights import kernel_to_weight, to_minkowski, weight_to_kernel
 
 Spatial = tuple[int, int, int]
 

@@ -58,7 +58,7 @@ class Organs:
         return rotation, dummy_2d, initial_patch_size, None
 
     def train_step(self, batch):
-        if len(self.seconds) in (1, 2):  # the first step also makes the optimiser's buffers
+        if len(self.seconds) in (1, 2):  # the first step also makes the optimizer's buffers
             with measure_peak(self.device) as meter:
                 result = super().train_step(batch)
             self.peaks.append(meter.peak_bytes)

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/occupancy.py [--sizes 64 128 256 512] [--budget 30] [--memory 8]
 
 The network is an OccupancyNet with random weights, encoded and queried in full; then its logits are replaced by those
-of five analytic organs, and its coarse prediction by the organs at the centres of the network's own coarse cells. So
+of five analytic organs, and its coarse prediction by the organs at the centers of the network's own coarse cells. So
 every way asks the same shape at every size, and time and memory are the network's. Ways to label a volume:
 
 - dense: every voxel.
@@ -39,7 +39,7 @@ ORGANS = (
     ((0.3, 0.3, 0.35), (0.07, 0.06, 0.13)), ((0.7, 0.3, 0.35), (0.07, 0.06, 0.13)),
     ((0.64, 0.62, 0.55), (0.1, 0.08, 0.14)),
 )  # fmt: skip
-"""Centres and radii of liver, spleen, kidneys and stomach, as parts of the field of view."""
+"""Centers and radii of liver, spleen, kidneys and stomach, as parts of the field of view."""
 
 COARSE = 8  # voxels per coarse cell where there is no network: as in the default variant
 
@@ -47,8 +47,8 @@ COARSE = 8  # voxels per coarse cell where there is no network: as in the defaul
 def organs(i: Tensor, j: Tensor, k: Tensor, n: int) -> Tensor:
     """Positive inside the organs in a field of view of n voxels."""
     result = torch.full((), -torch.inf)
-    for centre, radii in ORGANS:
-        a, b, c = (((x / n - m) / r) ** 2 for x, m, r in zip((i, j, k), centre, radii, strict=True))
+    for center, radii in ORGANS:
+        a, b, c = (((x / n - m) / r) ** 2 for x, m, r in zip((i, j, k), center, radii, strict=True))
         result = torch.maximum(result, 1 - (a + b + c))
     return result
 
@@ -71,7 +71,7 @@ class AnalyticOrgans(nn.Module):
         return answer + 0 * self.network.query(latent, points, volume) if self.network else answer
 
     def coarse_logits(self, latent: Any) -> Tensor:
-        """The organs at the centres of coarse cells."""
+        """The organs at the centers of coarse cells."""
         own = self.network.coarse_logits(latent) if self.network else None
         grid = (self.n // COARSE,) * 3 if own is None else own.shape[2:]
         at = [(torch.arange(extent) + 0.5) * self.n / extent - 0.5 for extent in grid]

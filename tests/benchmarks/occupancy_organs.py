@@ -3,7 +3,7 @@
 OpenKBP: five organs at risk of the head and neck, 24 patients. Validation: every sixth of the sorted case names from
 the first (4 patients); training: the other 20. The volumes are cut to their middle 64 x 72 x 128 voxels, which hold all
 organs. TotalSegmentator: five abdominal organs of its one example CT at 3 mm, trained and scored on the same volume:
-what is learnt there is that volume, not the organs. Its labels are a model's, not a person's.
+what is learned there is that volume, not the organs. Its labels are a model's, not a person's.
 
 Both networks train without augmentation, with Adam at the same rate and the same loss, until their time is up: CPU
 seconds of this process, so that other work on the machine does not count, or wall time on a GPU. The U-Net (MONAI,

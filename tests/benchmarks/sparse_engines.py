@@ -12,7 +12,7 @@ SEMI_AXES = (0.42, 0.36, 0.41)
 
 
 def ellipsoid_shell(extent: int, thickness: float) -> Tensor:
-    """(extent, extent, extent) boolean: voxel centres between an ellipsoid and one ``thickness`` voxels inside it."""
+    """(extent, extent, extent) boolean: voxel centers between an ellipsoid and one ``thickness`` voxels inside it."""
     axis = torch.arange(extent, dtype=torch.float32) - (extent - 1) / 2
     grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
     outer = torch.tensor(SEMI_AXES).view(3, 1, 1, 1) * extent

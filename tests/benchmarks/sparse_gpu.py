@@ -161,9 +161,9 @@ def _takes(engine: str, dtype: str, dtypes: list[str]) -> bool:
 def _geometry(extent: int, thickness: float, device: Any) -> Any:
     from sparse_engines import ellipsoid_shell
 
-    from monai_memeff.sparse.kernel_map import ConvolutionGeometry
-    from monai_memeff.sparse.neighbours import KernelShape
-    from monai_memeff.sparse.voxel_set import VoxelSet
+    from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry
+    from monai_memeff.sparse.core.neighbors import KernelShape
+    from monai_memeff.sparse.core.voxel_set import VoxelSet
 
     keys = ellipsoid_shell(extent, thickness).flatten().nonzero()[:, 0].to(device)
     voxels = VoxelSet(keys, (extent,) * 3, 1)

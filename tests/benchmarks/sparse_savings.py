@@ -19,9 +19,9 @@ from process_memory import peak_resident_bytes
 from sparse_scale_networks import generated
 from torch import Tensor
 
+from monai_memeff.apps.skull.metrics import compute_border_dice, compute_implant_dice
 from monai_memeff.memory import measure_peak
 from monai_memeff.sparse import SparseTensor, SparseUNet
-from monai_memeff.sparse.metrics import compute_border_dice, compute_implant_dice
 
 
 def main() -> None:

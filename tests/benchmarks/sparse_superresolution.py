@@ -8,7 +8,7 @@ the CT's own grid, 512 x 512 x 234 at 1 mm: 64^3 cells of 8 x 8 x 3.66 mm.
 Organs: `organs` is TotalSegmentator's example at 3 mm made coarse to 12 mm. Trained on the organs of TRAINED and on
 OpenKBP's, tested on vessels and other thin organs of the same body that training never sees. `organs512` is the example
 CT of 512 x 512 x 20 voxels (0.98 x 0.98 x 2 mm) with cells of 4 x 4 x 2 voxels, with the same organs held out. Neither
-holds an oesophagus. All of these labels are a model's, not a person's, and those of the second are its 3 mm voxels
+holds an esophagus. All of these labels are a model's, not a person's, and those of the second are its 3 mm voxels
 repeated on the fine grid: they have the size of a clinical segmentation, not its detail.
 
 Two stages: `stages512` is the aorta of that CT, from 128 x 128 x 16 cells. A dense U-Net makes the coarse mask; it is
@@ -40,8 +40,8 @@ from torch import Tensor
 
 from monai_memeff.memory import measure_peak
 from monai_memeff.sparse import SparseCompletionLoss, SparseCompletionNet
-from monai_memeff.sparse.coarse_noise import RandCoarseNoise
-from monai_memeff.sparse.superresolution import CoarsenMask, PlaceCoarse
+from monai_memeff.sparse.transforms.coarse_masks import DownsampleMask, ResampleToGrid
+from monai_memeff.sparse.transforms.segmentation_errors import RandSegmentationErrors
 
 RATE, BATCH = 1e-2, 2
 LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -89,8 +89,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=150, help="CPU-seconds of training of each network")
     parser.add_argument("--first-seconds", type=float, default=60, help="the same of the first stage of stages512")
     parser.add_argument("--coarse", nargs="+", default=["any"], choices=["any", "majority"])
-    parser.add_argument("--place", nargs="+", default=["repeat"], choices=["repeat", "centre", "corner"])
-    parser.add_argument("--noise", nargs="+", type=float, default=[0.0], help="probabilities of RandCoarseNoise")
+    parser.add_argument("--place", nargs="+", default=["repeat"], choices=["repeat", "center", "corner"])
+    parser.add_argument("--noise", nargs="+", type=float, default=[0.0], help="probabilities of RandSegmentationErrors")
     parser.add_argument("--output", type=Path, help="folder for pictures, one for each coarse input")
     options = parser.parse_args()
     if not options.data.is_dir():
@@ -101,7 +101,7 @@ def arguments() -> argparse.Namespace:
 def coarse_inputs(task: Task, coarse_mode: str, first_seconds: float) -> dict[str, Coarse]:
     """Perfect coarse masks, and what a first stage makes of the image where there is one."""
     truth, shares = (
-        {name: CoarsenMask(spatial_size=task.cells[name], mode=mode)(fine) for name, fine in task.test.items()}
+        {name: DownsampleMask(spatial_size=task.cells[name], mode=mode)(fine) for name, fine in task.test.items()}
         for mode in (coarse_mode, "fraction")
     )
     found = {coarse_mode: Coarse(truth, shares)}
@@ -122,12 +122,12 @@ def samples(task: Task, coarse_mode: str, place_mode: str, noise: float) -> Iter
     """Random crops around a voxel of a random mask, mirrored at random: placed coarse mask and truth."""
     random = np.random.default_rng(0)
     where = [mask.nonzero()[:, 1:] for mask in task.train]
-    coarsen, place = CoarsenMask(spatial_size=task.crop_cells, mode=coarse_mode), PlaceCoarse(place_mode)
-    spoil = RandCoarseNoise(prob=noise).set_random_state(0)
+    coarsen, place = DownsampleMask(spatial_size=task.crop_cells, mode=coarse_mode), ResampleToGrid(place_mode)
+    spoil = RandSegmentationErrors(prob=noise).set_random_state(0)
     while True:
         number = random.integers(len(where))
-        centre = where[number][random.integers(len(where[number]))].tolist()
-        start = [c - int(random.integers(0, n)) for c, n in zip(centre, task.crop, strict=True)]
+        center = where[number][random.integers(len(where[number]))].tolist()
+        start = [c - int(random.integers(0, n)) for c, n in zip(center, task.crop, strict=True)]
         start[2] = 0 if task.crop[2] == task.train[number].shape[3] else start[2]
         fine = cut(task.train[number], start, task.crop)
         fine = fine.flip([a + 1 for a in range(3) if random.random() < 0.5])
@@ -178,7 +178,7 @@ def infer(network: SparseCompletionNet, task: Task, coarse: Coarse, place_mode: 
     """Every test mask in one pass."""
     found, start, peak = {}, time.process_time(), 0
     for name, fine in task.test.items():
-        placed = network.sparsify(PlaceCoarse(place_mode)(coarse.masks[name], fine)[None])
+        placed = network.sparsify(ResampleToGrid(place_mode)(coarse.masks[name], fine)[None])
         with torch.no_grad(), measure_peak() as meter:
             logits = network(placed)
         found[name] = network.densify(logits)[0] > 0
@@ -192,7 +192,7 @@ def peers(task: Task, coarse: Coarse) -> Iterator[tuple[str, dict[str, Tensor]]]
     kinds = {"nearest": ("repeat", coarse.masks), "trilinear": ("trilinear", coarse.masks)}
     kinds["trilinear of shares"] = ("trilinear", coarse.shares)
     for kind, (place_mode, cells) in kinds.items():
-        values = {name: PlaceCoarse(place_mode)(cells[name], fine) for name, fine in task.test.items()}
+        values = {name: ResampleToGrid(place_mode)(cells[name], fine) for name, fine in task.test.items()}
         yield kind, {name: value >= 0.5 for name, value in values.items()}
         if kind != "nearest":
             mean = {

@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from monai_memeff.sparse.superresolution import CoarsenMask
+from monai_memeff.sparse.transforms.coarse_masks import DownsampleMask
 
 TRAINED = {1: "spleen", 2: "right kidney", 3: "left kidney", 5: "liver", 6: "stomach", 20: "colon", 25: "sacrum"} | {
     27: "L5",
@@ -55,7 +55,7 @@ class Coarse:
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Values as stored, and millimetres per voxel."""
+    """Values as stored, and millimeters per voxel."""
     image = nibabel.load(path)
     return np.asarray(image.dataobj), np.asarray(image.header.get_zooms()[:3], dtype=float)
 
@@ -94,7 +94,7 @@ def cube_task(data: Path, factor: int) -> Task:
     cube = np.zeros((256, 256, 256), dtype=bool)
     start = [(256 - n) // 2 for n in cut.shape]
     cube[tuple(slice(s, s + n) for s, n in zip(start, cut.shape, strict=True))] = cut
-    pool = CoarsenMask(factor=4 // factor, mode="majority")
+    pool = DownsampleMask(factor=4 // factor, mode="majority")
     edge = 24 * factor
     return Task(
         [pool(tensor(np.pad(head, [(0, -n % 4) for n in head.shape]))) for head in heads],

@@ -9,7 +9,7 @@ import numpy as np
 from sparse_superresolution_masks import Task
 from torch import Tensor
 
-from monai_memeff.sparse.metrics import compute_pooled_hausdorff
+from monai_memeff.apps.skull.metrics import compute_pooled_hausdorff
 
 
 def dice(found: Tensor, truth: Tensor) -> float:

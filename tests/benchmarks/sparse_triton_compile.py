@@ -4,7 +4,7 @@
     python tests/benchmarks/sparse_triton_compile.py --capabilities 86 --channels 20 --dtypes tf32 --choices default
     python tests/benchmarks/sparse_triton_compile.py --json                        # one object per line
 
-The kernels are launched by our own code with tensors on the CPU, so arguments are specialised as on a GPU; a stand-in
+The kernels are launched by our own code with tensors on the CPU, so arguments are specialized as on a GPU; a stand-in
 for the driver names a target, receives the binary and starts nothing. What exceeds the shared memory of the card is
 refused by Triton as it is there, which makes the choice of block sizes pass it over.
 """
@@ -32,9 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from monai_memeff.sparse.backends.triton import kernels, launch, tuning
-from monai_memeff.sparse.kernel_map import ConvolutionGeometry
-from monai_memeff.sparse.neighbours import KernelShape
-from monai_memeff.sparse.voxel_set import VoxelSet
+from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry
+from monai_memeff.sparse.core.neighbors import KernelShape
+from monai_memeff.sparse.core.voxel_set import VoxelSet
 
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capability, ten times -> KiB of shared memory that one program may have (CUDA C++ Programming Guide)."""

@@ -15,8 +15,9 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
-from monai_memeff.phantoms import BODY_LABELS, HEAD_LABELS, Phantom, body_phantom, head_phantom
-from tests.pretend_cuda import pretended_gpu
+from monai_memeff.apps.skull.phantom import HEAD_LABELS, Phantom, head_phantom
+from tests.body_phantom import BODY_LABELS, body_phantom
+from tests.fake_cuda import fake_cuda_device
 
 ROOT = Path(__file__).resolve().parents[2]
 STOCK = Path(__file__).parent / "stock_segmentation"
@@ -56,7 +57,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 def run_here(files: Sequence[str | Path], kind: str = "train", **override: Any) -> ConfigWorkflow:
     """The same as ``monai.bundle run`` on a GPU, in this process; the GPU is pretended."""
-    with pretended_gpu():
+    with fake_cuda_device():
         work = ConfigWorkflow(
             config_file=[str(f) for f in files],
             meta_file=str(Path(files[0]).parent / "metadata.json"),
@@ -100,7 +101,7 @@ def as_scanned(phantom: Phantom, values: np.ndarray) -> tuple[np.ndarray, np.nda
 
 @pytest.fixture(scope="session")
 def organ_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three trunks with a labelled liver to train and validate on, and one to segment."""
+    """Three trunks with a labeled liver to train and validate on, and one to segment."""
     folder = tmp_path_factory.mktemp("organ")
     for number in range(4):
         phantom = body_phantom(shape=(52, 44, 48), spacing=(7.0, 7.0, 9.0), seed=number)
@@ -136,8 +137,8 @@ def defective(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarra
     side = places[skull & (places[..., 0] > 0)]
     top = places[skull][:, 2].max()
     side = side[side[:, 2] > top - 45]
-    centre = side[side[:, 0].argmax()]
-    missing = (((places - centre) ** 2).sum(-1) < 30**2) & (image > 150)
+    center = side[side[:, 0].argmax()]
+    missing = (((places - center) ** 2).sum(-1) < 30**2) & (image > 150)
     implant = missing & (image > 300)
     image[missing] = 40
     cut, affine = as_scanned(phantom, image)

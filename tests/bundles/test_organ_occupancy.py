@@ -86,7 +86,7 @@ def test_it_learns_and_is_scored_by_voxels_and_by_points(trained: Path, organ_da
 def test_it_segments_in_the_images_own_geometry(trained: Path, organ_data: Path, tmp_path: Path) -> None:
     folders = {"bundle_root": str(trained), "dataset_dir": str(organ_data / "imagesTs"), "output_dir": str(tmp_path)}
     work = run_here([trained / "configs" / "inference.json"], "infer", **folders, **COARSE)
-    assert work.inferer.last_report.points_asked < 0.7 * work.inferer.last_report.voxels
+    assert work.inferer.last_report.num_queries < 0.7 * work.inferer.last_report.voxels
     image, affine = read_nifti(organ_data / "imagesTs" / "new.nii.gz")
     result, written = read_nifti(tmp_path / "new" / "new_organs.nii.gz")
     assert result.shape == image.shape

@@ -13,7 +13,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow, verify_net_in_out
 
-from monai_memeff.phantoms import body_phantom
+from tests.body_phantom import body_phantom
 from tests.bundles.conftest import ROOT, as_scanned, command, flags, read_nifti, run_here, save_nifti
 
 BUNDLE = ROOT / "bundles" / "organ_superresolution_sparse"
@@ -36,7 +36,7 @@ def test_the_programs_agree() -> None:
     for key in ("dense_network_def", "window", "coarse_size"):
         assert dense[key] == inference[key], key
     assert train["coarse_mode"] == dense["coarse_mode"]
-    assert "RandCoarseNoised" not in str(train["validate"])
+    assert "RandSegmentationErrorsd" not in str(train["validate"])
     seen = {"ScaleIntensityRanged", "Resized"}
     steps = [
         [
@@ -213,7 +213,7 @@ def inferred(trained: Path, data: Path, output: Path, **options: Any) -> np.ndar
 
 def true_liver() -> tuple[np.ndarray, np.ndarray]:
     """The liver of the trunk in imagesTs, and the affine."""
-    from monai_memeff.phantoms import BODY_LABELS
+    from tests.body_phantom import BODY_LABELS
 
     phantom = body_phantom(shape=(52, 44, 48), spacing=(7.0, 7.0, 9.0), seed=3)
     return as_scanned(phantom, (phantom.labels == BODY_LABELS["liver"]).numpy())

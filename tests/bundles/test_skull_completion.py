@@ -120,7 +120,7 @@ def test_a_cell_is_bone_where_any_of_its_voxels_is(pool: int, heads: Path) -> No
 
 
 def hung(bone: np.ndarray, grid: int, pool: int, headroom: int) -> np.ndarray:
-    """Centre the bone across, hang it below the top, and mark the cells that hold any."""
+    """Center the bone across, hang it below the top, and mark the cells that hold any."""
     low, high = (f(np.argwhere(bone), axis=0) for f in (np.min, np.max))
     bone = bone[low[0] : high[0] + 1, low[1] : high[1] + 1, low[2] : high[2] + 1]
     edge = grid * pool

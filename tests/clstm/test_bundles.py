@@ -13,9 +13,9 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow, verify_net_in_out
 
+from monai_memeff.apps.skull.phantom import HEAD_LABELS, head_phantom
 from monai_memeff.clstm import CLSTMUNet
 from monai_memeff.overlays import overlay_path
-from monai_memeff.phantoms import HEAD_LABELS, head_phantom
 from tests.bundles.conftest import ROOT, as_scanned, command, flags, organ_data, read_nifti, run_here, save_nifti, stock  # noqa: F401
 
 CAVITY = ROOT / "bundles" / "cranial_cavity_clstm"
@@ -26,7 +26,7 @@ SHORT: dict[str, Any] = {**SMALL, "val_interval": 2}
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two small heads with a labelled brain, tilted and with other axes than RAS, and one to segment."""
+    """Two small heads with a labeled brain, tilted and with other axes than RAS, and one to segment."""
     folder = tmp_path_factory.mktemp("heads")
     for number in range(3):
         phantom = head_phantom(shape=(25, 29, 22), spacing=8.0, seed=number)
@@ -128,7 +128,7 @@ def test_after_the_frozen_iterations_everything_learns(trained: Path) -> None:
 
 
 def test_an_interrupted_training_goes_on(trained: Path, heads: Path, tmp_path: Path) -> None:
-    """From the last checkpoint: iterations, optimiser and best score are remembered."""
+    """From the last checkpoint: iterations, optimizer and best score are remembered."""
     models = Path(shutil.copytree(trained / "models", tmp_path / "models"))
     options = {"frozen_iterations": 2, "iterations": 6, "resume": True}
     work = run_here([CONFIGS["train"]], dataset_dir=str(heads), ckpt_dir=str(models), **SHORT, **options)

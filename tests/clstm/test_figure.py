@@ -1,4 +1,4 @@
-"""The picture's colours say what they stand for, and sections lie where they should."""
+"""The picture's colors say what they stand for, and sections lie where they should."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from monai.data import MetaTensor
 
 from monai_memeff.clstm import SaveAgreementd, save_agreement
-from monai_memeff.clstm.figure import GREEN, PURPLE, RED, agreement_colours
+from monai_memeff.clstm.figure import GREEN, PURPLE, RED, agreement_colors
 
 
-def test_colours() -> None:
+def test_colors() -> None:
     prediction = np.array([[True, False], [True, False]])
     reference = np.array([[True, True], [False, False]])
-    colours = agreement_colours(np.full((2, 2), 0.5), prediction, reference, 1.0)
-    np.testing.assert_allclose(colours[0, 0], GREEN)
-    np.testing.assert_allclose(colours[0, 1], RED)
-    np.testing.assert_allclose(colours[1, 0], PURPLE)
-    np.testing.assert_allclose(colours[1, 1], 0.5)
+    colors = agreement_colors(np.full((2, 2), 0.5), prediction, reference, 1.0)
+    np.testing.assert_allclose(colors[0, 0], GREEN)
+    np.testing.assert_allclose(colors[0, 1], RED)
+    np.testing.assert_allclose(colors[1, 0], PURPLE)
+    np.testing.assert_allclose(colors[1, 1], 0.5)
 
 
 def test_every_case_gets_a_picture_of_its_own(tmp_path: Path) -> None:
@@ -33,8 +33,8 @@ def test_every_case_gets_a_picture_of_its_own(tmp_path: Path) -> None:
     result = SaveAgreementd("pred", output_dir=tmp_path / "new")(data)
     assert result.keys() == data.keys()
     picture = pixels.imread(tmp_path / "new" / "case7_pred.png")[..., :3]
-    for colour in (GREEN, RED, PURPLE):
-        shade = 0.45 * np.asarray(colour)  # over black
+    for color in (GREEN, RED, PURPLE):
+        shade = 0.45 * np.asarray(color)  # over black
         assert (np.abs(picture - shade).max(-1) < 0.02).sum() > 500
 
 

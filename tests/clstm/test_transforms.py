@@ -43,7 +43,7 @@ def test_overlaps_come_from_the_slab_before() -> None:
     assert cut.inverse(slabs)[0, 0, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 2
 
 
-def test_millimetres() -> None:
+def test_millimeters() -> None:
     cut = SliceSequence(slab=12.4, overlap=3, mm=True)
     assert [part.shape[-1] for part in cut(volume())] == [4, 5, 4]
     with pytest.raises(ValueError, match="needs the slice spacing"):

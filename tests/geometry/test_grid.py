@@ -39,18 +39,18 @@ def test_index_and_unit_undo_each_other() -> None:
     assert torch.allclose(grid.unit_to_index(grid.index_to_unit(index, SHAPE), SHAPE), index, rtol=0, atol=1e-14)
 
 
-def test_unit_centres_are_torchs_grid_in_our_axis_order() -> None:
+def test_unit_centers_are_torchs_grid_in_our_axis_order() -> None:
     theirs = F.affine_grid(torch.eye(3, 4, dtype=torch.float64)[None], (1, 1, *SHAPE), align_corners=False)[0]
-    ours = grid.unit_centres(SHAPE, dtype=torch.float64)
+    ours = grid.unit_centers(SHAPE, dtype=torch.float64)
     assert ours.shape == (*SHAPE, 3)
     assert torch.allclose(ours.flip(-1), theirs, rtol=0, atol=1e-15)
 
 
-def test_sampling_at_the_centres_returns_the_volume() -> None:
+def test_sampling_at_the_centers_returns_the_volume() -> None:
     image = torch.rand(2, 3, *SHAPE, dtype=torch.float64)
-    centres = grid.unit_centres(SHAPE, dtype=torch.float64).reshape(1, -1, 3).expand(2, -1, -1)
+    centers = grid.unit_centers(SHAPE, dtype=torch.float64).reshape(1, -1, 3).expand(2, -1, -1)
     for mode in ("bilinear", "nearest"):
-        assert torch.allclose(grid.sample_at(image, centres, mode).view_as(image), image, rtol=0, atol=1e-14)
+        assert torch.allclose(grid.sample_at(image, centers, mode).view_as(image), image, rtol=0, atol=1e-14)
 
 
 def test_sampling_is_linear_between_two_voxels_of_one_axis() -> None:
@@ -63,11 +63,11 @@ def test_sampling_is_linear_between_two_voxels_of_one_axis() -> None:
 def test_nearest_index_holds_the_point() -> None:
     unit = torch.tensor([[-1.0, -1, -1], [1, 1, 1], [-5, 5, 0], [-0.34, -0.01, 0.15]])
     assert grid.nearest_index(unit, SHAPE).tolist() == [[0, 0, 0], [2, 3, 6], [0, 3, 3], [0, 1, 4]]
-    centres = grid.unit_centres(SHAPE)
-    assert torch.equal(grid.nearest_index(centres, SHAPE), grid.unit_to_index(centres, SHAPE).round().long())
+    centers = grid.unit_centers(SHAPE)
+    assert torch.equal(grid.nearest_index(centers, SHAPE), grid.unit_to_index(centers, SHAPE).round().long())
 
 
-def test_millimetres_through_the_affine() -> None:
+def test_millimeters_through_the_affine() -> None:
     affine, index = oblique_affine(), torch.tensor([[0, 0, 0], [1, 0, 0], [2, 3, 6]])
     expected = (affine @ torch.cat((index, torch.ones(3, 1, dtype=torch.int64)), 1).double().T).T[:, :3]
     mm = grid.index_to_mm(index, affine)
@@ -75,7 +75,7 @@ def test_millimetres_through_the_affine() -> None:
     assert torch.allclose(grid.mm_to_index(mm, affine), index.double(), rtol=0, atol=1e-11)
 
 
-def test_unit_cube_to_millimetres_and_back() -> None:
+def test_unit_cube_to_millimeters_and_back() -> None:
     affine, unit = oblique_affine(), torch.rand(4, 5, 3, dtype=torch.float64) * 2 - 1
     mm = grid.unit_to_mm(unit, SHAPE, affine)
     assert torch.allclose(mm, grid.index_to_mm(grid.unit_to_index(unit, SHAPE), affine), rtol=0, atol=1e-11)

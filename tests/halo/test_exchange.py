@@ -13,9 +13,9 @@ from monai_memeff.halo.mesh import virtual_mesh
 from monai_memeff.halo.virtual import Hub
 
 CASES = {
-    "one neighbour": (((0, 3, 6),), 1, False),
+    "one neighbor": (((0, 3, 6),), 1, False),
     "uneven": (((0, 2, 4, 9),), 2, False),
-    "wider than the neighbour": (((0, 1, 2, 3, 4),), 3, False),
+    "wider than the neighbor": (((0, 1, 2, 3, 4),), 3, False),
     "two axes": (((0, 2, 5), (0, 3, 4)), 1, False),
     "circular": (((0, 2, 4),), 1, True),
     "circular alone": (((0, 4),), 2, True),

@@ -25,8 +25,8 @@ from monai_memeff.halo import (
 from monai_memeff.halo.mesh import HaloMesh
 from monai_memeff.halo.pager import HostStore
 from monai_memeff.memory import checkpoint, measure_peak
+from tests.fake_cuda import fake_cuda_device
 from tests.halo.networks import unet
-from tests.pretend_cuda import pretended_gpu
 
 
 class Recomputed(nn.Module):
@@ -112,7 +112,7 @@ class CUDAsBatchNorm(TorchDispatchMode):
     ids=["instance", "affine instance", "batch", "group"],
 )
 @pytest.mark.parametrize("low", [False, True])
-def test_normalisations_ask_for_what_cuda_computes(layer: Callable[[], nn.Module], low: bool) -> None:
+def test_normalizations_ask_for_what_cuda_computes(layer: Callable[[], nn.Module], low: bool) -> None:
     network = spatial_partition(nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), layer()), no_mesh())
     with torch.autocast("cpu", torch.bfloat16, enabled=low), CUDAsBatchNorm() as mode:
         network(torch.randn(2, 1, 4, 4, 4)).float().tanh().square().sum().backward()
@@ -149,7 +149,7 @@ def test_auto_asks_for_the_memory_of_the_networks_gpu(monkeypatch: pytest.Monkey
 def test_a_volume_on_the_host_is_sent_by_nccl_from_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     hub, volume = Hub(2), torch.randn(1, 1, 8, 4, 4)
     mesh = virtual_mesh(hub, (2,))
-    with pretended_gpu():
+    with fake_cuda_device():
         monkeypatch.setattr(HaloMesh, "device", torch.device("cuda", 0))
         parts = hub.run(lambda rank: scatter(volume if rank == 0 else None, mesh, src=0))
         assert [part.device.type for part in parts] == ["cuda", "cuda"]
@@ -176,7 +176,7 @@ def test_pinned_buffers_are_not_rounded_up(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_batch_is_cut_before_it_travels(monkeypatch: pytest.MonkeyPatch) -> None:
     hub, arrived = Hub(2), []
     mesh, batch = virtual_mesh(hub, (2,)), {"image": torch.randn(1, 1, 8, 4, 4), "label": torch.ones(1, 1, 8, 4, 4)}
-    with pretended_gpu() as gpu:
+    with fake_cuda_device() as gpu:
         put = gpu.put
         monkeypatch.setattr(gpu, "put", lambda value, on_gpu=True: arrived.append(value.numel()) or put(value, on_gpu))
         found = hub.run(lambda _: PartitionPrepareBatch(mesh)(batch, torch.device("cuda", 0)))

@@ -84,7 +84,7 @@ def test_squeeze_and_excitation_by_global_pooling(maximum: bool) -> None:
     assert verify(network, (1, 1, 12, 6, 5), (3,)) < 1e-10
 
 
-def test_a_kernel_wider_than_the_neighbour_is_served_by_the_one_behind() -> None:
+def test_a_kernel_wider_than_the_neighbor_is_served_by_the_one_behind() -> None:
     assert (
         verify(nn.Sequential(nn.Conv3d(1, 2, 9, padding=4), nn.Conv3d(2, 1, 7, padding=3)), (1, 1, 8, 6, 6), (4,))
         < 1e-10

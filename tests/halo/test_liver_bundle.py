@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from monai.bundle import ConfigParser, verify_net_in_out
 
-from monai_memeff.phantoms import body_phantom
+from tests.body_phantom import body_phantom
 from tests.bundles.conftest import ROOT, read_nifti, run_here, save_nifti
 
 TINY = {"side": 16, "features": [2, 4, 8], "convs": 1}

@@ -16,7 +16,7 @@ LOSSES = {
     "Dice over the batch": losses.DiceLoss(to_onehot_y=True, softmax=True, batch=True, include_background=False),
     "DiceCE": losses.DiceCELoss(to_onehot_y=True, softmax=True, weight=torch.tensor([1.0, 2.0, 5.0]).double()),
     "DiceFocal": losses.DiceFocalLoss(to_onehot_y=True, sigmoid=True),
-    "generalised Dice": losses.GeneralizedDiceLoss(to_onehot_y=True, softmax=True),
+    "generalized Dice": losses.GeneralizedDiceLoss(to_onehot_y=True, softmax=True),
     "Tversky": losses.TverskyLoss(to_onehot_y=True, softmax=True),
     "focal": losses.FocalLoss(to_onehot_y=True),
     "deep supervision": losses.DeepSupervisionLoss(losses.DiceCELoss(to_onehot_y=True, softmax=True)),

@@ -1,4 +1,4 @@
-"""The paper's parts: U-Net size, loss, scores, intensity mapping, synthetic tumours, each rank's box."""
+"""The paper's parts: U-Net size, loss, scores, intensity mapping, synthetic tumors, each rank's box."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def liver() -> tuple[torch.Tensor, torch.Tensor]:
     return image, label
 
 
-def test_tumours_move_and_keep_their_contrast() -> None:
+def test_tumors_move_and_keep_their_contrast() -> None:
     image, label = liver()
     synthesis = RandTumorSynthesisd("image", "label", prob=1.0).set_random_state(3)
     result = synthesis({"image": MetaTensor(image), "label": label})

@@ -75,7 +75,7 @@ def test_same_as_the_plain_call(way: str, dropout: float) -> None:
 
 
 def test_without_the_guard_statistics_move_twice() -> None:
-    """The guard is needed: torch's own behaviour differs, in the buffers alone."""
+    """The guard is needed: torch's own behavior differs, in the buffers alone."""
     net = chain(1)
     plain = run(net, lambda net, x: net(x))
     twice = run(net, lambda net, x: checkpoint(net, x, batch_norm_once=False))

@@ -29,9 +29,9 @@ def test_a_curve_is_noticed() -> None:
     assert estimate_peak(step, [(2, 2, 2), (4, 4, 4), (6, 6, 6)]).worst_error > 0.1
 
 
-@pytest.mark.parametrize("optimiser", [torch.optim.Adam, torch.optim.SGD])
-def test_a_training_step_is_predicted(optimiser: type[torch.optim.Optimizer]) -> None:
-    """Two cubes of 16 and 24 voxels foretell 40 voxels, gradients and the optimiser's state included."""
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_a_training_step_is_predicted(optimizer: type[torch.optim.Optimizer]) -> None:
+    """Two cubes of 16 and 24 voxels foretell 40 voxels, gradients and the optimizer's state included."""
 
     def build() -> tuple[nn.Module, torch.optim.Optimizer]:
         net = nn.Sequential(
@@ -42,12 +42,12 @@ def test_a_training_step_is_predicted(optimiser: type[torch.optim.Optimizer]) ->
             nn.PReLU(),
             nn.ConvTranspose3d(16, 2, 3, 2, 1, 1),
         )
-        return net, optimiser(net.parameters(), lr=1e-3)
+        return net, optimizer(net.parameters(), lr=1e-3)
 
-    def step(net: nn.Module, optimiser: torch.optim.Optimizer, shape: tuple[int, ...]) -> None:
-        optimiser.zero_grad()
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer, shape: tuple[int, ...]) -> None:
+        optimizer.zero_grad()
         net(torch.rand(1, 1, *shape)).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
 
     estimated = build()
     line = estimate_peak(lambda shape: step(*estimated, shape), [(16,) * 3, (24,) * 3, (24, 24, 32)])

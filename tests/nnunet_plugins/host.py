@@ -49,8 +49,8 @@ def organs(shape: tuple[int, int, int], seed: int) -> tuple[np.ndarray, np.ndarr
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, extent) for extent in shape), indexing="ij"))
     labels = np.zeros(shape, np.uint8)
     for label, radius in ((1, 0.6), (2, 0.3)):
-        centre = rng.uniform(-0.3, 0.3, 3)[:, None, None, None]
-        labels[(((grid - centre) / radius) ** 2).sum(0) < 1] = label
+        center = rng.uniform(-0.3, 0.3, 3)[:, None, None, None]
+        labels[(((grid - center) / radius) ** 2).sum(0) < 1] = label
     image = np.stack([labels == 1, labels == 2]).astype(np.float32) * 100 + rng.normal(0, 20, (2, *shape))
     return image.astype(np.float32), labels
 
@@ -126,13 +126,13 @@ class Host:
         script = self.folder / "run_commands.py"
         script.write_text(
             "import contextlib, json, sys\nfrom importlib.metadata import entry_points\nimport torch\n"
-            "from tests.pretend_cuda import pretended_gpu\n"
+            "from tests.fake_cuda import fake_cuda_device\n"
             'if __name__ == "__main__":\n'
             "    scripts = {script.name: script for script in entry_points(group='console_scripts')}\n"
             "    torch.set_num_interop_threads = lambda _: None  # can be set once in a process\n"
             "    for command in json.loads(sys.argv[1]):\n"
             "        sys.argv = command\n"
-            "        with pretended_gpu() if 'cuda' in command else contextlib.nullcontext():\n"
+            "        with fake_cuda_device() if 'cuda' in command else contextlib.nullcontext():\n"
             "            scripts[command[0]].load()()\n"
         )
         listed = json.dumps([[str(word) for word in command] for command in commands])

@@ -65,15 +65,15 @@ def dense(shape: Shape, extents: Sequence[int]) -> Tensor:
     return result
 
 
-def ellipsoid(centre: Sequence[float], radii: Sequence[float] | float) -> Shape:
+def ellipsoid(center: Sequence[float], radii: Sequence[float] | float) -> Shape:
     """1 inside."""
     r = (radii,) * 3 if isinstance(radii, (int, float)) else radii
-    return lambda *at: (_distance(at, centre, r) <= 1).byte()
+    return lambda *at: (_distance(at, center, r) <= 1).byte()
 
 
-def shell(centre: Sequence[float], radius: float, thickness: float) -> Shape:
+def shell(center: Sequence[float], radius: float, thickness: float) -> Shape:
     """1 within half the thickness of a sphere's surface."""
-    return lambda *at: ((_distance(at, centre, (1, 1, 1)).sqrt() - radius).abs() <= thickness / 2).byte()
+    return lambda *at: ((_distance(at, center, (1, 1, 1)).sqrt() - radius).abs() <= thickness / 2).byte()
 
 
 def box(low: Sequence[float], high: Sequence[float]) -> Shape:
@@ -86,12 +86,12 @@ def box(low: Sequence[float], high: Sequence[float]) -> Shape:
     return labels
 
 
-def helix(centre: Sequence[float], radius: float, pitch: float, thickness: float) -> Shape:
+def helix(center: Sequence[float], radius: float, pitch: float, thickness: float) -> Shape:
     """1 within half the thickness of a spiral around the third axis: one long thin piece."""
 
     def labels(i: Tensor, j: Tensor, k: Tensor) -> Tensor:
-        turn = 2 * torch.pi * (k - centre[2]) / pitch
-        x, y = i - centre[0] - radius * turn.cos(), j - centre[1] - radius * turn.sin()
+        turn = 2 * torch.pi * (k - center[2]) / pitch
+        x, y = i - center[0] - radius * turn.cos(), j - center[1] - radius * turn.sin()
         return (x * x + y * y <= thickness**2 / 4).byte()
 
     return labels
@@ -119,7 +119,7 @@ def stored(labels: Tensor) -> Shape:
     return lambda *at: labels[tuple(x.long() for x in at)]
 
 
-def _distance(at: Sequence[Tensor], centre: Sequence[float], radii: Sequence[float]) -> Tensor:
+def _distance(at: Sequence[Tensor], center: Sequence[float], radii: Sequence[float]) -> Tensor:
     """Squared distance in units of the radii; the axes in a fixed order, so that broadcasting changes no bit."""
-    i, j, k = (((x - c) / r) ** 2 for x, c, r in zip(at, centre, radii, strict=True))
+    i, j, k = (((x - c) / r) ** 2 for x, c, r in zip(at, center, radii, strict=True))
     return i + j + k

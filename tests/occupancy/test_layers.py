@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from monai_memeff.occupancy import ConditionalBatchNorm, PadeActivation
-from monai_memeff.occupancy.patches import PatchConv, gather_patches, halved, voxels_of
+from monai_memeff.occupancy.nn.patches import PatchConv, gather_patches, halved, voxels_of
 from tests.occupancy.reference import all_patches, plain_batch_norm
 from tests.oracles import assert_same_as_dense, asymmetric, fill_asymmetric
 

@@ -1,4 +1,4 @@
-"""Surfaces in millimetres: volume, closedness, orientation, affines, files read back, and what is refused."""
+"""Surfaces in millimeters: volume, closedness, orientation, affines, files read back, and what is refused."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def distance(points: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", AFFINES)
 def test_a_sphere(name: str) -> None:
-    """Volume within 2 %, centre within a hundredth of a voxel, faces outwards under any affine."""
+    """Volume within 2 %, center within a hundredth of a voxel, faces outwards under any affine."""
     affine, radius = AFFINES[name], 16.3
     mesh = labels_to_mesh(dense(ellipsoid((26, 22, 20), radius), EXTENTS), affine)
     true = 4 / 3 * math.pi * radius**3 * abs(np.linalg.det(affine[:3, :3]))
     assert mesh.volume == pytest.approx(true, rel=0.02)
     assert is_closed(mesh)
-    centre = affine[:3] @ [26, 22, 20, 1]
-    np.testing.assert_allclose((mesh.vertices.min(0) + mesh.vertices.max(0)) / 2, centre, atol=1e-2)
-    middle = mesh.vertices[mesh.faces].mean(1) - centre
+    center = affine[:3] @ [26, 22, 20, 1]
+    np.testing.assert_allclose((mesh.vertices.min(0) + mesh.vertices.max(0)) / 2, center, atol=1e-2)
+    middle = mesh.vertices[mesh.faces].mean(1) - center
     normal = np.cross(*(mesh.vertices[mesh.faces[:, i]] - mesh.vertices[mesh.faces[:, 0]] for i in (1, 2)))
     assert (np.einsum("ij,ij->i", middle, normal) > 0).all()
 
@@ -116,8 +116,8 @@ def test_the_affine_of_a_metatensor() -> None:
     image = MetaTensor(torch.zeros(1, 1, *EXTENTS), affine=torch.from_numpy(affine))
     result = OctreeInferer(output="labels")(image, lambda points: 12 - (points - 20).norm(dim=-1, keepdim=True))
     mesh = labels_to_mesh(result)
-    centre = affine[:3] @ [20, 20, 20, 1]
-    np.testing.assert_allclose((mesh.vertices.min(0) + mesh.vertices.max(0)) / 2, centre, atol=1e-2)
+    center = affine[:3] @ [20, 20, 20, 1]
+    np.testing.assert_allclose((mesh.vertices.min(0) + mesh.vertices.max(0)) / 2, center, atol=1e-2)
     np.testing.assert_array_equal(
         labels_to_mesh(MetaTensor(labels, affine=torch.from_numpy(affine))).vertices,
         labels_to_mesh(labels.numpy(), affine).vertices,

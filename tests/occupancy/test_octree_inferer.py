@@ -23,7 +23,7 @@ VOLUME = torch.zeros(1, 1, *EXTENTS)
 def coarse(
     shape: Shape, channels: int, grid: tuple[int, ...] = (6, 8, 5), extents: tuple[int, ...] = EXTENTS
 ) -> Tensor:
-    """A coarse prediction (1, K, h, w, d): the shape at the centres of coarse cells."""
+    """A coarse prediction (1, K, h, w, d): the shape at the centers of coarse cells."""
     at = [(torch.arange(n) + 0.5) * extent / n - 0.5 for n, extent in zip(grid, extents, strict=True)]
     labels = shape(*torch.meshgrid(*at, indexing="ij")).long()
     logits = 4.0 * nn.functional.one_hot(labels, max(channels, 2)).movedim(-1, 0)
@@ -92,7 +92,7 @@ def test_a_coarse_prediction_of_one_label_asks_nothing(output: str) -> None:
     inferer = OctreeInferer(output=output, compare_dense=True)
     assert (inferer(VOLUME, network) <= 0).all()
     assert inferer.last_report is not None
-    assert inferer.last_report.points_asked == 0
+    assert inferer.last_report.num_queries == 0
     assert inferer.last_report.disagreement == int(dense(BALL, EXTENTS).sum())
 
 
@@ -183,7 +183,7 @@ def test_batches_metadata_and_wrappers(output: str) -> None:
     report = inferer.last_report
     assert report is not None
     assert report.voxels == 3 * math.prod(EXTENTS)
-    assert report.points_asked == sum(report.points_per_level)
+    assert report.num_queries == sum(report.points_per_level)
     assert report.disagreement == 0
     plain = inferer(volume, ByMean())
     assert not isinstance(plain, MetaTensor)
@@ -205,7 +205,7 @@ def test_report() -> None:
     inferer(VOLUME, network)
     report = inferer.last_report
     assert report is not None
-    assert report.points_asked == len(network.asked)
+    assert report.num_queries == len(network.asked)
     assert report.share == len(network.asked) / math.prod(EXTENTS)
     assert report.levels == ((8, 4, 1), (4, 2, 1), (2, 1, 1), (1, 1, 1))
     assert report.points_per_level[0] == 7 * 16 * 38

@@ -23,7 +23,7 @@ def crop(path: Path) -> Tensor:
 
 
 def train(data_dir: Path, steps: int) -> tuple[OccupancyNet, Tensor]:
-    """A network, and the head-and-neck CT whose five organs it has learnt."""
+    """A network, and the head-and-neck CT whose five organs it has learned."""
     volume = ((crop(data_dir / "openkbp" / "pt_2_ct.nii.gz") + 200) / 700).clamp(0, 1)
     label = crop(data_dir / "openkbp" / "pt_2_oar.nii.gz")
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def trained(data_dir: Path) -> tuple[OccupancyNet, Tensor]:
 @torch.no_grad()
 @pytest.mark.slow
 def test_same_as_dense_on_a_real_ct_once_trained(data_dir: Path) -> None:
-    """A network that has learnt its organs answers without islands, and the octree then misses no voxel."""
+    """A network that has learned its organs answers without islands, and the octree then misses no voxel."""
     with torch.enable_grad():
         network, volume = train(data_dir, 700)
     expected = network(volume).argmax(1, keepdim=True)

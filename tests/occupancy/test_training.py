@@ -1,4 +1,4 @@
-"""Loss, optimiser, schedule, scores, and a training run by MONAI's engine that learns a ball."""
+"""Loss, optimizer, schedule, scores, and a training run by MONAI's engine that learns a ball."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_coarse_cell_has_its_most_frequent_foreground() -> None:
     assert coarse_label(label[..., :1, :1, :2], (3, 2, 4), 3, None).shape == (1, 3, 2, 4)  # coarser than the label
 
 
-# Optimiser
+# Optimizer
 
 
 def plain_lookahead(start: float, steps: int, k: int, alpha: float) -> list[float]:
@@ -128,7 +128,7 @@ def _saved(state: dict) -> object:
     return file
 
 
-def test_the_published_optimiser_and_schedule() -> None:
+def test_the_published_optimizer_and_schedule() -> None:
     network = OccupancyNet(1, volume_shape=(8, 8, 8), channels=(2,), width=8)
     optimizer = occupancy_optimizer(network)
     assert isinstance(optimizer.optimizer, torch.optim.RAdam)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_memeff.sparse import SparseConv3d, SparseConvTranspose3d, SparseTensor
-from monai_memeff.sparse.voxel_set import VoxelSet
+from monai_memeff.sparse.core.voxel_set import VoxelSet
 from tests.oracles import assert_same_as_dense, asymmetric, fill_asymmetric
 
 Size = int | tuple[int, int, int]

@@ -13,8 +13,8 @@ from monai.handlers import IgniteMetricHandler, from_engine
 from monai.inferers import SimpleInferer
 from monai.transforms import AsDiscreted, Compose
 
+from monai_memeff.apps.skull import ImplantMetric
 from monai_memeff.sparse import (
-    ImplantMetric,
     PrepareBatchSparse,
     SparseCollate,
     SparseCompletionLoss,

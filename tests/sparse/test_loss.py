@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse import SparseCompletionLoss, SparseTensor
-from monai_memeff.sparse.tensor import occupied
+from monai_memeff.sparse.core.tensor import occupied
 from tests.sparse.reference import floored, random_mask, set_of
 
 SHAPE = (9, 6, 7)

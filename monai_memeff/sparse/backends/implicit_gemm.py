@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse.backends import native
-from monai_memeff.sparse.kernel_map import ConvolutionGeometry, KernelMap
+from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry, KernelMap
 
 MAX_OFFSETS = 32
 """Offsets of a kernel that fit one word of the bit mask."""
@@ -50,7 +50,7 @@ class Rows(NamedTuple):
 @torch.inference_mode(False)  # kept for training too, where tensors of inference mode cannot be saved for backward
 def rows_of(kernel_map: KernelMap) -> Rows:
     """The tables of a map, for its output rows."""
-    rows = kernel_map.neighbour_rows()
+    rows = kernel_map.neighbor_rows()
     pairs = rows.masked_fill(rows == kernel_map.num_in, ABSENT)
     bits = torch.zeros(pairs.shape[1], dtype=torch.int64, device=pairs.device)
     for offset, row in enumerate(pairs):
@@ -132,7 +132,7 @@ def _arguments(
         len(geometry.outputs),
         [np.array([0xFFFFFFFF], dtype=np.uint32)],  # one group of offsets: all of them
         in_training,
-        False,  # not submanifold: two tables, and results that start as zeros, for rows without any neighbour
+        False,  # not submanifold: two tables, and results that start as zeros, for rows without any neighbor
         functional.CUDAKernelTimer(False),
         True if features.dtype == torch.float16 else None,  # sums in float32; spconv 2.3 does not listen
     )

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse.backends import native
-from monai_memeff.sparse.kernel_map import ConvolutionGeometry
-from monai_memeff.sparse.neighbours import KernelShape, Triple
-from monai_memeff.sparse.voxel_set import VoxelSet
+from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry
+from monai_memeff.sparse.core.neighbors import KernelShape, Triple
+from monai_memeff.sparse.core.voxel_set import VoxelSet
 
 
 @cache
@@ -127,7 +127,7 @@ def _placed(geometry: ConvolutionGeometry) -> _Placed:
 def _place(fine: VoxelSet, coarse: VoxelSet, shape: KernelShape) -> _Placed:
     """Insert both sets.
 
-    MinkowskiEngine centres odd kernels on the output voxel and lets even ones start there. Coarse voxels are therefore
+    MinkowskiEngine centers odd kernels on the output voxel and lets even ones start there. Coarse voxels are therefore
     put where that first or middle point is: ``stride * c - padding``, and for odd sizes half the reach further.
     """
     engine = library()

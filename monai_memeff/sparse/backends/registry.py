@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from monai_memeff.sparse.backends.self_test import fault_of
+from monai_memeff.sparse.backends.self_test import self_test_error
 
 BACKENDS: dict[str, str] = {
     "native": "monai_memeff.sparse.backends.native",
@@ -148,4 +148,4 @@ def _judge(module: str, device: torch.device) -> str | None:
         reason = engine.unavailable(device)
     except Exception as error:  # a library built for another torch fails in its own ways
         return f"{type(error).__name__}: {error}"
-    return reason or fault_of(engine, device)
+    return reason or self_test_error(engine, device)

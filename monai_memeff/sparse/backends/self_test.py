@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse.backends import native
-from monai_memeff.sparse.kernel_map import ConvolutionGeometry
-from monai_memeff.sparse.neighbours import KernelShape
-from monai_memeff.sparse.voxel_set import VoxelSet
+from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry
+from monai_memeff.sparse.core.neighbors import KernelShape
+from monai_memeff.sparse.core.voxel_set import VoxelSet
 
 SHAPE = (6, 5, 8)
 BATCH_SIZE = 2
@@ -21,7 +21,7 @@ IN_CHANNELS, OUT_CHANNELS = 8, 16
 PARTS = ("output", "gradient of the features", "gradient of the weights", "gradient of the bias")
 
 
-def fault_of(engine: ModuleType, device: torch.device) -> str | None:
+def self_test_error(engine: ModuleType, device: torch.device) -> str | None:
     """Why an engine's results cannot be trusted on a device, or None if they agree with native's.
 
     All numbers are small integers, which float32, TF32 and both half precisions hold exactly, so the agreement does not

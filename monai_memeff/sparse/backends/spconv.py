@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse.backends import implicit_gemm
-from monai_memeff.sparse.kernel_map import ConvolutionGeometry
+from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry
 
 
 def library() -> ModuleType:

@@ -1,4 +1,4 @@
-"""Between volumes, points and sparse tensors: masks to points in millimetres and back, points to tensors and back."""
+"""Between volumes, points and sparse tensors: masks to points in millimeters and back, points to tensors and back."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_memeff.geometry import grid, voxels
+from monai_memeff.sparse.core.tensor import SparseTensor
 from monai_memeff.sparse.points.data import Data, attributes, batch_of, check_points, with_attributes
 from monai_memeff.sparse.points.grid_sampling import most_frequent
 from monai_memeff.sparse.points.placed import place, placed_coordinates, rows_at
-from monai_memeff.sparse.tensor import SparseTensor
 
 
 def points_from_mask(mask: Tensor, image: Tensor | None = None, labels: Tensor | None = None) -> Data:
-    """The voxels of a mask as points in millimetres.
+    """The voxels of a mask as points in millimeters.
 
     Args:
-        mask: (1, H, W, D), a voxel is taken where it is not zero; the affine of a MetaTensor says where its centre is,
-            without one a voxel is a millimetre.
+        mask: (1, H, W, D), a voxel is taken where it is not zero; the affine of a MetaTensor says where its center is,
+            without one a voxel is a millimeter.
         image: (C, H, W, D) on the same grid: its values become the features ``x``; without one ``x`` is a column of
             ones.
         labels: (1, H, W, D) on the same grid: its values become ``y``.
 
     Returns:
-        Points with ``pos`` (N, 3) float32 in the millimetres of the affine (MONAI: RAS), in lexicographic order of the
+        Points with ``pos`` (N, 3) float32 in the millimeters of the affine (MONAI: RAS), in lexicographic order of the
         voxels, ``x`` (N, C) float32, and ``y`` (N,) int64 where labels are given.
 
     Raises:
@@ -46,13 +46,13 @@ def points_from_mask(mask: Tensor, image: Tensor | None = None, labels: Tensor |
 def mask_from_points(
     data: Any, reference: Tensor, values: str | None = "y", within: Tensor | None = None
 ) -> MetaTensor:
-    """Points in millimetres as a volume on the grid of a reference.
+    """Points in millimeters as a volume on the grid of a reference.
 
     A voxel that holds points gets their most frequent value (of equals the smallest). Where the points are sparser
-    than the voxels, ``within`` names the voxels to fill: each gets the value of the point nearest to its centre.
+    than the voxels, ``within`` names the voxels to fill: each gets the value of the point nearest to its center.
 
     Args:
-        data: points with ``pos`` (N, 3) in the millimetres of the reference's affine, one cloud.
+        data: points with ``pos`` (N, 3) in the millimeters of the reference's affine, one cloud.
         reference: (C, H, W, D), whose grid and affine the result has.
         values: the attribute to write, (N,) integers or booleans; None marks the voxels with 1.
         within: (1, H, W, D): write these voxels and no others, by the nearest point.
@@ -107,7 +107,7 @@ def data_from_sparse(x: SparseTensor, like: Any = None, grid_size: float | None 
         grid_size: without ``like``, the edge of a voxel of the finest level.
 
     Returns:
-        ``like`` with other features; or :class:`Data` with one point per voxel at the centre of its cell, ``x``,
+        ``like`` with other features; or :class:`Data` with one point per voxel at the center of its cell, ``x``,
         ``batch``, ``coords`` (the finest level's) and ``grid_size`` (of this level).
 
     Raises:
@@ -126,8 +126,8 @@ def data_from_sparse(x: SparseTensor, like: Any = None, grid_size: float | None 
     assert grid_size is not None
     batch, *_ = (where := placed_coordinates(x)).unbind(1)
     stride = torch.tensor(x.stride, device=x.device)
-    centre = where[:, 1:].double() + (stride - 1) / 2
-    points = Data((centre * grid_size).to(x.dtype), x.features, batch=batch)
+    center = where[:, 1:].double() + (stride - 1) / 2
+    points = Data((center * grid_size).to(x.dtype), x.features, batch=batch)
     size = x.features.new_tensor([grid_size * max(x.stride)])
     return with_attributes(points, {"coords": where[:, 1:].to(torch.int32), "grid_size": size})
 
@@ -152,12 +152,12 @@ def _by_nearest(pos: Tensor, written: Tensor, within: Tensor, affine: Tensor) ->
     from scipy.spatial import cKDTree
 
     volume = written.new_zeros(within.shape)
-    centres = grid.index_to_mm(within.nonzero(), affine)
-    if len(centres) == 0:
+    centers = grid.index_to_mm(within.nonzero(), affine)
+    if len(centers) == 0:
         return volume
     if len(pos) == 0:
         raise ValueError("there is no point, and voxels to fill from the nearest one; give points or no voxels.")
-    _, rows = cKDTree(pos.double().cpu().numpy()).query(centres.cpu().numpy())
+    _, rows = cKDTree(pos.double().cpu().numpy()).query(centers.cpu().numpy())
     volume[within.to(volume.device)] = written[torch.from_numpy(np.asarray(rows)).to(written.device)]
     return volume
 

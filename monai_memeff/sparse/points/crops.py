@@ -22,19 +22,19 @@ class SphereSampling(PointTransform):
     """Keep the points of one ball.
 
     Args:
-        radius: in the unit of ``pos`` (millimetres); points at exactly this distance are kept.
-        sphere_centre: (3,) the centre.
-        align_origin: move the centre to the origin.
+        radius: in the unit of ``pos`` (millimeters); points at exactly this distance are kept.
+        sphere_center: (3,) the center.
+        align_origin: move the center to the origin.
     """
 
-    def __init__(self, radius: float, sphere_centre: Sequence[float] | Tensor, align_origin: bool = True) -> None:
+    def __init__(self, radius: float, sphere_center: Sequence[float] | Tensor, align_origin: bool = True) -> None:
         self.radius, self.align_origin = _positive("radius", radius), align_origin
-        self.centre = torch.as_tensor(sphere_centre, dtype=torch.float64).reshape(3)
+        self.center = torch.as_tensor(sphere_center, dtype=torch.float64).reshape(3)
 
     def _process(self, data: Any) -> Any:
-        centre = self.centre.to(data.pos)
-        kept = select_points(data, _in_ball(data.pos, centre, self.radius))
-        return with_attributes(kept, {"pos": kept.pos - centre}) if self.align_origin else kept
+        center = self.center.to(data.pos)
+        kept = select_points(data, _in_ball(data.pos, center, self.radius))
+        return with_attributes(kept, {"pos": kept.pos - center}) if self.align_origin else kept
 
 
 class RandomSphere(Randomizable, PointTransform):
@@ -45,7 +45,7 @@ class RandomSphere(Randomizable, PointTransform):
         strategy: ``"random"``: every point is as likely; ``"freq_class_based"``: a class of the labels ``y`` is drawn,
             a rare one with higher probability, and then a point of it.
         class_weight_method: ``"sqrt"``: a class with n points has the weight 1 / sqrt(n); there is no other.
-        center: move the centre to the origin.
+        center: move the center to the origin.
 
     Raises:
         ValueError: an unknown strategy or weight, or labels ``y`` are wanted and missing.
@@ -64,7 +64,7 @@ class RandomSphere(Randomizable, PointTransform):
         self._row = 0
 
     def randomize(self, data: Any) -> None:
-        """Draw the point at the centre."""
+        """Draw the point at the center."""
         if self.strategy == "random":
             self._row = int(self.R.randint(len(data.pos)))
             return
@@ -86,15 +86,15 @@ class CubeCrop(Randomizable, PointTransform):
 
     The turns about the three axes follow each other in random order.
 
-    The centre is drawn evenly over space: among one point per cell of ``grid_size_center``.
+    The center is drawn evenly over space: among one point per cell of ``grid_size_center``.
 
     Args:
         c: half the edge of the cube, in the unit of ``pos``.
         rot_x: the cube is turned about x by an angle in [-rot_x, rot_x] degrees; 0 for a cube along the axes.
         rot_y: the same about y.
         rot_z: the same about z.
-        grid_size_center: edge of the cells that make centres even, in the unit of ``pos``; the default of
-            torch-points3d is in metres: give some millimetres.
+        grid_size_center: edge of the cells that make centers even, in the unit of ``pos``; the default of
+            torch-points3d is in meters: give some millimeters.
     """
 
     def __init__(
@@ -107,31 +107,31 @@ class CubeCrop(Randomizable, PointTransform):
     ) -> None:
         self.c, self.angles = _positive("c", c), (rot_x, rot_y, rot_z)
         self.even = GridSampling3D(_positive("grid_size_center", grid_size_center), mode="last")
-        self._centre, self._turn = torch.zeros(3), torch.eye(3)
+        self._center, self._turn = torch.zeros(3), torch.eye(3)
 
     def randomize(self, data: Any) -> None:
-        """Draw the centre and the turn."""
-        self._centre = _even_centres(self, self.even, data.pos, 1)[0]
+        """Draw the center and the turn."""
+        self._center = _even_centers(self, self.even, data.pos, 1)[0]
         angles = [np.radians(self.R.uniform(-a, a)) for a in self.angles]
         self._turn = torch.from_numpy(_rotation(angles, self.R.permutation(3)))
 
     def _process(self, data: Any) -> Any:
         _check_not_empty(self, data)
         self.randomize(data)
-        turned = (data.pos - self._centre) @ self._turn.to(data.pos).T
+        turned = (data.pos - self._center) @ self._turn.to(data.pos).T
         return select_points(data, (turned.abs() <= self.c).all(dim=1))
 
 
 class RandomSphereDropout(Randomizable, PointTransform):
     """Remove the points of random balls.
 
-    The centres are drawn evenly over space, as in :class:`CubeCrop`.
+    The centers are drawn evenly over space, as in :class:`CubeCrop`.
 
     Args:
         num_sphere: number of balls.
         radius: of every ball, in the unit of ``pos``.
-        grid_size_center: edge of the cells that make centres even, in the unit of ``pos``; the default of
-            torch-points3d is in metres: give some millimetres.
+        grid_size_center: edge of the cells that make centers even, in the unit of ``pos``; the default of
+            torch-points3d is in meters: give some millimeters.
     """
 
     def __init__(self, num_sphere: int = 10, radius: float = 5, grid_size_center: float = 0.01) -> None:
@@ -139,19 +139,19 @@ class RandomSphereDropout(Randomizable, PointTransform):
             raise ValueError(f"num_sphere must not be negative, got {num_sphere}.")
         self.num_sphere, self.radius = num_sphere, _positive("radius", radius)
         self.even = GridSampling3D(_positive("grid_size_center", grid_size_center), mode="last")
-        self._centres = torch.zeros(0, 3)
+        self._centers = torch.zeros(0, 3)
 
     def randomize(self, data: Any) -> None:
-        """Draw the centres."""
-        self._centres = _even_centres(self, self.even, data.pos, self.num_sphere)
+        """Draw the centers."""
+        self._centers = _even_centers(self, self.even, data.pos, self.num_sphere)
 
     def _process(self, data: Any) -> Any:
         if len(data.pos) == 0:
             return select_points(data, torch.zeros(0, dtype=torch.int64, device=data.pos.device))
         self.randomize(data)
         keep = torch.ones(len(data.pos), dtype=torch.bool, device=data.pos.device)
-        for centre in self._centres:
-            keep &= ~_in_ball(data.pos, centre, self.radius)
+        for center in self._centers:
+            keep &= ~_in_ball(data.pos, center, self.radius)
         return select_points(data, keep)
 
 
@@ -186,11 +186,11 @@ class FixedPoints(Randomizable, PointTransform):
         return select_points(data, torch.from_numpy(self._rows.astype(np.int64)).to(data.pos.device))
 
 
-def _in_ball(pos: Tensor, centre: Tensor, radius: float) -> Tensor:
-    return (pos - centre).square().sum(dim=1) <= radius**2
+def _in_ball(pos: Tensor, center: Tensor, radius: float) -> Tensor:
+    return (pos - center).square().sum(dim=1) <= radius**2
 
 
-def _even_centres(owner: Randomizable, even: GridSampling3D, pos: Tensor, count: int) -> Tensor:
+def _even_centers(owner: Randomizable, even: GridSampling3D, pos: Tensor, count: int) -> Tensor:
     """(count, 3) positions, drawn by the owner's random state among one point per cell."""
     even.R = owner.R
     candidates = even(Data(pos)).pos

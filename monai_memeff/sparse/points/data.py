@@ -23,7 +23,7 @@ class Data:
     the cloud. Set further attributes as on any object: ``data.intensity = ...``.
 
     Args:
-        pos: (N, 3) floating point positions, for medical images in millimetres.
+        pos: (N, 3) floating point positions, for medical images in millimeters.
         x: (N, C) or (N,) features.
         y: (N,) labels.
         batch: (N,) integers, which cloud of a batch each point belongs to.

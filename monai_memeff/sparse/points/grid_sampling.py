@@ -31,7 +31,7 @@ class GridSampling3D(Randomizable, PointTransform):
     Sets ``grid_size``, a tensor of one number. Nothing but torch is needed: no torch_cluster, no torch_scatter.
 
     Args:
-        size: edge of a cell in the unit of ``pos`` (millimetres).
+        size: edge of a cell in the unit of ``pos`` (millimeters).
         quantize_coords: also set ``coords``, (M, 3) int32, the cell of every result; negative ones are normal.
         mode: ``"mean"`` or ``"last"``.
         verbose: accepted for old configurations; nothing is logged.
@@ -53,7 +53,7 @@ class GridSampling3D(Randomizable, PointTransform):
         self._order = torch.from_numpy(self.R.permutation(len(data.pos))).to(data.pos.device)
 
     def _process(self, data: Any) -> Any:
-        coords = quantised(data.pos, self.size)
+        coords = quantized(data.pos, self.size)
         cell, count = cells_of(coords, batch_of(data), self.size)
         if self.mode == "last":
             self.randomize(data)
@@ -68,7 +68,7 @@ class GridSampling3D(Randomizable, PointTransform):
         return with_attributes(data, {**merged, "grid_size": data.pos.new_tensor([self.size])})
 
 
-def quantised(pos: Tensor, size: float) -> Tensor:
+def quantized(pos: Tensor, size: float) -> Tensor:
     """Cells ``round(pos / size)`` of (N, 3) positions, int64.
 
     Raises:

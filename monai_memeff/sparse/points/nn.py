@@ -8,9 +8,10 @@ import warnings
 import torch
 from torch import Tensor
 
-from monai_memeff.sparse import backends, blocks, conv
-from monai_memeff.sparse import tensor as sparse_tensor
+from monai_memeff.sparse import backends
 from monai_memeff.sparse.backends import registry
+from monai_memeff.sparse.core import tensor as sparse_tensor
+from monai_memeff.sparse.nn import blocks, conv
 from monai_memeff.sparse.points.placed import place
 
 __all__ = ["BatchNorm", "Conv3d", "Conv3dTranspose", "ReLU", "SparseTensor", "cat", "set_backend"]

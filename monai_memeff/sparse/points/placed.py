@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from monai_memeff.geometry import voxels
-from monai_memeff.sparse.tensor import SparseTensor
-from monai_memeff.sparse.voxel_set import VoxelSet
+from monai_memeff.sparse.core.tensor import SparseTensor
+from monai_memeff.sparse.core.voxel_set import VoxelSet
 
 ALIGNMENT = 64
 """The grid begins at a multiple of this, so that cells coarsened up to 64-fold are those of the unshifted lattice."""

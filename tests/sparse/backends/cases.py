@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse.backends import native
-from monai_memeff.sparse.generate import generate
-from monai_memeff.sparse.kernel_map import ConvolutionGeometry
-from monai_memeff.sparse.neighbours import KernelShape
-from monai_memeff.sparse.voxel_set import VoxelSet
+from monai_memeff.sparse.core.generate import generate
+from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry
+from monai_memeff.sparse.core.neighbors import KernelShape
+from monai_memeff.sparse.core.voxel_set import VoxelSet
 from tests.sparse.reference import Size, triple
 
 TOLERANCES: dict[torch.dtype, float] = {

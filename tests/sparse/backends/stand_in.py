@@ -1,7 +1,7 @@
 """A stand-in for ``spconv.pytorch.functional``: the contract of its implicit GEMM, asserted and computed by torch.
 
 The contract, the same in spconv 2.3 and spconv-triton 1.0: weights (out, k, k, k, in); for each direction a table
-(offsets, rows) of int32 with -1 for no neighbour, a mask of 32 bits for every row, in int32 (rows, 1), sorted, and the
+(offsets, rows) of int32 with -1 for no neighbor, a mask of 32 bits for every row, in int32 (rows, 1), sorted, and the
 row of every mask; on the host one group of offsets, uint32. A tile of rows reads the offsets that any of its masks has;
 the forward pass notes them for the gradient of the weights. Tables are saved for backward, as features and weights are.
 """

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from monai_memeff.sparse import SparseConv3d, SparseTensor, backends, kernel_map
+from monai_memeff.sparse import SparseConv3d, SparseTensor, backends
 from monai_memeff.sparse.backends import implicit_gemm, native, registry
-from monai_memeff.sparse.backends.self_test import fault_of
-from monai_memeff.sparse.fused import kept_as
-from monai_memeff.sparse.kernel_map import ConvolutionGeometry
+from monai_memeff.sparse.backends.self_test import self_test_error
+from monai_memeff.sparse.core import kernel_map
+from monai_memeff.sparse.core.fused import saved_for_recompute
+from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry
 from tests.sparse.backends import stand_in
 from tests.sparse.backends.cases import GEOMETRIES, assert_equals_native, convolution, random_tensors, results
 from tests.sparse.reference import random_mask
@@ -53,9 +54,9 @@ def test_masks_are_sorted_and_have_32_bits() -> None:
 def test_making_tables_leaves_the_map_alone() -> None:
     """A table of one column could be the map's own memory."""
     kernel_map = convolution(1, 2).kernel_map
-    before = kernel_map.neighbour_rows().clone()
+    before = kernel_map.neighbor_rows().clone()
     implicit_gemm.rows_of(kernel_map)
-    assert torch.equal(kernel_map.neighbour_rows(), before)
+    assert torch.equal(kernel_map.neighbor_rows(), before)
 
 
 def test_tables_are_made_once(engine: types.SimpleNamespace) -> None:
@@ -109,7 +110,7 @@ def test_features_that_are_computed_again(engine: types.SimpleNamespace) -> None
     features, weight, bias, cotangent = random_tensors(geometry, 3, 5)
     expected = results(native, geometry, (features, weight, bias, cotangent))
     features.requires_grad_()
-    with kept_as(features, lambda: asked.append(1) or features.detach()):
+    with saved_for_recompute(features, lambda: asked.append(1) or features.detach()):
         out = engine.convolve(features, weight.requires_grad_(), bias, geometry)
     found = torch.autograd.grad(out, (features, weight), cotangent)
     assert asked
@@ -134,7 +135,7 @@ def test_layers_under_autocast(
 
 
 def test_the_self_test_passes_it(engine: types.SimpleNamespace) -> None:
-    assert fault_of(engine, torch.device("cpu")) is None
+    assert self_test_error(engine, torch.device("cpu")) is None
     assert len(stand_in.calls) == 3
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from monai_memeff.sparse import SparseConv3d, SparseConvTranspose3d, SparseReLU, SparseTensor, backends
 from monai_memeff.sparse.backends import registry
-from monai_memeff.sparse.kernel_map import ConvolutionGeometry
+from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry
 from tests.sparse.backends.cases import (
     GEOMETRIES,
     TOLERANCES,
@@ -108,7 +108,7 @@ def test_an_engine_equals_native_on_a_gpu(name: str, dtype: torch.dtype) -> None
 
 
 def test_native_equals_dense() -> None:
-    """The last link of the chain; every geometry of it is in tests/sparse/test_conv.py."""
+    """The last link of the chain; every geometry of it is in tests/sparse/nn/test_conv.py."""
     sparse, dense = SparseConv3d(3, 4).double(), DenseConv(3, 4, 3)
     assert_convolution_is_dense(sparse, dense, random_mask(2, (5, 4, 6), 0.4))
 

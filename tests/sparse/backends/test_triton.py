@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse.backends import native
-from monai_memeff.sparse.kernel_map import ConvolutionGeometry, KernelMap
+from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry, KernelMap
 from tests.sparse.backends.cases import (
     GEOMETRIES,
     assert_equals_native,

@@ -41,7 +41,7 @@ def volumes(seed: int = 0) -> tuple[MetaTensor, MetaTensor, MetaTensor]:
 # Masks
 
 
-def test_voxels_become_points_in_millimetres() -> None:
+def test_voxels_become_points_in_millimeters() -> None:
     mask, image, labels = volumes()
     data = points_from_mask(mask, image, labels)
     assert not isinstance(data.pos, MetaTensor)
@@ -138,7 +138,7 @@ def test_points_to_a_tensor_and_back(clouds: int) -> None:
 
 
 def test_a_coarser_level() -> None:
-    """Points take the features of their cell; new points stand at the centres of the cells."""
+    """Points take the features of their cell; new points stand at the centers of the cells."""
     data = GridSampling3D(2.0, quantize_coords=True)(cloud())
     coarse = nn.Conv3d(2, 3, 2, stride=4).double()(to_sparse_tensor(data))
     fresh = data_from_sparse(coarse, grid_size=2.0)

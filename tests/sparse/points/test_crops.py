@@ -15,11 +15,11 @@ from tests.sparse.points.clouds import cloud
 
 @pytest.mark.parametrize("align", [True, False])
 def test_a_ball(align: bool) -> None:
-    data, centre = cloud(), (1.0, -2.0, 0.5)
-    rows = [row for row, p in enumerate(data.pos.tolist()) if math.dist(p, centre) <= 5.0]
-    result = SphereSampling(5.0, centre, align_origin=align)(data)
+    data, center = cloud(), (1.0, -2.0, 0.5)
+    rows = [row for row, p in enumerate(data.pos.tolist()) if math.dist(p, center) <= 5.0]
+    result = SphereSampling(5.0, center, align_origin=align)(data)
     assert 0 < len(rows) < 60
-    shift = torch.tensor(centre).double() if align else 0.0
+    shift = torch.tensor(center).double() if align else 0.0
     torch.testing.assert_close(result.pos, data.pos[rows] - shift)
     assert torch.equal(result.heat, data.heat[rows])
     assert len(SphereSampling(0.1, (99.0, 0, 0))(data).pos) == 0
@@ -41,8 +41,8 @@ def test_a_random_ball_lies_around_a_point() -> None:
         assert float(reach) <= 8.0
         counts.add(len(result.pos))
     assert len(counts) > 1
-    centred = RandomSphere(4.0).set_random_state(1)(data)
-    assert bool((centred.pos == 0).all(dim=1).any()), "the centre is a point, moved to the origin"
+    centerd = RandomSphere(4.0).set_random_state(1)(data)
+    assert bool((centerd.pos == 0).all(dim=1).any()), "the center is a point, moved to the origin"
 
 
 def test_rare_classes_are_chosen_more_often() -> None:
@@ -59,17 +59,17 @@ def test_a_cube_along_the_axes() -> None:
     crop = CubeCrop(3.0, rot_x=0, rot_y=0, rot_z=0, grid_size_center=1.0).set_random_state(2)
     for _ in range(10):
         result = crop(data)
-        inside = ((data.pos - crop._centre).abs() <= 3.0).all(dim=1)
+        inside = ((data.pos - crop._center).abs() <= 3.0).all(dim=1)
         assert torch.equal(result.pos, data.pos[inside])
         assert torch.equal(result.y, data.y[inside])
-        assert bool((data.pos == crop._centre).all(dim=1).any())
+        assert bool((data.pos == crop._center).all(dim=1).any())
 
 
 def test_a_turned_cube() -> None:
     lattice = torch.cartesian_prod(*[torch.arange(-20.0, 21.0, 2)] * 3).double()
     crop = CubeCrop(6.0, grid_size_center=50.0).set_random_state(0)
     crop.randomize(Data(lattice))
-    crop._centre = torch.zeros(3).double()
+    crop._center = torch.zeros(3).double()
     turn = crop._turn
     torch.testing.assert_close(turn @ turn.T, torch.eye(3).double())
     crop.randomize = lambda data: None  # type: ignore[method-assign]
@@ -94,14 +94,14 @@ def test_dropping_balls() -> None:
     data = cloud()
     drop = RandomSphereDropout(3, radius=2.0, grid_size_center=1.0).set_random_state(0)
     result = drop(data)
-    near = torch.cdist(data.pos, drop._centres).amin(1) <= 2.0
+    near = torch.cdist(data.pos, drop._centers).amin(1) <= 2.0
     assert 3 <= int(near.sum()) < 60
     assert torch.equal(result.x, data.x[~near])
     assert torch.equal(RandomSphereDropout(0, 2.0, 1.0)(data).pos, data.pos)
     assert len(RandomSphereDropout(2, 2.0, 1.0)(Data(torch.zeros(0, 3))).pos) == 0
 
 
-def test_centres_are_even_over_space_and_not_over_points() -> None:
+def test_centers_are_even_over_space_and_not_over_points() -> None:
     """A hundred points in one cell and one in each of nine others: the crowd is met in a tenth of the draws."""
     lonely = torch.arange(1.0, 10.0)[:, None] * torch.tensor([[10.0, 0, 0]])
     data = Data(torch.cat((torch.rand(100, 3), lonely)))

@@ -274,14 +274,14 @@ class ResidualUNet(nn.Module):
         return data_from_sparse(y.replace(self.head(y.features)), like=data)
 
 
-def labelled(seed: int) -> Data:
-    """Two clouds of points on balls of two sizes about random centres of either sign; the label says which size."""
+def labeled(seed: int) -> Data:
+    """Two clouds of points on balls of two sizes about random centers of either sign; the label says which size."""
     generator = torch.Generator().manual_seed(seed)
     parts, labels, batch = [], [], []
     for number in range(6):
-        centre = (torch.rand(3, generator=generator) - 0.5) * 120
+        center = (torch.rand(3, generator=generator) - 0.5) * 120
         direction = nn.functional.normalize(torch.randn(400, 3, generator=generator), dim=1)
-        parts.append(centre + direction * (6.0 if number % 2 else 14.0))
+        parts.append(center + direction * (6.0 if number % 2 else 14.0))
         labels += [number % 2] * 400
         batch += [number // 3] * 400
     data = Data(torch.cat(parts), y=torch.tensor(labels), batch=torch.tensor(batch))
@@ -293,19 +293,19 @@ def labelled(seed: int) -> Data:
 def test_a_residual_unet_in_their_style_trains() -> None:
     torch.manual_seed(0)
     network = ResidualUNet(1, 2)
-    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     losses = []
     for step in range(30):
-        data = labelled(step % 3)
+        data = labeled(step % 3)
         loss = nn.functional.cross_entropy(network(data).x, data.y)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in network.parameters())
     network.eval()
     with torch.no_grad():
-        unseen = labelled(100)
+        unseen = labeled(100)
         accuracy = float((network(unseen).x.argmax(1) == unseen.y).float().mean())
     assert losses[-1] < 0.3 * losses[0], losses
     assert accuracy > 0.9

@@ -1,6 +1,6 @@
 """The plain PyTorch engine, on any device: blocks of rows, gathered, multiplied and accumulated.
 
-A block of output rows is finished while it is in cache: its input rows are gathered through the neighbour table, a few
+A block of output rows is finished while it is in cache: its input rows are gathered through the neighbor table, a few
 lines of the kernel at a time, into one matrix and multiplied by those lines' weights. Transposed convolutions whose
 kernel is no larger than the stride multiply a block by all weights and write every product to its one place. Neither
 adds to one place from two, so results do not depend on the order in which threads run. Other transposed convolutions go
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_memeff.sparse.backends.native import few, gather, pairs, scatter
+from monai_memeff.sparse.backends.native import gather, pairs, scatter
+from monai_memeff.sparse.backends.native import small_batch
 from monai_memeff.sparse.backends.native.product import accumulator
-from monai_memeff.sparse.kernel_map import ConvolutionGeometry, KernelMap
+from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry, KernelMap
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -53,8 +54,8 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(features, weight)
         ctx.geometry = geometry
-        if len(features) and few.applies(weight, geometry):
-            return few.multiply(features, weight, bias, geometry)
+        if len(features) and small_batch.applies(weight, geometry):
+            return small_batch.multiply(features, weight, bias, geometry)
         return multiply(features, weight, bias, geometry.kernel_map)
 
     @staticmethod
@@ -64,8 +65,8 @@ class _Convolution(torch.autograd.Function):
         grad = grad.contiguous()
         grad_features: Tensor | None = None
         grad_weight: Tensor | None = None
-        if needs_features and needs_weight and len(features) and few.applies(weight, ctx.geometry):
-            grad_features, grad_weight = few.both_gradients(features, grad, weight, ctx.geometry)
+        if needs_features and needs_weight and len(features) and small_batch.applies(weight, ctx.geometry):
+            grad_features, grad_weight = small_batch.both_gradients(features, grad, weight, ctx.geometry)
         elif needs_features and needs_weight:
             back = ctx.geometry.kernel_map.transposed
             grad_features, grad_weight = both_gradients(features, grad, weight, back)

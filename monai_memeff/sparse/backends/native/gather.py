@@ -1,4 +1,4 @@
-"""Convolution by gathering: every output row collects its input rows through the neighbour table."""
+"""Convolution by gathering: every output row collects its input rows through the neighbor table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse.backends.native.product import accumulator, add_product, row_blocks
-from monai_memeff.sparse.kernel_map import KernelMap
+from monai_memeff.sparse.core.kernel_map import KernelMap
 
 PRODUCT_COLUMNS = 512
 """Gathered columns of one product: more of them would leave the cache, fewer would add to the total more often."""

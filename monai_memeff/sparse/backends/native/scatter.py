@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse.backends.native.product import accumulator, add_product, row_blocks
-from monai_memeff.sparse.kernel_map import KernelMap
+from monai_memeff.sparse.core.kernel_map import KernelMap
 
 
 def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:

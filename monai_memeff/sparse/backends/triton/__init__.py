@@ -1,7 +1,7 @@
 """Our engine for CUDA, written in Triton: masked implicit GEMM, each output row written once, no atomics.
 
 A program owns a tile of output rows and channels, walks through the kernel offsets that occur in it, gathers input rows
-through the neighbour table straight into the matrix product and stores a float32 sum once. The gradient of the features
+through the neighbor table straight into the matrix product and stores a float32 sum once. The gradient of the features
 is the same kernel on the transposed map; that of the weights is one product per offset, split over rows and added up in
 a fixed order. Results are the same at every run with the same block sizes (see ``tuning``). float32 is IEEE float32
 unless torch allows TF32; bfloat16 and float16 accumulate in float32. Native computes float64, and the half precisions
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from monai_memeff.sparse.backends import native
 from monai_memeff.sparse.backends.triton import kernels, launch
-from monai_memeff.sparse.kernel_map import ConvolutionGeometry, KernelMap
+from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry, KernelMap
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from monai_memeff.sparse.backends.triton import kernels, tuning
 from monai_memeff.sparse.backends.triton.rows import RowPlan, row_plan
 from monai_memeff.sparse.backends.triton.tuning import Blocks
-from monai_memeff.sparse.kernel_map import KernelMap
+from monai_memeff.sparse.core.kernel_map import KernelMap
 
 INT32_ELEMENTS = 2**31 - 1
 """Tensors with more elements than this are addressed with 64-bit numbers."""
@@ -28,7 +28,7 @@ def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: 
 
     Args:
         features: (num_in, in_channels) float32, bfloat16 or float16, at least one row.
-        weight: (num_offsets, in_channels, out_channels), same dtype. Those of our layers are views whose neighbouring
+        weight: (num_offsets, in_channels, out_channels), same dtype. Those of our layers are views whose neighboring
             channels are far apart in memory; threads would load them one by one, so they are copied.
         bias: (out_channels) or None.
         kernel_map: the planned geometry, with at least one output row.

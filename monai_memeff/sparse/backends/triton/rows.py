@@ -1,4 +1,4 @@
-"""Where every output row finds its input rows, sorted so that neighbouring rows use the same kernel offsets."""
+"""Where every output row finds its input rows, sorted so that neighboring rows use the same kernel offsets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from monai_memeff.sparse.kernel_map import KernelMap, NeighbourTable
+from monai_memeff.sparse.core.kernel_map import KernelMap, NeighborTable
 
 SORT_BITS = 62
 """Bits of the number by which rows are sorted; larger kernels let several offsets share a bit."""
@@ -33,7 +33,7 @@ class Tiles:
 
 @dataclass(eq=False)
 class RowPlan:
-    """The neighbour table of one kernel map in sorted order.
+    """The neighbor table of one kernel map in sorted order.
 
     Rows that use the same set of offsets stand together, so a tile of rows skips most offsets that it does not use: one
     of eight is left of a transposed 2^3 kernel.
@@ -64,7 +64,7 @@ class RowPlan:
         return Tiles(*_listed(occurs.t()), *_listed(occurs))
 
 
-_plans: WeakKeyDictionary[NeighbourTable | KernelMap, dict[bool, RowPlan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[NeighborTable | KernelMap, dict[bool, RowPlan]] = WeakKeyDictionary()
 """The table of a map, or a map without one -> its plans, by the direction in which the table is read."""
 
 
@@ -78,7 +78,7 @@ def row_plan(kernel_map: KernelMap) -> RowPlan:
 
 
 def _plan(kernel_map: KernelMap) -> RowPlan:
-    rows = replace(kernel_map, flipped=False).neighbour_rows()
+    rows = replace(kernel_map, flipped=False).neighbor_rows()
     used = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
     for offset, row in enumerate(rows):
         used |= (row < kernel_map.num_in).long() << (offset * SORT_BITS // max(SORT_BITS, len(rows)))

@@ -1,0 +1,40 @@
+"""Skulls: synthetic defects, preparation, implants and their scores."""
+
+from monai_memeff.apps.skull.defects import RandSkullDefect, RandSkullDefectD, RandSkullDefectd, RandSkullDefectDict
+from monai_memeff.apps.skull.implant import (
+    ImplantFromCompletion,
+    ImplantFromCompletionD,
+    ImplantFromCompletiond,
+    ImplantFromCompletionDict,
+)
+from monai_memeff.apps.skull.metrics import ImplantMetric
+from monai_memeff.apps.skull.preparation import (
+    SkullShell,
+    SkullShellD,
+    SkullShelld,
+    SkullShellDict,
+    UpperSkullCrop,
+    UpperSkullCropD,
+    UpperSkullCropd,
+    UpperSkullCropDict,
+)
+
+__all__ = [
+    "ImplantFromCompletion",
+    "ImplantFromCompletionD",
+    "ImplantFromCompletionDict",
+    "ImplantFromCompletiond",
+    "ImplantMetric",
+    "RandSkullDefect",
+    "RandSkullDefectD",
+    "RandSkullDefectDict",
+    "RandSkullDefectd",
+    "SkullShell",
+    "SkullShellD",
+    "SkullShellDict",
+    "SkullShelld",
+    "UpperSkullCrop",
+    "UpperSkullCropD",
+    "UpperSkullCropDict",
+    "UpperSkullCropd",
+]

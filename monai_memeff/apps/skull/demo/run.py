@@ -1,0 +1,182 @@
+"""The main job: train on random defects of one head, complete defects that were not seen, and write what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from monai_memeff.apps.skull import RandSkullDefect
+from monai_memeff.apps.skull.demo import methods, report
+from monai_memeff.apps.skull.demo.io import InputError
+from monai_memeff.apps.skull.demo.mirror import mirror_implant
+from monai_memeff.apps.skull.demo.volume import HeadVolume, load_head
+from monai_memeff.apps.skull.metrics import implant_scores
+
+SECONDS_AT_64 = 95.0
+LEARNING_RATE = {"sparse": 4e-3, "dense": 2e-3}
+TEST_SEED = 12345
+
+
+@dataclass(frozen=True)
+class TestDefect:
+    """A defect that no method has seen: defective skull and implant, bool (S, S, S)."""
+
+    __test__ = False  # not a test, for pytest
+
+    defective: np.ndarray
+    implant: np.ndarray
+
+
+def run_demo(
+    image: Path | None, size: int, output: Path, seconds: float | None, threshold: float, defects: int, seed: int
+) -> None:
+    """Run the main job and print its report.
+
+    Args:
+        image: head CT (see :func:`monai_memeff.apps.skull.demo.io.read_ct`); None generates a head.
+        size: edge of the grid in voxels.
+        output: folder for ``report.txt``, ``report.json``, ``figure.png``, the implant as NIfTI and STL.
+        seconds: training time of each network; None: 95 at size 64, growing with the volume.
+        threshold: bone is above this many Hounsfield units.
+        defects: number of unseen defects.
+        seed: of defects and weights.
+
+    Raises:
+        InputError: on every bad input, in one line, before training starts.
+    """
+    target = report.check_output(output)
+    if seconds is None:
+        seconds = SECONDS_AT_64 * (size / 64) ** 3
+    if not 0 < seconds < float("inf") or defects < 1:
+        raise InputError(
+            f"--seconds must be positive and --defects at least 1, got {seconds:g} and {defects}; leave them out for"
+            " the defaults"
+        )
+    console = Console()
+    with console.status("reading the head"):
+        head = load_head(image, size, threshold, seed)
+        tests = _test_defects(head, defects)
+    console.print(f"{head.name}: {head.size}^3 cells of {head.cell_mm:.2f} mm, occupancy {head.occupancy:.1%}")
+    results, implants = _compare(head, tests, seconds, seed, console)
+    result = report.make_report(head, results, seed=seed, shown=0)
+    with console.status("writing"), report.atomic_folder(target) as folder:
+        numbers = report.write_case(folder, head, tests[0].defective, tests[0].implant, implants[0], _caption(results))
+        result.extra.update(numbers)  # type: ignore[attr-defined]
+        report.write_report(folder, result)
+    console.print(report.report_table(result))
+    console.print("\n".join(report.report_lines(result)), highlight=False)
+    console.print(f"written to {target}", highlight=False)
+
+
+def _compare(
+    head: HeadVolume, tests: list[TestDefect], seconds: float, seed: int, console: Console
+) -> tuple[list[report.MethodResult], list[np.ndarray]]:
+    """Scores of all methods, and the implants of the sparse network."""
+    with console.status("mirroring the healthy side"):
+        results = [_score("registered mirror", head, tests, _mirror(head))[0]]
+    implants: list[np.ndarray] = []
+    for name, label, build in (
+        ("sparse", "sparse network", methods.SparseMethod),
+        ("dense", "dense MONAI UNet", methods.DenseMethod),
+    ):
+        torch.manual_seed(seed)
+        method = build()
+        with _progress(console, label) as progress, _threads_restored():
+            training = methods.train(method, _sampler(head, seed), seconds, LEARNING_RATE[name], progress)
+        result, found = _score(label, head, tests, _learned(method), method, training, _sampler(head, seed))
+        results.append(result)
+        implants = implants or found
+    return results, implants
+
+
+def _sampler(head: HeadVolume, seed: int) -> methods.DefectSampler:
+    return methods.DefectSampler(head.tensor(), seed)
+
+
+def _test_defects(head: HeadVolume, count: int) -> list[TestDefect]:
+    cut = RandSkullDefect()
+    cut.set_random_state(TEST_SEED)
+    try:
+        pairs = [cut(head.tensor()) for _ in range(count)]
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return [TestDefect(d[0].as_subclass(Tensor).numpy() > 0, i[0].as_subclass(Tensor).numpy() > 0) for d, i in pairs]
+
+
+def _mirror(head: HeadVolume) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda defective: mirror_implant(defective, head.affine).implant
+
+
+def _learned(method: methods.CompletionMethod) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda defective: methods.implant(method, torch.from_numpy(defective[None].astype(np.float32)))
+
+
+def _score(
+    label: str,
+    head: HeadVolume,
+    tests: list[TestDefect],
+    complete: Callable[[np.ndarray], np.ndarray],
+    method: methods.CompletionMethod | None = None,
+    training: methods.Training | None = None,
+    sampler: methods.DefectSampler | None = None,
+) -> tuple[report.MethodResult, list[np.ndarray]]:
+    start = time.perf_counter()
+    implants = [complete(test.defective) for test in tests]
+    test_seconds = (time.perf_counter() - start) / len(tests)
+    scores = [
+        implant_scores(
+            torch.from_numpy(found), torch.from_numpy(t.implant), torch.from_numpy(t.defective), head.cell_mm
+        )
+        for found, t in zip(implants, tests, strict=True)
+    ]
+    if method is None or training is None or sampler is None:
+        return report.MethodResult(label, scores, test_seconds=test_seconds), implants
+    train_peak, test_peak = methods.peak_bytes(method, sampler)
+    learned = report.MethodResult(
+        label,
+        scores,
+        train_seconds=training.seconds,
+        iterations=training.iterations,
+        parameters=sum(p.numel() for p in method.network.parameters()),
+        train_peak_bytes=train_peak,
+        test_peak_bytes=test_peak,
+        test_seconds=test_seconds,
+    )
+    return learned, implants
+
+
+@contextmanager
+def _progress(console: Console, label: str) -> Iterator[methods.Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("step {task.fields[step]}, loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(f"training {label}", total=1.0, step=0, loss=float("nan"))
+        yield lambda fraction, step, loss: bar.update(task, completed=fraction, step=step, loss=loss)
+
+
+@contextmanager
+def _threads_restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _caption(results: list[report.MethodResult]) -> str:
+    shown = [(r.name, r.scores[0]) for r in results]
+    return "; ".join(f"{name}: implant DSC {score['implant_dice']:.2f}" for name, score in shown)

@@ -1,0 +1,274 @@
+"""A head CT in, a cubic skull grid out: cropped to the vault and pooled, with the way back to the CT's own grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from monai_memeff.apps.skull.demo.io import InputError, check_bone, check_ct, check_size, millimeters, read_ct
+
+__all__ = ["HeadVolume", "InputError", "load_head", "prepare_head"]
+
+MARGIN = 0.05  # air kept on each side of the skull, as a fraction of its extent
+FINEST = 256  # edge of the finest grid on which bone is thresholded before pooling
+GRID_FULL = 0.35  # a skull occupies a tenth of the grid, more or less
+EXTENT_MM = (60.0, 400.0)
+UPPER_MM = 110.0  # below the vertex, still above the jaw and the shoulders
+
+
+@dataclass(frozen=True)
+class HeadVolume:
+    """One head on the network's grid, and the way back to the image it came from.
+
+    Attributes:
+        skull: bool (S, S, S), True where any bone lies in the cell; indices grow towards the
+            right, the front and the top of the head (RAS+).
+        affine: float64 (4, 4), index of a cell -> millimeters (RAS+).
+        gray: int16 (S * k, S * k, S * k), the CT in HU on the finer grid that was thresholded; for pictures.
+        gray_affine: float64 (4, 4), index of a voxel of ``gray`` -> millimeters (RAS+).
+        bone: bool (H, W, D), the skull in the image's own geometry, other bone-dense objects removed.
+        ct_affine: float64 (4, 4), index of a voxel of the image -> millimeters (RAS+).
+        fill: volume of the bone over the volume of the cells that hold it, in (0, 1].
+        threshold: Hounsfield units above which a voxel counted as bone.
+        name: what to call the head in a report.
+        notes: plain sentences about what was found or changed.
+    """
+
+    skull: np.ndarray
+    affine: np.ndarray
+    gray: np.ndarray
+    gray_affine: np.ndarray
+    bone: np.ndarray
+    ct_affine: np.ndarray
+    fill: float
+    threshold: float
+    name: str
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def size(self) -> int:
+        """Edge of the grid in cells."""
+        return int(self.skull.shape[0])
+
+    @property
+    def cell_mm(self) -> float:
+        """Edge of one cell in millimeters."""
+        return float(self.affine[0, 0])
+
+    @property
+    def occupancy(self) -> float:
+        """Fraction of cells that hold bone."""
+        return float(self.skull.mean())
+
+    def tensor(self) -> MetaTensor:
+        """The skull as a float32 MetaTensor (1, S, S, S) that carries the affine of the grid."""
+        return MetaTensor(torch.from_numpy(self.skull[None].astype(np.float32)), affine=torch.from_numpy(self.affine))
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """The largest 26-connected piece of a mask.
+
+    Args:
+        mask: bool (H, W, D).
+
+    Returns:
+        bool (H, W, D); all False when the mask is.
+    """
+    from scipy import ndimage
+
+    out = np.zeros_like(mask, dtype=bool)
+    box = bounding_box(mask)
+    if box is None:
+        return out
+    labels, count = ndimage.label(mask[box], np.ones((3, 3, 3), dtype=bool))
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    out[box] = labels == sizes.argmax()
+    return out
+
+
+def bounding_box(mask: np.ndarray, grow: int = 0) -> tuple[slice, slice, slice] | None:
+    """The slices that just hold a 3D mask, grown and clipped; None for an empty mask."""
+    if not mask.any():
+        return None
+    box = []
+    for axis in range(3):
+        hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        box.append(slice(max(int(hit[0]) - grow, 0), min(int(hit[-1]) + 1 + grow, mask.shape[axis])))
+    return box[0], box[1], box[2]
+
+
+def skull_cube(bone: np.ndarray, affine: np.ndarray, name: str = "the image") -> tuple[np.ndarray, float]:
+    """The cube in the world that holds the vault and what lies below it to the same depth.
+
+    The cube hangs from the highest point of the bone (RAS+ z). Its edge is the larger horizontal extent of the skull,
+    first within 110 mm of the vertex and then within that depth, plus 5 % of air on every side.
+
+    Args:
+        bone: bool (H, W, D), one piece.
+        affine: (4, 4) index -> millimeters (RAS+).
+        name: how to call the image in the message.
+
+    Returns:
+        float64 (3,) lowest corner, and the edge, in millimeters.
+
+    Raises:
+        InputError: when the extent is not that of a head (60 to 400 mm).
+    """
+    points = np.argwhere(bone)
+    points = points[:: max(1, len(points) // 2_000_000)] @ affine[:3, :3].T + affine[:3, 3]
+    top = float(points[:, 2].max())
+    depth = UPPER_MM
+    for _ in range(2):
+        upper = points[points[:, 2] > top - depth]
+        low, high = upper[:, :2].min(axis=0), upper[:, :2].max(axis=0)
+        depth = extent = float((high - low).max())
+    if not EXTENT_MM[0] <= extent <= EXTENT_MM[1]:
+        raise InputError(
+            f"the largest piece of bone in {name} is {extent:.0f} mm wide, and a skull is {EXTENT_MM[0]:g} to"
+            f" {EXTENT_MM[1]:g} mm: check the spacing in its header, or lower --threshold"
+        )
+    edge = extent * (1 + 2 * MARGIN)
+    corner = np.array([*((low + high) / 2 - edge / 2), top + MARGIN * extent - edge])
+    return corner, edge
+
+
+def grid_affine(corner: np.ndarray, step: float) -> np.ndarray:
+    """The affine (4, 4) of an axis-aligned cubic grid: index of a cell -> millimeters of its center."""
+    affine = np.diag([step, step, step, 1.0])
+    affine[:3, 3] = np.asarray(corner) + step / 2
+    return affine
+
+
+def resample_to_grid(
+    image: np.ndarray,
+    source: np.ndarray,
+    target: np.ndarray,
+    shape: tuple[int, ...],
+    order: int = 1,
+    outside: float = 0.0,
+) -> np.ndarray:
+    """Sample a volume on another grid, through the two affines; oblique and anisotropic ones included.
+
+    Args:
+        image: (H, W, D).
+        source: (4, 4) affine of ``image``.
+        target: (4, 4) affine of the wanted grid.
+        shape: shape of the wanted grid.
+        order: order of the spline; 0 is nearest, 1 linear.
+        outside: value beyond the image.
+
+    Returns:
+        float32 of ``shape``.
+    """
+    from scipy import ndimage
+
+    step = np.linalg.inv(source) @ target
+    return ndimage.affine_transform(
+        image, step[:3, :3], step[:3, 3], tuple(shape), output=np.float32, order=order, mode="constant", cval=outside
+    )
+
+
+def any_pool(mask: np.ndarray, factor: int) -> np.ndarray:
+    """Pool a mask whose edges are multiples of ``factor``: a cell is True where any of its voxels is."""
+    h, w, d = (n // factor for n in mask.shape)
+    return mask.reshape(h, factor, w, factor, d, factor).any(axis=(1, 3, 5))
+
+
+def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, name: str = "head") -> HeadVolume:
+    """Bring a head CT onto the network's cubic grid.
+
+    Bone is thresholded, its largest piece kept, a cube hung from the vertex (:func:`skull_cube`), the CT resampled into
+    it on a grid at least about as fine as its own, thresholded there, and pooled so that a cell is occupied where any
+    bone is.
+
+    Args:
+        image: (1, H, W, D) in Hounsfield units, affine in RAS+ millimeters; any orientation, spacing or obliqueness.
+        size: edge of the grid in cells.
+        threshold: Hounsfield units above which a voxel counts as bone.
+        name: what to call the head.
+
+    Returns:
+        The head on the grid.
+
+    Raises:
+        InputError: on every input that :func:`check_size`, :func:`check_ct`, :func:`check_bone` or :func:`skull_cube`
+            refuse, and when more than a third of the pooled grid is bone.
+    """
+    check_size(size)
+    check_ct(image, name)
+    values = np.array(image[0].as_tensor().cpu().numpy(), dtype=np.float32)
+    ct_affine = np.asarray(image.affine, dtype=np.float64)
+    dense = check_bone(values, threshold, name)
+    bone = largest_component(dense)
+    corner, edge = skull_cube(bone, ct_affine, name)
+    notes = _notes(bone, dense, ct_affine)
+    values[dense & ~bone] = min(threshold, 0.0)
+    factor = _factor(edge / size, ct_affine, size)
+    fine_affine = grid_affine(corner, edge / (size * factor))
+    gray = resample_to_grid(values, ct_affine, fine_affine, (size * factor,) * 3, outside=-1024.0)
+    fine = gray > threshold
+    skull = any_pool(fine, factor)
+    if not skull.any() or skull.mean() >= GRID_FULL:
+        raise InputError(
+            f"bone fills {skull.mean():.0%} of the grid of {size}^3 cells in {name}, and more than 0 % and less than"
+            f" {GRID_FULL:.0%} is needed: change --threshold (now {threshold:g} HU)"
+        )
+    return HeadVolume(
+        skull=skull, affine=grid_affine(corner, edge / size), gray=np.clip(gray, -1024, 3071).astype(np.int16),
+        gray_affine=fine_affine, bone=bone, ct_affine=ct_affine, fill=float(fine.mean() / skull.mean()),
+        threshold=threshold, name=name, notes=notes,
+    )  # fmt: skip
+
+
+def _factor(cell: float, affine: np.ndarray, size: int) -> int:
+    """Voxels of the finer grid along an edge of a cell: about the image's own, at least two, within reason."""
+    spacing = float(np.linalg.norm(affine[:3, :3], axis=0).min())
+    return min(max(round(cell / spacing), 2), max(1, FINEST // size))
+
+
+def _notes(bone: np.ndarray, dense: np.ndarray, affine: np.ndarray) -> tuple[str, ...]:
+    notes = []
+    linear = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if spacing.max() / spacing.min() > 1.05:
+        notes.append(f"anisotropic voxels ({millimeters(spacing)}) were resampled to cubes")
+    if np.abs(linear).max(axis=0).min() < 0.999:
+        notes.append("oblique axes were resampled to the axes of the body")
+    axis = int(np.abs(linear[2]).argmax())
+    end = bone.shape[axis] - 1 if linear[2, axis] > 0 else 0
+    if bone.take(end, axis=axis).any():
+        notes.append("the skull touches the upper end of the image: its vault may be cut off")
+    removed = int(dense.sum()) - int(bone.sum())
+    if removed:
+        notes.append(f"{removed} dense voxels apart from the skull were left out")
+    return tuple(notes)
+
+
+def load_head(path: str | Path | None = None, size: int = 64, threshold: float = 300.0, seed: int = 0) -> HeadVolume:
+    """Read a head CT, or generate one, and bring it onto the network's grid.
+
+    Args:
+        path: see :func:`read_ct`; None generates a head (:func:`monai_memeff.apps.skull.phantom.head_phantom`).
+        size: edge of the grid in cells.
+        threshold: Hounsfield units above which a voxel counts as bone.
+        seed: seed of the generated head.
+
+    Returns:
+        The head on the grid.
+
+    Raises:
+        InputError: on every bad input, in one line.
+    """
+    check_size(size)
+    if path is not None:
+        return prepare_head(read_ct(path), size, threshold, Path(path).name)
+    from monai_memeff.apps.skull.phantom import head_phantom
+
+    head = head_phantom(seed=seed)
+    image = MetaTensor(head.image[None], affine=head.affine)
+    return prepare_head(image, size, threshold, f"generated head (seed {seed})")

@@ -1,0 +1,268 @@
+"""How the paper of 2021 prepares skulls: their shells, and the upper skull without its face.
+
+Kroviakov, Li and Egger 2021 (AutoImplant challenge, third task). All transforms take binary volumes (C, H, W, D), any
+voxel that is not zero being bone. The orientation is the caller's business; z is the last axis and grows upwards, as in
+MONAI's RAS. ``pepper.py`` drops points, ``implant.py`` cleans what a network predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import Crop, InvertibleTransform, MapTransform, Transform
+from monai.utils import TransformBackends
+from torch import Tensor
+
+from monai_memeff.geometry import grid
+from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask, morphology
+
+FRONTS = ("high", "low")
+
+
+class SkullShell(Transform):
+    """Keep the surface of bone: the mask without its erosion, as the paper's networks see skulls.
+
+    The erosion looks at the six neighbors of a voxel, and what lies outside the volume counts as empty; that would
+    leave the cut through the neck as a filled slice, so the lowest slices are emptied.
+
+    Args:
+        steps: thickness of the shell in voxels; the paper's is 1.
+        first_slices: lowest slices (z) to empty; default as many as ``steps``.
+
+    Raises:
+        ValueError: ``steps`` is less than 1 or ``first_slices`` negative.
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(self, steps: int = 1, first_slices: int | None = None) -> None:
+        if steps < 1 or (first_slices is not None and first_slices < 0):
+            raise ValueError(f"steps must be at least 1 and first_slices not negative, got {steps} and {first_slices}.")
+        self.steps = steps
+        self.first_slices = steps if first_slices is None else first_slices
+
+    def __call__(self, img: Tensor) -> Tensor:
+        """Take the shell of every channel.
+
+        Args:
+            img: (C, H, W, D); it is left as it is.
+
+        Returns:
+            The same with zeros away from the shell; type, dtype and metadata of ``img``.
+
+        Raises:
+            ValueError: ``img`` is not (C, H, W, D).
+        """
+        img = as_volume(img)
+        inside = morphology("binary_erosion", foreground_mask(img), self.steps)
+        inside[..., : self.first_slices] = True
+        return img.masked_fill(inside, 0)
+
+
+class SkullShelld(MapTransform):
+    """Dictionary version of :class:`SkullShell`; on request the target with a dense implant is written too.
+
+    The paper's target is the shell of the defective skull together with the whole implant, no shell of it.
+
+    Args:
+        keys: skulls that become shells; with ``implant_key`` one, the defective skull.
+        implant_key: the implant on the same grid; it stays as it is.
+        target_key: where shell and implant together go.
+        steps: see :class:`SkullShell`.
+        first_slices: see :class:`SkullShell`.
+        allow_missing_keys: whether a dictionary without a key passes through.
+
+    Raises:
+        ValueError: several keys with an implant, or the target's name begins with another key and an underscore, which
+            MONAI's ``Spacingd`` takes for metadata.
+    """
+
+    backend = SkullShell.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        implant_key: str | None = None,
+        target_key: str = "target",
+        steps: int = 1,
+        first_slices: int | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if implant_key is not None and len(self.keys) != 1:
+            raise ValueError(f"with implant_key, keys must name one defective skull, got {len(self.keys)}.")
+        clash = [key for key in (*self.keys, implant_key) if key is not None and target_key.startswith(f"{key}_")]
+        if clash:
+            raise ValueError(
+                f"{target_key!r} begins with {clash[0]!r} and '_', which MONAI takes for metadata; rename it."
+            )
+        self.implant_key, self.target_key = implant_key, target_key
+        self.shell = SkullShell(steps, first_slices)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace skulls by shells in a copy of ``data``, and add the target."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self.shell(result[key])
+            if self.implant_key is not None:
+                implant = foreground_mask(as_volume(result[self.implant_key]))
+                result[self.target_key] = result[key].masked_fill(implant, 1)
+        return result
+
+
+class UpperSkullCrop(Crop):
+    """Crop to the upper skull and empty the face.
+
+    What lies above the highest bone is cropped away, ``keep`` slices plus ``share`` of all slices below it are kept,
+    and ``face`` voxels from the foremost bone backwards are emptied, as the paper does for its defects of the vault.
+    The affine follows, and the inverse pads with zeros (the face stays empty).
+
+    A defect at the vertex lowers the highest bone: keep some slices ``above``, or crop by the complete skull.
+
+    Args:
+        keep: slices to keep below the top, beside ``share``.
+        share: fraction of the volume's slices to keep in addition, rounded down.
+        face: voxels to empty along y, counted from the foremost bone; 0 keeps the face.
+        face_mm: the same in millimeters of the affine, instead of ``face``; 95 voxels of 0.45 mm are about 43 mm.
+        above: slices to keep above the top.
+        front: which end of y the face is at: ``"high"`` (RAS) or ``"low"`` (LPS, and the challenge's files as stored).
+            None reads the affine of a MetaTensor, and takes RAS without one.
+
+    Raises:
+        ValueError: a number is negative or the end unknown.
+    """
+
+    backend = Crop.backend
+
+    def __init__(
+        self,
+        keep: int = 126,
+        share: float = 0.05,
+        face: int = 95,
+        face_mm: float | None = None,
+        above: int = 0,
+        front: str | None = None,
+    ) -> None:
+        super().__init__(lazy=False)
+        if keep < 1 or min(share, face, face_mm or 0, above) < 0:
+            raise ValueError(
+                "keep must be at least 1, share, face, face_mm and above not negative, "
+                f"got {keep}, {share}, {face}, {face_mm}, {above}."
+            )
+        if front is not None and front not in FRONTS:
+            raise ValueError(f"front must be one of {', '.join(FRONTS)} or None, got {front!r}.")
+        self.keep, self.share, self.face, self.face_mm = keep, share, face, face_mm
+        self.above, self.front = above, front
+
+    @property
+    def requires_current_data(self) -> bool:
+        """The crop depends on the voxels: MONAI's lazy pipelines evaluate what is pending first."""
+        return True
+
+    def __call__(self, img: Tensor, source: Tensor | None = None, lazy: bool | None = None) -> Tensor:
+        """Crop.
+
+        Args:
+            img: (C, H, W, D); it is left as it is.
+            source: (C, H, W, D) on the same grid, the skull that says where top and face are; default ``img``.
+            lazy: without effect, the crop is done at once.
+
+        Returns:
+            (C, H, W, d).
+
+        Raises:
+            ValueError: shapes do not fit, the skull is empty, or the affine says that y does not run between front and
+                back or z not upwards.
+        """
+        img, source = as_volume(img), as_volume(img if source is None else source)
+        if img.shape[1:] != source.shape[1:]:
+            raise ValueError(f"volume and source must share a grid, got {tuple(img.shape)} and {tuple(source.shape)}.")
+        bone = foreground_mask(source).any(0)
+        if not bool(bone.any()):
+            raise ValueError("the skull is empty, so it has no top; check the threshold that made it.")
+        face = self._face(source, bone)
+        heights = bone.any(0).any(0).nonzero()[:, 0]
+        top, slices = int(heights[-1]) + 1, bone.shape[2]
+        bottom = max(0, top - self.keep - int(slices * self.share))
+        cropped = super().__call__(img, (slice(None), slice(None), slice(bottom, min(top + self.above, slices))))
+        return cropped.masked_fill(face[None, None, :, None], 0)
+
+    def _face(self, source: Tensor, bone: Tensor) -> Tensor:
+        """(W,) boolean, the voxels along y to empty."""
+        high = _faces_high(source) if self.front is None else self.front == "high"
+        step = grid.spacing(source.affine)[1] if isinstance(source, MetaTensor) else 1.0
+        depth = self.face if self.face_mm is None else round(self.face_mm / step)
+        occupied = bone.any(2).any(0).nonzero()[:, 0]
+        y = torch.arange(bone.shape[1], device=bone.device)
+        return y > int(occupied[-1]) - depth if high else y < int(occupied[0]) + depth
+
+
+class UpperSkullCropd(MapTransform, InvertibleTransform):
+    """Dictionary version of :class:`UpperSkullCrop`: one skull says where to crop, all volumes follow.
+
+    Args:
+        keys: volumes on one grid.
+        source_key: the skull that says where top and face are; default the first of ``keys``. The authors cropped
+            every volume by itself, which shifts a pair apart where the defect is at the top.
+        keep: see :class:`UpperSkullCrop`.
+        share: see :class:`UpperSkullCrop`.
+        face: see :class:`UpperSkullCrop`.
+        face_mm: see :class:`UpperSkullCrop`.
+        above: see :class:`UpperSkullCrop`.
+        front: see :class:`UpperSkullCrop`.
+        allow_missing_keys: whether a dictionary without a key passes through.
+    """
+
+    backend = UpperSkullCrop.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        source_key: str | None = None,
+        keep: int = 126,
+        share: float = 0.05,
+        face: int = 95,
+        face_mm: float | None = None,
+        above: int = 0,
+        front: str | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.source_key = self.keys[0] if source_key is None else source_key
+        self.crop = UpperSkullCrop(keep, share, face, face_mm, above, front)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Crop the volumes in a copy of ``data``."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self.crop(result[key], data[self.source_key])
+        return result
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Pad the volumes to their grid before the crop."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self.crop.inverse(result[key])
+        return result
+
+
+SkullShellD = SkullShellDict = SkullShelld
+UpperSkullCropD = UpperSkullCropDict = UpperSkullCropd
+
+
+def _faces_high(source: Tensor) -> bool:
+    """Whether y grows to the front, by the affine."""
+    if not isinstance(source, MetaTensor):
+        return True
+    cosines = grid.check_affine(source.affine)[:3, :3].cpu() / torch.tensor(grid.spacing(source.affine))
+    nearest = cosines.abs().argmax(0).tolist()
+    if nearest[1:] != [1, 2] or cosines[2, 2] < 0:
+        raise ValueError(
+            "the affine says that y does not run between front and back, or z not upwards; bring the volume to RAS "
+            "with MONAI's Orientation(axcodes='RAS'), or name the end of the face with front='high' or 'low'."
+        )
+    return bool(cosines[1, 1] > 0)

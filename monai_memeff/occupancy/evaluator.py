@@ -1,0 +1,92 @@
+"""What the octree asks: a network that answers points of one volume, or a plain function, with its answers checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monai_memeff.geometry import index_to_unit, sample_at
+
+
+class PointEvaluator:
+    """The answers of one network about one volume.
+
+    Args:
+        network: has ``encode(volume) -> latent``, ``query(latent, points, volume) -> (B, N, K)`` and, if it likes,
+            ``coarse_logits(latent) -> (B, K, h, w, d)`` or None; bare or inside DistributedDataParallel. Or a function
+            points (B, N, 3) -> (B, N, K) that is no module.
+        volume: (1, C, H, W, D) on any device; answers come back to that device.
+
+    Attributes:
+        channels: K, from the first answer on; 0 before.
+        coarse: the network's coarse prediction (1, K, h, w, d) of the whole volume, or None.
+
+    Raises:
+        TypeError: the network answers no points.
+        ValueError: the coarse prediction has another shape, or is NaN.
+    """
+
+    def __init__(self, network: Any, volume: Tensor) -> None:
+        network = getattr(network, "module", network)
+        self._plain = not (hasattr(network, "encode") and hasattr(network, "query"))
+        if self._plain and (isinstance(network, nn.Module) or not callable(network)):
+            raise TypeError(
+                f"OctreeInferer needs a network with the methods encode and query, got {type(network).__name__}; "
+                "use OccupancyNet, or MONAI's SlidingWindowInferer for dense networks."
+            )
+        self._network, self._shape, self._home = network, tuple(volume.shape[2:]), volume.device
+        weight = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+        self._device = volume.device if weight is None else weight.device
+        self.channels = 0
+        self.coarse: Tensor | None = None
+        if not self._plain:
+            self._volume = volume.to(self._device)
+            self._latent = network.encode(self._volume)
+            if hasattr(network, "coarse_logits"):
+                self.coarse = self._checked_coarse(network.coarse_logits(self._latent))
+
+    def logits(self, voxels: Tensor) -> Tensor:
+        """The network's logits (N, K) at (N, 3) voxels.
+
+        Raises:
+            ValueError: they have another shape, or are NaN.
+        """
+        points = voxels.to(self._device, torch.float32)[None]
+        answer = self._network(points) if self._plain else self._network.query(self._latent, points, self._volume)
+        if answer.dim() != 3 or answer.shape[:2] != points.shape[:2] or not self._fits(answer.shape[2]):
+            channels = self.channels or "K"
+            raise ValueError(f"query must give logits (1, {len(voxels)}, {channels}), got {tuple(answer.shape)}.")
+        return _numbers(answer[0], "query").to(self._home)
+
+    def coarse_logits(self, voxels: Tensor) -> Tensor:
+        """The coarse prediction (N, K) at (N, 3) voxels, interpolated trilinearly."""
+        assert self.coarse is not None
+        unit = index_to_unit(voxels.to(self._device, torch.float32), self._shape)
+        return sample_at(self.coarse, unit[None])[0].T.to(self._home)
+
+    def _checked_coarse(self, coarse: Tensor | None) -> Tensor | None:
+        if coarse is None:
+            return None
+        if coarse.dim() != 5 or coarse.shape[0] != 1 or not self._fits(coarse.shape[1]):
+            raise ValueError(f"coarse_logits must be (1, K, h, w, d), got {tuple(coarse.shape)}.")
+        return _numbers(coarse.float(), "coarse_logits")
+
+    def _fits(self, channels: int) -> bool:
+        """Whether K is at least 1 and what it was before."""
+        self.channels = self.channels or channels
+        return 1 <= channels == self.channels
+
+
+def labels_of(logits: Tensor) -> Tensor:
+    """Labels (N,) of logits (N, K): the largest of several, or 1 where a single one is positive; uint8 or int16."""
+    if logits.shape[1] == 1:
+        return (logits[:, 0] > 0).to(torch.uint8)
+    return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
+
+
+def _numbers(logits: Tensor, name: str) -> Tensor:
+    if bool(logits.isnan().any()):
+        raise ValueError(f"{name} gave logits that are NaN; check the network's weights and the scale of the volume.")
+    return logits

@@ -1,0 +1,1 @@
+"""Sparse tensors, their voxel sets, and the kernel maps planned for them."""

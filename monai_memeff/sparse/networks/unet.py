@@ -1,0 +1,105 @@
+"""SparseUNet: MONAI's UNet computed on active voxels only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from monai.networks.layers.factories import Act, Norm
+from monai.networks.nets.unet import UNet
+from torch import Tensor
+
+from monai_memeff.sparse.core.activity import active_voxels
+from monai_memeff.sparse.core.tensor import SparseTensor
+from monai_memeff.sparse.networks.output import ABSENT_LOGIT, like_input
+from monai_memeff.sparse.nn.convert import to_sparse
+
+
+class SparseUNet(UNet):
+    """MONAI's UNet computed on active voxels only.
+
+    Arguments, layers and ``state_dict`` are those of ``monai.networks.nets.UNet`` with ``spatial_dims=3``, so a dense
+    checkpoint loads strictly, and with every voxel active the outputs are equal. Where voxels are inactive,
+    convolutions are submanifold (Graham et al. 2018, arXiv 1711.10275), and norms see active voxels only. Extents
+    need not be divisible by the strides.
+
+    Args:
+        spatial_dims: 3.
+        in_channels: input channels.
+        out_channels: output channels.
+        channels: features per level.
+        strides: per level.
+        kernel_size: of convolutions.
+        up_kernel_size: of transposed convolutions.
+        num_res_units: residual sub-units per level.
+        act: activation, as in MONAI.
+        norm: "instance", "batch" or "group", as in MONAI.
+        dropout: probability.
+        bias: whether convolutions have one.
+        adn_ordering: order of activation, dropout and norm.
+        above: a voxel of a dense input is active where any channel is larger than this value; None: where any channel
+            differs from ``background``.
+        background: the value of inactive voxels, used when ``above`` is None.
+        inactive_logits: output of inactive voxels, one value per output channel; default 10 in channel 0 and 0
+            elsewhere (background in channel 0), or -10 for a single channel.
+
+    Shape: dense (B, in_channels, H, W, D) -> dense (B, out_channels, H, W, D); SparseTensor -> SparseTensor.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        kernel_size: Sequence[int] | int = 3,
+        up_kernel_size: Sequence[int] | int = 3,
+        num_res_units: int = 0,
+        act: tuple | str = Act.PRELU,
+        norm: tuple | str = Norm.INSTANCE,
+        dropout: float = 0.0,
+        bias: bool = True,
+        adn_ordering: str = "NDA",
+        above: float | None = None,
+        background: float = 0.0,
+        inactive_logits: Sequence[float] | None = None,
+    ) -> None:
+        if spatial_dims != 3:
+            raise ValueError(f"SparseUNet works on volumes: spatial_dims must be 3, got {spatial_dims}.")
+        super().__init__(
+            spatial_dims,
+            in_channels,
+            out_channels,
+            channels,
+            strides,
+            kernel_size,
+            up_kernel_size,
+            num_res_units,
+            act,
+            norm,
+            dropout,
+            bias,
+            adn_ordering,
+        )
+        if inactive_logits is None:
+            inactive_logits = (ABSENT_LOGIT, *[0.0] * (out_channels - 1)) if out_channels > 1 else (-ABSENT_LOGIT,)
+        if len(inactive_logits) != out_channels:
+            raise ValueError(f"inactive_logits must have {out_channels} values (out_channels), got {inactive_logits}.")
+        self.above = above
+        self.background = background
+        self.inactive_logits = tuple(float(value) for value in inactive_logits)
+        to_sparse(self.model)
+
+    def forward(self, x: SparseTensor | Tensor) -> SparseTensor | Tensor:
+        """Segment (see the class)."""
+        if isinstance(x, SparseTensor):
+            return self.model(x)
+        return like_input(self.densify(self.model(self.sparsify(x))), x)
+
+    def sparsify(self, image: Tensor) -> SparseTensor:
+        """The active voxels of (B, in_channels, H, W, D) by this network's rule."""
+        return SparseTensor.from_dense(image, active_voxels(image, self.above, self.background))
+
+    def densify(self, logits: SparseTensor) -> Tensor:
+        """Logits (B, out_channels, H, W, D) with ``inactive_logits`` where nothing was computed."""
+        return logits.dense(self.inactive_logits)

@@ -1,0 +1,243 @@
+"""Layers on sparse tensors besides convolution: norms, activations, dropout, pooling."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from monai_memeff.sparse.core.fused import Again, norm_act
+from monai_memeff.sparse.core.kernel_map import kernel_map_between
+from monai_memeff.sparse.core.neighbors import KernelShape
+from monai_memeff.sparse.core.tensor import SparseTensor
+from monai_memeff.sparse.nn.conv import Size, _triple
+
+
+class SparseBatchNorm3d(nn.BatchNorm3d):
+    """Batch norm over all active voxels of the batch; arguments and ``state_dict`` of ``torch.nn.BatchNorm3d``.
+
+    In training a level with fewer than two active voxels has no variance: it is normalized with the running statistics,
+    which then stay as they are, instead of raising as torch does; where none are kept, its normalized value is zero.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # rows (N, C) instead of a volume
+
+    def forward(self, x: SparseTensor, act: nn.Module | None = None) -> SparseTensor:
+        """Normalize (N, C) features.
+
+        Args:
+            x: what to normalize.
+            act: an activation to apply to the result. ReLU, leaky ReLU and PReLU are fused with the norm: the graph
+                then keeps one tensor for norm, activation and the convolution behind them, not two or three.
+        """
+        slope = slope_below_zero(act)
+        if len(x) < 2 and (self.training or self.running_mean is None):
+            normalized = x.replace(self._without_variance(x.features))
+        elif slope is not None:
+            return SparseTensor.on(x.voxels, *self._fused(x.features, slope))
+        else:
+            normalized = x.replace(super().forward(x.features))
+        return normalized if act is None else act(normalized)
+
+    def _fused(self, features: Tensor, slope: float | Tensor) -> tuple[Tensor, Again | None]:
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        running = (self.running_mean, self.running_var)
+        of_batch = self.training or self.running_mean is None
+        return norm_act(features, self.weight, self.bias, running, of_batch, momentum, self.eps, slope)
+
+    def _without_variance(self, features: Tensor) -> Tensor:
+        if self.running_mean is None or self.running_var is None:
+            return _affine(features - features, self.weight, self.bias)
+        scale = (self.running_var + self.eps).rsqrt()
+        return _affine((features - self.running_mean) * scale, self.weight, self.bias)
+
+
+class SparseInstanceNorm3d(nn.InstanceNorm3d):
+    """Instance norm: every channel of every batch item over that item's active voxels.
+
+    Arguments and ``state_dict`` of ``torch.nn.InstanceNorm3d`` without running statistics. An item with one active
+    voxel has no variance; its normalized value is zero.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # rows (N, C) instead of a volume
+
+    def forward(self, x: SparseTensor, act: nn.Module | None = None) -> SparseTensor:
+        """Normalize (N, C) features, and apply ``act`` if one is given; see :class:`SparseBatchNorm3d`."""
+        if self.track_running_stats:
+            raise ValueError("SparseInstanceNorm3d keeps no running statistics; set track_running_stats=False.")
+        items, slope = _per_item(x), slope_below_zero(act)
+        if slope is not None and min(len(features) for features in items) > 1:
+            return SparseTensor.on(x.voxels, *_joined([self._fused(features, slope) for features in items]))
+        normalized = x.replace(torch.cat([self._normalize(features) for features in items]))
+        return normalized if act is None else act(normalized)
+
+    def _fused(self, features: Tensor, slope: float | Tensor) -> tuple[Tensor, Again | None]:
+        return norm_act(features, self.weight, self.bias, (None, None), True, 0.0, self.eps, slope)
+
+    def _normalize(self, features: Tensor) -> Tensor:
+        if len(features) < 2:
+            return _affine(features - features, self.weight, self.bias)
+        return functional.batch_norm(features, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+
+class SparseGroupNorm(nn.GroupNorm):
+    """Group norm: groups of channels of every batch item over that item's active voxels, as ``torch.nn.GroupNorm``.
+
+    A group of one channel has no variance in an item with one active voxel; its normalized value is zero.
+    """
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Normalize (N, C) features."""
+        return x.replace(torch.cat([self._normalize(features) for features in _per_item(x)]))
+
+    def _normalize(self, features: Tensor) -> Tensor:
+        if len(features) * (self.num_channels // self.num_groups) < 2:
+            return _affine(features - features, self.weight, self.bias)
+        return super().forward(features.t()[None])[0].t() if len(features) else features
+
+
+def _per_item(x: SparseTensor) -> list[Tensor]:
+    bounds = x.voxels.batch_bounds()
+    return [x.features[start:stop] for start, stop in pairwise(bounds)]
+
+
+def _joined(items: list[tuple[Tensor, Again | None]]) -> tuple[Tensor, Again | None]:
+    """The rows of all items, and how to compute them again."""
+    if len(items) == 1:
+        return items[0]
+    agains = [again for _, again in items if again is not None]
+    joined = torch.cat([features for features, _ in items])
+    return joined, None if len(agains) < len(items) else lambda: torch.cat([again() for again in agains])
+
+
+def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        normalized = normalized * weight
+    return normalized if bias is None else normalized + bias
+
+
+class _Featurewise(nn.Module):
+    """Mixin: apply a module that works on single values to the features."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Apply to (N, C) features."""
+        return x.replace(super().forward(x.features))
+
+
+class SparseReLU(_Featurewise, nn.ReLU):
+    """``torch.nn.ReLU`` on features."""
+
+
+class SparseLeakyReLU(_Featurewise, nn.LeakyReLU):
+    """``torch.nn.LeakyReLU`` on features."""
+
+
+class SparsePReLU(_Featurewise, nn.PReLU):
+    """``torch.nn.PReLU`` on features."""
+
+
+def slope_below_zero(act: nn.Module | None) -> float | Tensor | None:
+    """The slope of an activation that is linear on either side of zero, learned or not; None for any other."""
+    if type(act) is SparseReLU:
+        return 0.0
+    if type(act) is SparseLeakyReLU:
+        return act.negative_slope
+    return act.weight if type(act) is SparsePReLU else None
+
+
+class SparseELU(_Featurewise, nn.ELU):
+    """``torch.nn.ELU`` on features."""
+
+
+class SparseGELU(_Featurewise, nn.GELU):
+    """``torch.nn.GELU`` on features."""
+
+
+class SparseSiLU(_Featurewise, nn.SiLU):
+    """``torch.nn.SiLU`` on features."""
+
+
+class SparseSigmoid(_Featurewise, nn.Sigmoid):
+    """``torch.nn.Sigmoid`` on features."""
+
+
+class SparseTanh(_Featurewise, nn.Tanh):
+    """``torch.nn.Tanh`` on features."""
+
+
+class SparseDropout(_Featurewise, nn.Dropout):
+    """``torch.nn.Dropout`` on single feature values."""
+
+
+class SparseDropout3d(nn.Dropout3d):
+    """Drop whole channels of a batch item, as ``torch.nn.Dropout3d`` does on volumes."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Apply to (N, C) features."""
+        if not self.training or self.p == 0:
+            return x
+        keep = functional.dropout(x.features.new_ones(x.batch_size, x.features.shape[1]), self.p)
+        bounds = torch.tensor(x.voxels.batch_bounds(), device=x.device)
+        return x.replace(x.features * keep.repeat_interleave(bounds.diff(), dim=0))
+
+
+class _SparsePool3d(nn.Module):
+    """Pooling over the active voxels of each window; a result stands at floor(c / stride) of the active voxels.
+
+    The window of output o starts at ``stride * o - padding``, with ``padding = (kernel_size - 1) // 2`` where windows
+    overlap and none where they do not (torch's own default). A window without any active voxel, which a kernel smaller
+    than its stride can leave, gives zero.
+    """
+
+    reduction: str
+
+    def __init__(self, kernel_size: Size = 2, stride: Size | None = None) -> None:
+        """Args: kernel_size and stride, one number or one per axis; the stride defaults to the kernel size."""
+        super().__init__()
+        self.kernel_size = _triple(kernel_size)
+        self.stride = _triple(kernel_size if stride is None else stride)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Pool (N, C) features to (M, C)."""
+        sizes = zip(self.kernel_size, self.stride, strict=True)
+        i, j, k = ((size - 1) // 2 if size > step else 0 for size, step in sizes)
+        outputs = x.voxels if self.stride == (1, 1, 1) else x.voxels.coarsened(self.stride)
+        shape = KernelShape(self.kernel_size, self.stride, padding=(i, j, k))
+        pairs = list(kernel_map_between(x.voxels, outputs, shape).each_pair())
+        in_rows, out_rows = (torch.cat(rows).long() for rows in zip(*pairs, strict=True))
+        pooled = x.features.new_zeros(len(outputs), x.features.shape[1])
+        target_rows = out_rows[:, None].expand(-1, x.features.shape[1])
+        pooled = pooled.scatter_reduce(0, target_rows, x.features[in_rows], self.reduction, include_self=False)
+        return SparseTensor.on(outputs, pooled)
+
+
+class SparseMaxPool3d(_SparsePool3d):
+    """Maximum over the active voxels of each window (inactive ones do not count as zero).
+
+    Equals ``torch.nn.MaxPool3d(kernel_size, stride)`` on a volume filled with -inf, with padding ``(kernel_size - 1) //
+    2`` if ``kernel_size > stride``. Where several voxels tie for the maximum they share the gradient.
+    """
+
+    reduction = "amax"
+
+
+class SparseAvgPool3d(_SparsePool3d):
+    """Mean over the active voxels of each window (inactive ones do not count)."""
+
+    reduction = "mean"
+
+
+class SparseGlobalAvgPool3d(nn.Module):
+    """Mean over all active voxels of each batch item: SparseTensor (N, C) -> Tensor (B, C); zero for an empty item."""
+
+    def forward(self, x: SparseTensor) -> Tensor:
+        """Pool (see the class)."""
+        return torch.stack([rows.mean(0) if len(rows) else rows.sum(0) for rows in _per_item(x)])

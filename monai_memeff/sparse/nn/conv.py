@@ -1,0 +1,171 @@
+"""Sparse 3D convolutions with the parameters of ``torch.nn.Conv3d`` and ``torch.nn.ConvTranspose3d``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from monai_memeff.sparse import backends
+from monai_memeff.sparse.core.fused import saved_for_recompute
+from monai_memeff.sparse.core.generate import generate
+from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry
+from monai_memeff.sparse.core.neighbors import KernelShape, Triple
+from monai_memeff.sparse.core.tensor import SparseTensor
+from monai_memeff.sparse.core.voxel_set import VoxelSet
+
+Size = int | tuple[int, int, int]
+
+
+class SparseConv3d(nn.Conv3d):
+    """Convolution on active voxels.
+
+    With stride 1 the active voxels stay as they are (submanifold convolution, Graham et al. 2018, arXiv 1711.10275);
+    with stride s the results stand at floor(c / s) of the active voxels. Values equal ``torch.nn.Conv3d`` with the same
+    parameters and ``padding = dilation * (kernel_size - 1) // 2`` on the zero-filled dense volume, read at the active
+    output voxels. An even kernel with stride s keeps ceil(extent / s) cells where torch keeps floor: the last cell is
+    what torch computes on a volume padded with zeros at its end.
+
+    Args:
+        in_channels: features per input voxel.
+        out_channels: features per output voxel.
+        kernel_size: 1 to 5 in practice, odd or even, one number or one per axis.
+        stride: step, one number or one per axis.
+        dilation: spacing of the kernel's points.
+        bias: whether to learn an additive bias.
+
+    Shape: SparseTensor with (N, in_channels) -> SparseTensor with (M, out_channels); M = N for stride 1.
+    ``weight`` is (out_channels, in_channels, k, k, k) and ``bias`` (out_channels), as in torch.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size = 3,
+        stride: Size = 1,
+        dilation: Size = 1,
+        bias: bool = True,
+    ) -> None:
+        padding = _default_padding(_triple(kernel_size), _triple(dilation))
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Convolve (see the class)."""
+        _check_channels(self, x)
+        shape = _shape_of(self)
+        outputs = x.voxels if shape.stride == (1, 1, 1) else x.voxels.coarsened(shape.stride)
+        weight = self.weight.flatten(2).permute(2, 1, 0)
+        return _apply(x, weight, self.bias, ConvolutionGeometry(x.voxels, outputs, shape))
+
+
+class SparseConvTranspose3d(nn.ConvTranspose3d):
+    """Transposed convolution from active voxels onto known finer voxels, or onto all voxels it can reach.
+
+    Values equal ``torch.nn.ConvTranspose3d`` with the same parameters on the zero-filled dense volume, read at the
+    output voxels. Voxel c reaches ``stride * c - padding + dilation * t``, t = 0 ... kernel_size - 1.
+
+    Args:
+        in_channels: features per input voxel.
+        out_channels: features per output voxel.
+        kernel_size: one number or one per axis.
+        stride: refinement, one number or one per axis.
+        dilation: spacing of the kernel's points.
+        bias: whether to learn an additive bias.
+        generative: create every voxel that is reached, clipped to the volume (Gwak et al. 2020, arXiv 2006.12356),
+            instead of using known ones.
+        padding: default ``dilation * (kernel_size - 1) // 2``, the transpose of :class:`SparseConv3d`.
+
+    Shape: SparseTensor with (N, in_channels) -> SparseTensor with (M, out_channels).
+    ``weight`` is (in_channels, out_channels, k, k, k) and ``bias`` (out_channels), as in torch.
+    """
+
+    generative: bool = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size = 2,
+        stride: Size = 2,
+        dilation: Size = 1,
+        bias: bool = True,
+        generative: bool = False,
+        padding: Size | None = None,
+    ) -> None:
+        if padding is None:
+            padding = _default_padding(_triple(kernel_size), _triple(dilation))
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias, dilation=dilation)
+        self.generative = generative
+
+    def forward(self, x: SparseTensor, target: SparseTensor | None = None) -> SparseTensor:
+        """Convolve back to a finer level.
+
+        Args:
+            x: coarse features.
+            target: whose voxels to compute; default the set from which ``x`` was coarsened. Not for generative layers.
+
+        Raises:
+            ValueError: no finer voxels are known, or a target is given to a generative layer.
+        """
+        _check_channels(self, x)
+        shape = _shape_of(self)
+        outputs = self._outputs(x, target, shape)
+        weight = self.weight.flatten(2).permute(2, 0, 1)
+        return _apply(x, weight, self.bias, ConvolutionGeometry(x.voxels, outputs, shape, transposed=True))
+
+    def _outputs(self, x: SparseTensor, target: SparseTensor | None, shape: KernelShape) -> VoxelSet:
+        if self.generative:
+            if target is not None:
+                raise ValueError("a generative SparseConvTranspose3d creates its own voxels; call it without a target.")
+            return generate(x.voxels, shape)
+        if target is not None:
+            return target.voxels
+        outputs = x.voxels if shape.stride == (1, 1, 1) else x.voxels.finer
+        if outputs is None:
+            raise ValueError(
+                "SparseConvTranspose3d knows no finer voxels: the input was not coarsened from any. "
+                "Pass target=..., or use generative=True."
+            )
+        return outputs
+
+
+def _apply(x: SparseTensor, weight: Tensor, bias: Tensor | None, geometry: ConvolutionGeometry) -> SparseTensor:
+    """Run the engine in use, in autocast's dtype where autocast is on; 1^3 kernels are a plain matrix product."""
+    device = x.device.type
+    features = x.features
+    if torch.is_autocast_enabled(device):
+        features = features.to(torch.get_autocast_dtype(device))
+    weight = weight.to(features.dtype)
+    bias = None if bias is None else bias.to(features.dtype)
+    with torch.autocast(device, enabled=False), saved_for_recompute(features, x.again):
+        if geometry.shape.is_pointwise and geometry.inputs is geometry.outputs:
+            result = nn.functional.linear(features, weight[0].t(), bias)
+        else:
+            result = backends.current(features.device).convolve(features, weight, bias, geometry)
+    return SparseTensor.on(geometry.outputs, result)
+
+
+def _shape_of(layer: nn.Conv3d | nn.ConvTranspose3d) -> KernelShape:
+    padding = layer.padding
+    if isinstance(padding, str):  # "same" or "valid", as torch allows
+        padding = _default_padding(_triple(layer.kernel_size), _triple(layer.dilation)) if padding == "same" else 0
+    return KernelShape(_triple(layer.kernel_size), _triple(layer.stride), _triple(layer.dilation), _triple(padding))
+
+
+def _default_padding(kernel_size: Triple, dilation: Triple) -> Triple:
+    i, j, k = (d * (size - 1) // 2 for size, d in zip(kernel_size, dilation, strict=True))
+    return i, j, k
+
+
+def _triple(value: int | tuple[int, ...]) -> Triple:
+    i, j, k = (value,) * 3 if isinstance(value, int) else value
+    return i, j, k
+
+
+def _check_channels(layer: nn.Conv3d | nn.ConvTranspose3d, x: SparseTensor) -> None:
+    if not isinstance(x, SparseTensor):
+        raise TypeError(
+            f"{type(layer).__name__} takes a SparseTensor, got {type(x).__name__}; use SparseTensor.from_dense."
+        )
+    if x.features.shape[1] != layer.in_channels:
+        raise ValueError(f"{type(layer).__name__} expects {layer.in_channels} channels, got {x.features.shape[1]}.")

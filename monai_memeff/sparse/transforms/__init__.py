@@ -1,0 +1,1 @@
+"""Transforms between dense volumes, coarse masks and active voxels."""

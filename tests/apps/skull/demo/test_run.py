@@ -1,0 +1,65 @@
+"""The main job from end to end on a generated head, with training cut to seconds."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from monai_memeff.apps.skull.demo import methods
+from monai_memeff.apps.skull.demo.run import run_demo
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo") / "out"
+    run_demo(image=None, size=64, output=output, seconds=2.0, threshold=300.0, defects=2, seed=0)
+    return output
+
+
+def test_everything_is_written_and_nothing_else(folder):
+    names = {path.name for path in folder.iterdir()}
+    assert {"report.txt", "report.json", "figure.png", "implant.nii.gz", "removed_bone.nii.gz"} <= names
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+def test_report_compares_three_methods(folder):
+    report = json.loads((folder / "report.json").read_text())
+    assert [m["name"] for m in report["methods"]] == ["registered mirror", "sparse network", "dense MONAI UNet"]
+    sparse = report["methods"][1]
+    assert len(sparse["scores"]) == 2
+    assert sparse["parameters"] == 434_695
+    assert sparse["train_peak_bytes"] > sparse["test_peak_bytes"] > 0
+    assert 0.05 < report["occupancy"] < 0.3
+    text = (folder / "report.txt").read_text()
+    assert "one and the same head" in text
+    assert "registered mirror" in text
+
+
+def test_files_lie_in_the_image_s_geometry(folder):
+    removed = nibabel.load(folder / "removed_bone.nii.gz")
+    left = nibabel.load(folder / "defective_skull.nii.gz")
+    implant = nibabel.load(folder / "implant.nii.gz")
+    assert removed.shape == left.shape == implant.shape
+    np.testing.assert_allclose(removed.affine, implant.affine)
+    assert np.asarray(removed.dataobj).any()
+    assert not (np.asarray(removed.dataobj).astype(bool) & np.asarray(left.dataobj).astype(bool)).any()
+
+
+def test_training_learns(threads):
+    """A short run on a small shell lowers the loss and finds part of an implant."""
+    torch.manual_seed(0)
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, 64),) * 3, indexing="ij")
+    radius = sum(a**2 * s for a, s in zip(axes, (1.4, 1.8, 1.6), strict=True)).sqrt()
+    skull = ((radius > 0.9) & (radius < 1.0)).float()[None]
+    method = methods.SparseMethod()
+    losses: list[float] = []
+    done = methods.train(method, methods.DefectSampler(skull, 0, 1), 8.0, 4e-3, lambda f, i, loss: losses.append(loss))
+    assert done.iterations == len(losses) > 3
+    assert losses[-1] < 0.8 * losses[0]
+    found = methods.implant(method, methods.DefectSampler(skull, 1, 1)()[0][0])
+    assert found.shape == (64, 64, 64)
+    assert found.dtype == bool
