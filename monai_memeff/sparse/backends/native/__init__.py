@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_memeff.sparse.backends.native import gather, pairs, scatter
-from monai_memeff.sparse.backends.native import small_batch
+from monai_memeff.sparse.backends.native import gather, pairs, scatter, small_batch
 from monai_memeff.sparse.backends.native.product import accumulator
 from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry, KernelMap
 
