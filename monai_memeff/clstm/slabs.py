@@ -12,6 +12,8 @@ from monai.data import MetaTensor
 from monai.utils import optional_import
 from torch import Tensor
 
+from monai_memeff.geometry import ras_affine
+
 TOLERANCE = 0.01
 """Largest difference of slice spacings, as a fraction, that counts as the same spacing."""
 
@@ -30,14 +32,14 @@ def check_that_slabs_continue(slabs: Iterable[Tensor], axis: int) -> Iterator[Te
             changes, or slices are missing or repeated.
     """
     before: np.ndarray | None = None
-    expected: np.ndarray | None = None
+    expected: np.ndarray | None = None  # in RAS, so that slabs in different spaces can be compared
     plane: tuple[int, ...] | None = None
     for number, slab in enumerate(slabs):
         shape = tuple(extent for dim, extent in enumerate(slab.shape) if dim != 2 + axis)
         if plane not in (None, shape):
             raise ValueError(f"slab {number} has the in-plane shape {shape}, the ones before {plane}; resample first.")
         plane = shape
-        affine = affine_of(slab)
+        affine = ras_affine(slab).cpu().numpy() if isinstance(slab, MetaTensor) else None
         if affine is not None and expected is not None and not np.array_equal(affine, before):
             step = np.linalg.norm(expected[:3, axis])
             moved = np.linalg.norm(affine[:3, 3] - expected[:3, 3])
@@ -53,7 +55,7 @@ def check_that_slabs_continue(slabs: Iterable[Tensor], axis: int) -> Iterator[Te
 
 
 def affine_of(slab: Any) -> np.ndarray | None:
-    """The affine of a MetaTensor, (4, 4); of the first one in a batch."""
+    """The affine of a MetaTensor, (4, 4), in its own space; of the first one in a batch."""
     if not isinstance(slab, MetaTensor):
         return None
     return slab.affine.detach().cpu().double().numpy().reshape(-1, 4, 4)[0]

@@ -28,6 +28,7 @@ from monai_memeff.geometry.partition import (
     split_volume,
     total_stride,
 )
+from monai_memeff.geometry.space import ras_affine, space_of, to_ras
 from monai_memeff.geometry.voxels import coordinates_to_keys, keys_to_coordinates
 
 __all__ = [
@@ -46,12 +47,15 @@ __all__ = [
     "mm_to_unit",
     "nearest_index",
     "output_size",
+    "ras_affine",
     "receptive_field",
     "resize_affine",
     "sample_at",
+    "space_of",
     "spacing",
     "split_axis",
     "split_volume",
+    "to_ras",
     "total_stride",
     "unit_centers",
     "unit_to_index",

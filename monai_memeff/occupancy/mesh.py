@@ -11,14 +11,15 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from monai_memeff.geometry import check_affine
+from monai_memeff.data.atomic import atomic_write
+from monai_memeff.geometry import check_affine, ras_affine
 
 
 class SurfaceMesh(NamedTuple):
     """A closed surface.
 
     Attributes:
-        vertices: float64 (V, 3), millimeters in the affine's space (MONAI: RAS+).
+        vertices: float64 (V, 3), RAS+ millimeters, whatever space the volume's affine leads to.
         faces: int64 (F, 3), indices of vertices, anticlockwise seen from outside.
     """
 
@@ -41,7 +42,7 @@ def labels_to_mesh(
 
     Args:
         labels: integers (H, W, D), or with leading axes of size 1, such as the (1, 1, H, W, D) of OctreeInferer.
-        affine: (4, 4), voxel index -> millimeters; default that of a MetaTensor.
+        affine: (4, 4), voxel index -> RAS+ millimeters; default that of a MetaTensor, whose ``space`` is minded.
         label: which one.
 
     Raises:
@@ -63,7 +64,7 @@ def logits_to_mesh(logits: Tensor, affine: Tensor | np.ndarray | None = None, la
 
     Args:
         logits: (K, H, W, D) or (1, K, H, W, D), as OctreeInferer gives them; one channel is positive inside label 1.
-        affine: (4, 4), voxel index -> millimeters; default that of a MetaTensor.
+        affine: (4, 4), voxel index -> RAS+ millimeters; default that of a MetaTensor, whose ``space`` is minded.
         label: which class.
 
     Raises:
@@ -105,7 +106,9 @@ def write_mesh(path: str | Path, mesh: SurfaceMesh, space: str = "LPS") -> None:
     if not len(mesh.faces):
         raise ValueError("a mesh without faces cannot be written.")
     points = (mesh.vertices * ([-1.0, -1.0, 1.0] if space == "LPS" else 1.0)).astype("<f4")
-    path.write_bytes(_stl(points, mesh.faces, space) if kind == ".stl" else _ply(points, mesh.faces, space))
+    content = _stl(points, mesh.faces, space) if kind == ".stl" else _ply(points, mesh.faces, space)
+    with atomic_write(path) as work:
+        work.write_bytes(content)
 
 
 def _stl(points: np.ndarray, faces: np.ndarray, space: str) -> bytes:
@@ -157,7 +160,7 @@ def _affine(volume: Tensor | np.ndarray, affine: Tensor | np.ndarray | None) -> 
     if affine is None:
         if not isinstance(volume, MetaTensor):
             raise ValueError("a plain tensor has no affine: give affine= (4, 4), voxel index -> millimeters.")
-        affine = volume.affine[0] if volume.affine.dim() == 3 else volume.affine
+        return ras_affine(volume).cpu().numpy()
     return check_affine(affine).cpu().numpy()
 
 

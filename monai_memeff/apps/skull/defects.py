@@ -13,6 +13,8 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import TransformBackends
 
+from monai_memeff.geometry import ras_affine
+
 __all__ = ["RandSkullDefect", "RandSkullDefectD", "RandSkullDefectDict", "RandSkullDefectd", "vault_mask"]
 
 KINDS = ("sphere", "cube", "freeform")
@@ -56,7 +58,7 @@ def _up(skull: torch.Tensor) -> tuple[int, bool, list[float]]:
     """The axis that points up, whether its index grows upwards, and millimeters per voxel."""
     if not isinstance(skull, MetaTensor):
         return 2, True, [1.0, 1.0, 1.0]
-    affine = np.asarray(skull.affine, dtype=np.float64)[:3, :3]
+    affine = ras_affine(skull).cpu().numpy()[:3, :3]
     spacing = np.linalg.norm(affine, axis=0)
     cosines = affine[2] / spacing
     axis = int(np.abs(cosines).argmax())

@@ -17,7 +17,7 @@ from monai.transforms import Crop, InvertibleTransform, MapTransform, Transform
 from monai.utils import TransformBackends
 from torch import Tensor
 
-from monai_memeff.geometry import grid
+from monai_memeff.geometry import grid, ras_affine
 from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask, morphology
 
 FRONTS = ("high", "low")
@@ -258,7 +258,7 @@ def _faces_high(source: Tensor) -> bool:
     """Whether y grows to the front, by the affine."""
     if not isinstance(source, MetaTensor):
         return True
-    cosines = grid.check_affine(source.affine)[:3, :3].cpu() / torch.tensor(grid.spacing(source.affine))
+    cosines = ras_affine(source)[:3, :3].cpu() / torch.tensor(grid.spacing(source.affine))
     nearest = cosines.abs().argmax(0).tolist()
     if nearest[1:] != [1, 2] or cosines[2, 2] < 0:
         raise ValueError(

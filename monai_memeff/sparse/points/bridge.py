@@ -9,7 +9,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from monai_memeff.geometry import grid, voxels
+from monai_memeff.geometry import grid, ras_affine, space_of, to_ras, voxels
 from monai_memeff.sparse.core.tensor import SparseTensor
 from monai_memeff.sparse.points.data import Data, attributes, batch_of, check_points, with_attributes
 from monai_memeff.sparse.points.grid_sampling import most_frequent
@@ -27,7 +27,7 @@ def points_from_mask(mask: Tensor, image: Tensor | None = None, labels: Tensor |
         labels: (1, H, W, D) on the same grid: its values become ``y``.
 
     Returns:
-        Points with ``pos`` (N, 3) float32 in the millimeters of the affine (MONAI: RAS), in lexicographic order of the
+        Points with ``pos`` (N, 3) float32 in RAS millimeters, also of a volume in LPS, in lexicographic order of the
         voxels, ``x`` (N, C) float32, and ``y`` (N,) int64 where labels are given.
 
     Raises:
@@ -52,7 +52,7 @@ def mask_from_points(
     than the voxels, ``within`` names the voxels to fill: each gets the value of the point nearest to its center.
 
     Args:
-        data: points with ``pos`` (N, 3) in the millimeters of the reference's affine, one cloud.
+        data: points with ``pos`` (N, 3) in RAS millimeters, one cloud.
         reference: (C, H, W, D), whose grid and affine the result has.
         values: the attribute to write, (N,) integers or booleans; None marks the voxels with 1.
         within: (1, H, W, D): write these voxels and no others, by the nearest point.
@@ -73,7 +73,8 @@ def mask_from_points(
         volume = _by_nearest(pos, written, _plain(within)[0] != 0, affine)
     else:
         volume = _by_voxel(pos, written, shape, affine)
-    return MetaTensor(volume[None], meta={**getattr(reference, "meta", {}), "affine": affine})
+    own = to_ras(affine, space_of(reference))  # in the reference's own space again
+    return MetaTensor(volume[None], meta={**getattr(reference, "meta", {}), "affine": own})
 
 
 def to_sparse_tensor(data: Any) -> SparseTensor:
@@ -185,7 +186,7 @@ def _spatial_shape(name: str, volume: Tensor, channels: int | None = 1) -> tuple
 
 
 def _affine(volume: Tensor) -> Tensor:
-    return grid.check_affine(volume.affine) if isinstance(volume, MetaTensor) else torch.eye(4, dtype=torch.float64)
+    return ras_affine(volume) if isinstance(volume, MetaTensor) else torch.eye(4, dtype=torch.float64)
 
 
 def _plain(volume: Tensor) -> Tensor:

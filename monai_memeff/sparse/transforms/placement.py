@@ -9,6 +9,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_memeff.geometry.grid import index_to_unit, resize_affine, sample_at
+from monai_memeff.geometry.space import ras_affine
 
 SLIVER = 1e-5
 """Of a voxel: what lies nearer to a face counts as on it, whatever the rounding."""
@@ -46,7 +47,7 @@ def fine_to_coarse(coarse: Tensor, fine: Tensor, align: str) -> Tensor:
         ValueError: ``align`` is "affine" and a tensor has none.
     """
     if align != "extent" and isinstance(coarse, MetaTensor) and isinstance(fine, MetaTensor):
-        to_fine = torch.linalg.solve(fine.affine.double().cpu(), coarse.affine.double().cpu())
+        to_fine = torch.linalg.solve(ras_affine(fine).cpu(), ras_affine(coarse).cpu())
     elif align == "affine":
         raise ValueError('align="affine" needs two MetaTensors, got a plain array; use align="extent".')
     else:

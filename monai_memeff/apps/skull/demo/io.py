@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
+from monai_memeff.errors import InputError
+
 STRIDE = 64  # the completion network halves the grid six times
 MAX_SPACING_MM = 8.0
 FULL = 0.5  # less than this share of the voxels may be bone
-
-
-class InputError(ValueError):
-    """An image that the job cannot use: one line that says the limit, the value and the way out."""
 
 
 def check_size(size: int) -> int:

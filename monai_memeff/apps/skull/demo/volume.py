@@ -10,6 +10,7 @@ import torch
 from monai.data import MetaTensor
 
 from monai_memeff.apps.skull.demo.io import InputError, check_bone, check_ct, check_size, millimeters, read_ct
+from monai_memeff.geometry import ras_affine
 
 __all__ = ["HeadVolume", "InputError", "load_head", "prepare_head"]
 
@@ -187,7 +188,7 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
     bone is.
 
     Args:
-        image: (1, H, W, D) in Hounsfield units, affine in RAS+ millimeters; any orientation, spacing or obliqueness.
+        image: (1, H, W, D) in Hounsfield units, affine in RAS+ or LPS millimeters, any orientation and spacing.
         size: edge of the grid in cells.
         threshold: Hounsfield units above which a voxel counts as bone.
         name: what to call the head.
@@ -202,7 +203,7 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
     check_size(size)
     check_ct(image, name)
     values = np.array(image[0].as_tensor().cpu().numpy(), dtype=np.float32)
-    ct_affine = np.asarray(image.affine, dtype=np.float64)
+    ct_affine = ras_affine(image).cpu().numpy()
     dense = check_bone(values, threshold, name)
     bone = largest_component(dense)
     corner, edge = skull_cube(bone, ct_affine, name)

@@ -1,0 +1,1 @@
+"""Faults that would pass in silence: each module tries one kind, with its siblings."""
