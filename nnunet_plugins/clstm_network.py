@@ -23,7 +23,7 @@ class CLSTMPlansUNet(CLSTMUNet):
         bidirectional: also from the last slice to the first.
         checkpoint: see :class:`~monai_memeff.clstm.CLSTMUNet`, also for what follows.
         recompute: share of the U-Net that the backward pass may repeat.
-        host: keep the states of a training step in host memory; the logits are where the image is.
+        offload_to_cpu: keep the states of a training step in host memory; the logits are where the image is.
         norm: of the U-Net.
         deep_supervision: set by nnU-Net; there is one output, so it changes nothing.
     """
@@ -37,7 +37,7 @@ class CLSTMPlansUNet(CLSTMUNet):
         bidirectional: bool = False,
         checkpoint: Any = "slice",
         recompute: float = 1.0,
-        host: bool = False,
+        offload_to_cpu: bool = False,
         norm: str | tuple | list | None = NORM,
         deep_supervision: bool = False,
     ) -> None:
@@ -52,13 +52,13 @@ class CLSTMPlansUNet(CLSTMUNet):
             axis=0,
             norm=tuple(norm) if isinstance(norm, list) else norm,
             recompute=recompute,
-            host=host,
+            offload_to_cpu=offload_to_cpu,
         )
 
     def predict_volume(self, image: Tensor) -> Tensor:
         """Logits (1, K, X, Y, Z) of a whole image on the host; a slice at a time is on the network's device."""
-        host, self.host = self.host, True
+        chosen, self.offload_to_cpu = self.offload_to_cpu, True
         try:
             return self(image.float().cpu()).float()
         finally:
-            self.host = host
+            self.offload_to_cpu = chosen

@@ -24,7 +24,7 @@ KEY = "clstm_trainer"
 
 NETWORK = "nnunet_plugins.clstm_network.CLSTMPlansUNet"
 
-SETTINGS = ("channels", "hidden_channels", "bidirectional", "checkpoint", "recompute", "host", "norm")
+SETTINGS = ("channels", "hidden_channels", "bidirectional", "checkpoint", "recompute", "offload_to_cpu", "norm")
 
 whole_volume.install()
 
@@ -53,8 +53,8 @@ class CLSTMTrainer(SplitErrorMixin, nnUNetTrainer):
         bidirectional: also from the last slice to the first.
         checkpoint: "slice", "sqrt", or slices per checkpoint.
         recompute: share of the U-Net that the backward pass may repeat; less keeps more.
-        host: keep the states of a training step in host memory, and the outputs that ``recompute`` keeps; image and
-            logits are where nnU-Net puts them, on the device.
+        offload_to_cpu: keep the states of a training step in host memory, and the outputs that ``recompute`` keeps;
+            image and logits are where nnU-Net puts them, on the device.
         norm: of the U-Net; None or a list as in MONAI, such as ["instance", {"affine": true}] or "batch".
     """
 
@@ -63,7 +63,7 @@ class CLSTMTrainer(SplitErrorMixin, nnUNetTrainer):
     bidirectional = False
     checkpoint: Any = "slice"
     recompute = 1.0
-    host = False
+    offload_to_cpu = False
     norm: Any = ("instance", {"affine": True, "eps": 1e-5})
 
     def __init__(

@@ -42,7 +42,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "CoarseToSparseUNet": lambda: CoarseToSparseUNet(
         3, 1, 2, (2, 4), (2,), refine_channels=(2, 4), refine_strides=(2,), max_active=0.3, use_checkpoint=True
     ),
-    "OccupancyNet": lambda: OccupancyNet(1, 2, channels=(2, 4), variant="default", width=8),
+    "OccupancyNet": lambda: OccupancyNet(1, 2, channels=(2, 4), variant="interpolated", width=8),
     "OccupancyNet as published": lambda: OccupancyNet(1, 1, SHAPE[2:], channels=(2, 4), variant="d", width=8),
     "CLSTMUNet": clstm,
     "CLSTMUNet waiting on the host": lambda: clstm(host=True, recompute=0.5),
@@ -99,10 +99,10 @@ def completion(network: SparseCompletionNet, device: torch.device) -> dict[str, 
 
 
 @pytest.mark.filterwarnings("ignore:at stride 2 a volume would be refined")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_completion_step(checkpointing: bool, gpu: torch.device, tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_a_completion_step(use_checkpoint: bool, gpu: torch.device, tmp_path: Path) -> None:
     """With a budget that cuts, and kernel maps kept on the disk and taken from there the second time."""
-    network = SparseCompletionNet((2,) * 7, max_voxels=1500, checkpointing=checkpointing)
+    network = SparseCompletionNet((2,) * 7, max_voxels=1500, use_checkpoint=use_checkpoint)
     fill_asymmetric(network).double()
     keep_kernel_maps(tmp_path)
     try:

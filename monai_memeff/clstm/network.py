@@ -50,8 +50,9 @@ class CLSTMUNet(nn.Module):
         recompute: largest share of the U-Net's multiplications that the backward pass may repeat. 1 repeats all of
             them; 0.5 keeps the outputs of the convolutions that cost most per byte, 84 MB per slice of 512 x 512 with
             the default channels in float32.
-        host: keep what waits for the backward pass (states, gates of the way back, kept outputs) in host memory. A
-            volume on the host stays there too, a slice at a time is copied, and the logits are on the host.
+        offload_to_cpu: keep what waits for the backward pass (states, gates of the backward direction, kept outputs) in
+            host memory. A volume on the host stays there too, a slice at a time is copied, and the logits are on the
+            host.
         unet_batch: slices that pass the U-Net together where ``checkpoint`` does not say it (inference, None).
 
     Shape: (B, in_channels, H, W, D) -> (B, out_channels, H, W, D), any extents from 1 on. In-plane extents that the
@@ -79,14 +80,19 @@ class CLSTMUNet(nn.Module):
         up_conv: bool = False,
         kernel_size: int = 3,
         recompute: float = 1.0,
-        host: bool = False,
+        offload_to_cpu: bool = False,
         unet_batch: int = 1,
     ) -> None:
         super().__init__()
         _check(spatial_dims, out_channels, hidden_channels, checkpoint, head, axis, recompute, unet_batch)
         directions = 2 if bidirectional else 1
         self.in_channels, self.out_channels, self.bidirectional = in_channels, out_channels, bidirectional
-        self.checkpoint, self.axis, self.host, self.unet_batch = checkpoint, axis % 3, host, unet_batch
+        self.checkpoint, self.axis, self.offload_to_cpu, self.unet_batch = (
+            checkpoint,
+            axis % 3,
+            offload_to_cpu,
+            unet_batch,
+        )
         self.unet_frozen = False
         self.unet = SliceUNet(in_channels, 4 * hidden_channels * directions, channels, norm, act, up_conv)
         self.cell = GatedConvLSTMCell(hidden_channels, kernel_size)
@@ -117,11 +123,11 @@ class CLSTMUNet(nn.Module):
         state = self._begin(slices, start)
         outputs, gates_back = [], []
         for part in slices.split(self._segment_length(slices.shape[1]), dim=1):
-            *state, output, back = self._forth(part, *state)
+            *state, output, back = self._forward_direction(part, *state)
             outputs.append(output)
             gates_back.append(back)
         if self.cell_back is not None:
-            outputs = self._way_back(outputs, gates_back, self._begin(slices, end), x.device)
+            outputs = self._backward_direction(outputs, gates_back, self._begin(slices, end), x.device)
         logits = torch.cat(outputs, dim=1).movedim(1, 2 + self.axis)
         return like_input(logits, x), (state[0], state[1])
 
@@ -157,7 +163,7 @@ class CLSTMUNet(nn.Module):
 
     # One segment of slices
 
-    def _forth(self, part: Tensor, h: Tensor, c: Tensor) -> tuple[Any, ...]:
+    def _forward_direction(self, part: Tensor, h: Tensor, c: Tensor) -> tuple[Any, ...]:
         walk = partial(self._walk, part.device)
         if part.requires_grad or any(p.requires_grad for p in self.unet.parameters()):
             return self._run(lambda slices, h, c: walk(self._gates(slices), h, c), part, h, c)
@@ -167,12 +173,12 @@ class CLSTMUNet(nn.Module):
 
     def _walk(self, where: torch.device, gates: Tensor, h: Tensor, c: Tensor) -> tuple[Any, ...]:
         gates, h, c = self._get(gates, h, c)
-        forth, back = gates.chunk(2, dim=2) if self.bidirectional else (gates, None)
-        hidden, h, c = self.cell(forth, h, c)
+        forward, back = gates.chunk(2, dim=2) if self.bidirectional else (gates, None)
+        hidden, h, c = self.cell(forward, h, c)
         output = self._put(hidden) if self.bidirectional else self._logits(hidden).to(where)
         return self._put(h), self._put(c), output, None if back is None else self._put(back)
 
-    def _way_back(
+    def _backward_direction(
         self, hidden: list[Tensor], gates: list[Tensor], state: Sequence[Tensor], where: torch.device
     ) -> list[Tensor]:
         outputs = []
@@ -181,11 +187,13 @@ class CLSTMUNet(nn.Module):
             outputs.append(output)
         return outputs[::-1]
 
-    def _walk_back(self, where: torch.device, gates: Tensor, forth: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        gates, forth, h, c = self._get(gates, forth, h, c)
+    def _walk_back(
+        self, where: torch.device, gates: Tensor, forward: Tensor, h: Tensor, c: Tensor
+    ) -> tuple[Tensor, ...]:
+        gates, forward, h, c = self._get(gates, forward, h, c)
         assert self.cell_back is not None
         back, h, c = self.cell_back(gates, h, c, True)
-        both = torch.cat((forth, back), dim=2) if self.head is not None else (forth + back) / 2
+        both = torch.cat((forward, back), dim=2) if self.head is not None else (forward + back) / 2
         return self._put(h), self._put(c), self._logits(both).to(where)
 
     def _gates(self, slices: Tensor) -> Tensor:
@@ -213,7 +221,7 @@ class CLSTMUNet(nn.Module):
         return 1 if self.checkpoint == "slice" else math.ceil(math.sqrt(depth))
 
     def _put(self, tensor: Tensor) -> Tensor:
-        return tensor.cpu() if self.host else tensor
+        return tensor.cpu() if self.offload_to_cpu else tensor
 
     def _get(self, *tensors: Tensor) -> list[Tensor]:
         return [tensor.to(self.cell.conv.weight.device) for tensor in tensors]

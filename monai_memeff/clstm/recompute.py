@@ -40,7 +40,7 @@ class _KeepConvolutions(TorchDispatchMode):
         super().__init__()
         self.kept_from, self.store = kept_from, store
         self.kept: list[Tensor] = []
-        self.again = False
+        self.recomputing = False
         self.turn = 0
 
     def __torch_dispatch__(
@@ -48,7 +48,7 @@ class _KeepConvolutions(TorchDispatchMode):
     ) -> Any:
         if func is not _CONVOLUTION or _fan_in(args[1]) < self.kept_from:
             return func(*args, **(kwargs or {}))
-        if not self.again:
+        if not self.recomputing:
             output = func(*args, **(kwargs or {}))
             self.kept.append(self.store(output))
             return output
@@ -75,7 +75,7 @@ def checkpoint_keeping(
         mode.turn = 0
         with mode:
             outputs = function(*inputs)
-        mode.again = True
+        mode.recomputing = True
         return outputs
 
     return checkpoint(run, *args)

@@ -8,7 +8,7 @@ from types import TracebackType
 
 import torch
 
-from monai_memeff.memory.tracker import Ledger, Watcher, tensors_alive, watch_resize
+from monai_memeff.memory.tracker import StorageTracker, Watcher, tensors_alive, watch_resize
 
 
 class PeakMeter(ABC):
@@ -114,29 +114,29 @@ class CPUPeakMeter(PeakMeter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._ledger = Ledger()
+        self._tracker = StorageTracker()
 
     @property
     def peak_bytes(self) -> int:
         """See :attr:`PeakMeter.peak_bytes`."""
-        return self._ledger.peak
+        return self._tracker.peak
 
     @property
     def live_bytes(self) -> int:
         """See :attr:`PeakMeter.live_bytes`."""
-        return self._ledger.live
+        return self._tracker.live
 
     def _start(self) -> None:
-        self._ledger = Ledger()
-        self._ledger.note_older(tensors_alive())
-        self._restore_resize = watch_resize(self._ledger)
-        self._watcher = Watcher(self._ledger)
+        self._tracker = StorageTracker()
+        self._tracker.note_older(tensors_alive())
+        self._restore_resize = watch_resize(self._tracker)
+        self._watcher = Watcher(self._tracker)
         self._watcher.__enter__()
 
     def _stop(self) -> None:
         self._watcher.__exit__(None, None, None)
         self._restore_resize()
-        self._ledger.close()
+        self._tracker.close()
 
 
 class CUDAPeakMeter(PeakMeter):

@@ -25,7 +25,7 @@ class _StorageReference(weakref.ref):
     nbytes: int
 
 
-class Ledger:
+class StorageTracker:
     """Which storages are alive, how many bytes above entry that makes, and how high it has been."""
 
     def __init__(self) -> None:
@@ -38,16 +38,16 @@ class Ledger:
     @property
     def live(self) -> int:
         """Bytes alive now, above the level at entry."""
-        self._settle()
+        self._sync()
         return self._live
 
     def note_older(self, tensors: Iterable[Tensor]) -> None:
         """Enter tensors that are alive already: they raise nothing, and lower the level when they go."""
         for tensor in tensors:
             for storage in _storages(tensor):
-                self.see(storage, is_new=False)
+                self.track(storage, is_new=False)
 
-    def see(self, storage: torch.UntypedStorage, is_new: bool) -> None:
+    def track(self, storage: torch.UntypedStorage, is_new: bool) -> None:
         """Enter a storage on first sight; follow its size afterwards."""
         entry = self._entries.get(storage._cdata)
         if entry is not None:
@@ -71,7 +71,7 @@ class Ledger:
 
     def close(self) -> None:
         """Let go of all references; the numbers stay."""
-        self._settle()
+        self._sync()
         self._entries.clear()
         self._survivors.clear()
 
@@ -82,23 +82,23 @@ class Ledger:
         if torch._C._storage_Use_Count(entry.address) > 1:
             self._survivors[entry.address] = _reference_from_outside(entry.address)
         else:
-            self._strike(entry.address)
+            self._remove(entry.address)
 
-    def _settle(self) -> None:
+    def _sync(self) -> None:
         """Strike out the survivors that have gone since; no callback tells of them."""
         for address, reference in list(self._survivors.items()):
             if reference.expired():
-                self._strike(address)
+                self._remove(address)
                 self._survivors.pop(address, None)
 
-    def _strike(self, address: int) -> None:
+    def _remove(self, address: int) -> None:
         entry = self._entries.pop(address, None)
         if entry is not None:
             self._move(-entry.nbytes)
 
     def _move(self, change: int) -> None:
         if change > 0 and self._survivors:
-            self._settle()
+            self._sync()
         with self._lock:
             self._live += change
             self.peak = max(self.peak, self._live)
@@ -118,13 +118,13 @@ _BORN_UNSEEN = (torch.ops.aten.lift_fresh, torch.ops.aten.lift, torch.ops.aten.s
 
 
 class Watcher(TorchDispatchMode):
-    """Shows every operation's tensors to a ledger, in the forward and in the backward pass."""
+    """Shows every operation's tensors to a tracker, in the forward and in the backward pass."""
 
     supports_higher_order_operators = True  # they are counted from outside, like any other operation
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, tracker: StorageTracker) -> None:
         super().__init__()
-        self._see = ledger.see
+        self._track = tracker.track
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -145,11 +145,11 @@ class Watcher(TorchDispatchMode):
         for value in values:
             if isinstance(value, Tensor):
                 for storage in _storages(value):
-                    self._see(storage, is_new)
+                    self._track(storage, is_new)
             elif isinstance(value, (list, tuple)):
                 self._show(value, is_new)
             elif isinstance(value, torch.UntypedStorage):
-                self._see(value, is_new)
+                self._track(value, is_new)
 
 
 @cache
@@ -199,14 +199,14 @@ def _subclasses(kind: type) -> set[type]:
     return {kind}.union(*map(_subclasses, below))
 
 
-def watch_resize(ledger: Ledger) -> Callable[[], None]:
+def watch_resize(tracker: StorageTracker) -> Callable[[], None]:
     """Follow `UntypedStorage.resize_`, which no dispatch mode sees; returns what puts the method back."""
     before = vars(torch.UntypedStorage).get("resize_")
     original = torch.UntypedStorage.resize_
 
     def resize_(storage: torch.UntypedStorage, nbytes: int) -> Any:
         result = original(storage, nbytes)
-        ledger.follow(storage)
+        tracker.follow(storage)
         return result
 
     def restore() -> None:

@@ -32,7 +32,7 @@ def checked_volume(volume: Tensor, in_channels: int, volume_shape: tuple[int, ..
     if volume_shape is not None and volume_shape != shape:
         raise ValueError(
             f"this network was made for volumes of {volume_shape} voxels, got {shape}: resize or pad them, or use "
-            "variant='default', which takes any extents."
+            "variant='interpolated', which takes any extents."
         )
     if volume.is_floating_point() and not all(bool(end.isfinite()) for end in volume.detach().aminmax()):
         bad = int((~torch.isfinite(volume)).sum())
@@ -63,6 +63,6 @@ def checked_shape(volume_shape: Sequence[int] | None, step: int) -> tuple[int, .
     if len(shape) != 3 or any(extent < step or extent % step for extent in shape):
         raise ValueError(
             f"volume_shape must be three multiples of {step} (downscale * 2^levels), got {volume_shape}; resize or pad "
-            "the volumes, or use variant='default', which takes any extents."
+            "the volumes, or use variant='interpolated', which takes any extents."
         )
     return shape

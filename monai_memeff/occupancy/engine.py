@@ -10,7 +10,7 @@ from monai.engines import PrepareBatch
 from torch import Tensor
 
 from monai_memeff.occupancy.checks import plain_tensor
-from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_shares, sample_points
+from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_fractions, sample_points
 
 
 class PrepareBatchOccupancy(PrepareBatch):
@@ -28,9 +28,9 @@ class PrepareBatchOccupancy(PrepareBatch):
         label_key: key of the label (B, 1, H, W, D).
         points_key: key of the points (B, N, 3).
         occupancy_key: key of their labels (B, N).
-        number: of points to draw per volume, when the batch has none.
+        num_samples: Number of points to draw per volume, when the batch has none.
         sampling: see :class:`~monai_memeff.occupancy.RandOccupancyPoints`.
-        band: see :class:`~monai_memeff.occupancy.RandOccupancyPoints`.
+        band_width: see :class:`~monai_memeff.occupancy.RandOccupancyPoints`.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class PrepareBatchOccupancy(PrepareBatch):
         label_key: str = "label",
         points_key: str = "points",
         occupancy_key: str = "occupancy",
-        number: int = 2**14,
+        num_samples: int = 2**14,
         sampling: str | Mapping[str, float] = "border",
-        band: int = PUBLISHED_BAND,
+        band_width: int = PUBLISHED_BAND,
     ) -> None:
         self.image_key, self.label_key = image_key, label_key
         self.points_key, self.occupancy_key = points_key, occupancy_key
-        self.number, self.band = number, band
-        self.sampling = checked_shares(sampling)
+        self.num_samples, self.band_width = num_samples, band_width
+        self.sampling = checked_fractions(sampling)
 
     def __call__(
         self,
@@ -66,21 +66,21 @@ class PrepareBatchOccupancy(PrepareBatch):
                 for key in (self.points_key, self.occupancy_key)
             )
         else:
-            points, values = draw_batch(label, self.number, self.sampling, self.band)
+            points, values = draw_batch(label, self.num_samples, self.sampling, self.band_width)
         return image, (values, label), (points,), {}
 
 
 def draw_batch(
     label: Tensor,
-    number: int,
+    num_samples: int,
     sampling: str | Mapping[str, float],
-    band: int = PUBLISHED_BAND,
-    ignored: int | None = None,
+    band_width: int = PUBLISHED_BAND,
+    ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Points (B, N, 3) and labels (B, N) of a batch (B, 1, H, W, D), with torch's own random numbers on its device."""
 
     def draw(limit: int, count: int) -> Tensor:
         return torch.randint(limit, (count,), device=label.device)
 
-    drawn = [sample_points(one, number, sampling, draw, band, ignored) for one in label]
+    drawn = [sample_points(one, num_samples, sampling, draw, band_width, ignore_index) for one in label]
     return torch.stack([points for points, _ in drawn]), torch.stack([values for _, values in drawn])

@@ -49,7 +49,7 @@ class OctreeReport:
     seconds: float
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """Points asked per voxel."""
         return self.num_queries / self.voxels
 
@@ -85,7 +85,7 @@ class OctreeInferer(Inferer):
         stride: voxels between nodes of the coarsest grid, a power of two, for all axes or for each; by default for each
             axis the largest up to a sixteenth of its extent, at most 8. It need not divide the extents and may exceed
             them: the last voxel of an axis is always a node.
-        output: "logits" or "labels". Labels take no float buffer of the volume's size.
+        labels: give labels instead of logits, which takes no float buffer of the volume's size.
         compare_dense: ask all remaining voxels afterwards, count those that differ, and change nothing.
         progress: show a progress bar of points.
 
@@ -101,7 +101,7 @@ class OctreeInferer(Inferer):
         points_per_pass: int = 2**14,
         initial: str = "network",
         stride: int | Sequence[int] | None = None,
-        output: str = "logits",
+        labels: bool = False,
         compare_dense: bool = False,
         progress: bool = False,
     ) -> None:
@@ -110,12 +110,10 @@ class OctreeInferer(Inferer):
             raise ValueError(f"points_per_pass must be at least 1, got {points_per_pass}.")
         if initial not in ("network", "grid"):
             raise ValueError(f"initial must be 'network' or 'grid', got {initial!r}.")
-        if output not in ("logits", "labels"):
-            raise ValueError(f"output must be 'logits' or 'labels', got {output!r}.")
         strides = None if stride is None else (stride,) * 3 if isinstance(stride, int) else tuple(stride)
         if strides is not None and (len(strides) != 3 or any(s < 1 or s & (s - 1) for s in strides)):
             raise ValueError(f"stride must be a power of two, or three of them, got {stride}.")
-        self.points_per_pass, self.initial, self.stride, self.output = points_per_pass, initial, strides, output
+        self.points_per_pass, self.initial, self.stride, self.labels = points_per_pass, initial, strides, labels
         self.compare_dense, self.progress = compare_dense, progress
         self.last_report: OctreeReport | None = None
 
@@ -166,7 +164,7 @@ class _Search:
         self.shape, self.device = tuple(volume.shape[2:]), volume.device
         self.stride = settings.stride or default_stride(self.shape)
         self.from_network = settings.initial == "network" and network.coarse is not None
-        self.kept: list[tuple[Tensor, Tensor]] | None = [] if settings.output == "logits" else None
+        self.kept: list[tuple[Tensor, Tensor]] | None = None if settings.labels else []
         self.progress = settings.progress
         self.levels: list[tuple[int, ...]] = []
         self.points: list[int] = []
@@ -175,17 +173,17 @@ class _Search:
     def run(self) -> Tensor:
         """Label the volume: (1, H, W, D) labels, or (K, H, W, D) logits."""
         with self._bar("octree"):
-            self.asked = 0
-            for grid, rounds in refine(self._coarsest(), self._answer, self.budget):
+            self.queried = 0
+            for grid, rounds in refine(self._coarsest(), self._evaluate, self.budget):
                 self.grid = grid
                 self.levels.append(grid.stride)
-                self.points.append(self.asked - sum(self.points))
+                self.points.append(self.queried - sum(self.points))
                 self.rounds.append(rounds)
         return self.grid.labels[None] if self.kept is None else self._logits(self.kept)
 
     def disagreement(self) -> int:
         """Voxels, of those that were not asked, that the network labels otherwise."""
-        wrong, asked, labels = 0, self.grid.asked.view(-1), self.grid.labels.view(-1)
+        wrong, asked, labels = 0, self.grid.queried.view(-1), self.grid.labels.view(-1)
         with self._bar("dense"):
             for start in range(0, asked.numel(), self.budget):
                 keys = start + (~asked[start : start + self.budget]).nonzero()[:, 0]
@@ -198,7 +196,7 @@ class _Search:
     def report(self, seconds: float, disagreement: int | None) -> OctreeReport:
         """What this volume took."""
         return OctreeReport(
-            num_queries=self.asked,
+            num_queries=self.queried,
             voxels=math.prod(self.shape),
             levels=tuple(self.levels),
             points_per_level=tuple(self.points),
@@ -212,7 +210,7 @@ class _Search:
         counts = node_counts(self.shape, self.stride)
         flags = torch.full(counts, not self.from_network, device=self.device)
         nodes = NodeGrid(self.shape, self.stride, flags, flags)
-        label = self._predict if self.from_network else self._answer
+        label = self._predict if self.from_network else self._evaluate
         keys = (torch.arange(i, min(i + self.budget, flags.numel())) for i in range(0, flags.numel(), self.budget))
         labels = torch.cat([label(nodes.voxels(part.to(self.device))) for part in keys])
         return NodeGrid(self.shape, self.stride, labels.view(counts), flags)
@@ -220,12 +218,12 @@ class _Search:
     def _predict(self, voxels: Tensor) -> Tensor:
         return labels_of(self.network.coarse_logits(voxels))
 
-    def _answer(self, voxels: Tensor) -> Tensor:
+    def _evaluate(self, voxels: Tensor) -> Tensor:
         logits = self.network.logits(voxels)
         if self.kept is not None:
             _, width, depth = self.shape
             self.kept.append(((voxels[:, 0] * width + voxels[:, 1]) * depth + voxels[:, 2], logits))
-        self.asked += len(voxels)
+        self.queried += len(voxels)
         self._advance(len(voxels))
         return labels_of(logits)
 

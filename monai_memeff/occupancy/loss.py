@@ -18,16 +18,16 @@ class OccupancyLoss(nn.Module):
         point_loss: takes the place of the first term: any loss of logits (B, K, N) and labels (B, 1, N), such as
             MONAI's ``DiceCELoss(to_onehot_y=True, softmax=True)``.
         coarse_weight: of the second term.
-        ignored: label of voxels that count nowhere; points must not be drawn there.
+        ignore_index: label of voxels that count nowhere; points must not be drawn there.
     """
 
     def __init__(
-        self, point_loss: nn.Module | None = None, coarse_weight: float = 0.1, ignored: int | None = None
+        self, point_loss: nn.Module | None = None, coarse_weight: float = 0.1, ignore_index: int | None = None
     ) -> None:
         super().__init__()
         self.point_loss = point_loss
         self.coarse_weight = coarse_weight
-        self.ignored = ignored
+        self.ignore_index = ignore_index
 
     def forward(self, pred: tuple[Tensor, Tensor | None], target: tuple[Tensor, Tensor]) -> Tensor:
         """The loss, one number.
@@ -41,7 +41,7 @@ class OccupancyLoss(nn.Module):
         loss = self._of_points(logits.transpose(1, 2).float(), values)
         if coarse is None or self.coarse_weight == 0:
             return loss
-        aim = coarse_label(label, coarse.shape[2:], coarse.shape[1], self.ignored)
+        aim = coarse_label(label, coarse.shape[2:], coarse.shape[1], self.ignore_index)
         return loss + self.coarse_weight * _cross_entropy(coarse.float(), aim)
 
     def _of_points(self, logits: Tensor, values: Tensor) -> Tensor:
@@ -50,24 +50,24 @@ class OccupancyLoss(nn.Module):
         return self.point_loss(logits, values[:, None])
 
 
-def coarse_label(label: Tensor, shape: torch.Size | tuple[int, ...], channels: int, ignored: int | None) -> Tensor:
+def coarse_label(label: Tensor, shape: torch.Size | tuple[int, ...], channels: int, ignore_index: int | None) -> Tensor:
     """What the low-resolution logits shall say.
 
     Args:
         label: (B, 1, H, W, D) whole numbers, background 0.
         shape: extents (h, w, d) of the coarse grid.
         channels: logits K; with 1 every label above 0 is foreground.
-        ignored: label of voxels that do not count.
+        ignore_index: label of voxels that do not count.
 
     Returns:
         (B, h, w, d) int64: 0 where a cell has no foreground, else its most frequent foreground label.
     """
     volume = label.as_subclass(Tensor)
     if channels == 1:
-        foreground = volume > 0 if ignored is None else (volume > 0) & (volume != ignored)
+        foreground = volume > 0 if ignore_index is None else (volume > 0) & (volume != ignore_index)
         return F.adaptive_max_pool3d(foreground.float(), tuple(shape))[:, 0].long()
-    shares = [F.adaptive_avg_pool3d((volume == c).float(), tuple(shape))[:, 0] for c in range(1, channels)]
-    most, which = torch.stack(shares).max(0)
+    fractions = [F.adaptive_avg_pool3d((volume == c).float(), tuple(shape))[:, 0] for c in range(1, channels)]
+    most, which = torch.stack(fractions).max(0)
     return torch.where(most > 0, which + 1, 0)
 
 

@@ -11,7 +11,7 @@ from monai.metrics.utils import do_metric_reduction
 from torch import Tensor
 
 from monai_memeff.occupancy.checks import plain_tensor
-from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_shares, sample_points
+from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_fractions, sample_points
 
 
 class SampledDiceMetric(CumulativeIterationMetric):
@@ -22,27 +22,33 @@ class SampledDiceMetric(CumulativeIterationMetric):
     the dense one.
 
     Args:
-        number: of points per volume.
-        sampling: shares, default the paper's for LiTS; ``"uniform"`` with ``number=2**17`` is that for BraTS.
+        num_samples: Number of points per volume.
+        sampling: Fractions, default the paper's for LiTS; ``"uniform"`` with ``num_samples=2**17`` is that for BraTS.
         classes: labels 1 ... ``classes`` are scored one by one; a label without a point in prediction and truth is NaN
             and left out of means.
         reduction: as in MONAI's metrics.
-        seed: of the points; each volume gets its own, the same every time.
-        band: width in voxels of the dilation of the border.
+        seed: Seed of the points; each volume gets its own, the same every time.
+        band_width: Width in voxels of the dilation of the border.
     """
 
     def __init__(
         self,
-        number: int = 2**14,
+        num_samples: int = 2**14,
         sampling: str | Mapping[str, float] | None = None,
         classes: int = 1,
         reduction: str = "mean",
         seed: int = 0,
-        band: int = PUBLISHED_BAND,
+        band_width: int = PUBLISHED_BAND,
     ) -> None:
         super().__init__()
-        self.number, self.classes, self.reduction, self.seed, self.band = number, classes, reduction, seed, band
-        self.sampling = checked_shares(sampling or {"border": 0.4, "uniform": 0.6})
+        self.num_samples, self.classes, self.reduction, self.seed, self.band_width = (
+            num_samples,
+            classes,
+            reduction,
+            seed,
+            band_width,
+        )
+        self.sampling = checked_fractions(sampling or {"border": 0.4, "uniform": 0.6})
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Dice (B, classes) of label volumes (B, 1, H, W, D).
@@ -64,7 +70,7 @@ class SampledDiceMetric(CumulativeIterationMetric):
         def draw(limit: int, count: int) -> Tensor:
             return torch.randint(limit, (count,), generator=numbers)
 
-        points, true = sample_points(truth, self.number, self.sampling, draw, self.band)
+        points, true = sample_points(truth, self.num_samples, self.sampling, draw, self.band_width)
         i, j, k = points.long().unbind(1)
         found = guess[0, i, j, k].long()
         scores = []

@@ -39,7 +39,7 @@ VARIANTS = {
     "b": Variant(local=True, mid_range=True),
     "c": Variant(skip=True, local=True),
     "d": Variant(skip=True, local=True, mid_range=True),
-    "default": Variant(local=True, interpolated=True),
+    "interpolated": Variant(local=True, interpolated=True),
 }
 
 
@@ -69,29 +69,31 @@ class OccupancyNet(nn.Module):
     low-resolution head; ``"a"`` ... ``"d"`` read the 7^3 voxels around a point, ``"b"`` and ``"d"`` also the 14^3 ones,
     average-pooled to 7^3 (from 7 voxels before to 6 after the point's voxel).
 
-    ``"default"`` is our own, for volumes of any extents, one voxel included: coordinates in the unit cube, features of
-    all encoder levels interpolated at the point, the 7^3 voxels around it through one linear layer, an auxiliary head,
-    group norm and leaky ReLU in the encoder, per-feature statistics in the decoder.
+    ``"interpolated"``, the default, is not in the paper. It takes volumes of any extents, one voxel included:
+    coordinates in the unit cube, features of all encoder levels interpolated at the point, the 7^3 voxels around it
+    through one linear layer, an auxiliary head, group norm and leaky ReLU in the encoder, per-feature statistics in the
+    decoder.
 
     Args:
-        in_channels: of the volume.
-        out_channels: logits K; 1 for one binary structure, else one per class with the background first.
-        volume_shape: extents (H, W, D) of every volume; the paper's variants need it, ``"default"`` ignores it. Extents
-            must be divisible by ``downscale * 2 ** len(channels)``.
+        in_channels: Number of channels of the volume.
+        out_channels: Number of logits K; 1 for one binary structure, else one per class with the background first.
+        volume_shape: Extents (H, W, D) of every volume, divisible by ``downscale * 2 ** len(channels)``. The paper's
+            variants need it, ``"interpolated"`` ignores it.
         channels: features of the encoder's levels, finest first. Published: (16, 32, 64, 128) for BraTS, (8, 16, 32,
             64, 128) for LiTS.
-        variant: see above.
-        encoder: takes the place of the residual blocks in ``"default"``: any module that returns a feature map or a
-            list of them (finest first) with the numbers of features in ``channels``, such as MONAI's ResNetFeatures.
-        width: features in the decoder; default 512 as published, 128 in ``"default"``.
-        blocks: residual blocks of the decoder; default 5 as published, 3 in ``"default"``.
-        statistics: of the conditional batch norm: ``"scalar"`` as in the authors' code, or ``"feature"``; default
-            ``"scalar"``, in the variant ``"default"`` ``"feature"``.
-        act: ``"PADE"`` or an activation as in MONAI; default as above.
-        norm: of the encoder, as in MONAI; default batch norm as published, groups of up to 8 in ``"default"``.
-        normalize_coordinates: coordinates in the unit cube instead of voxel indices; default as above.
-        downscale: the encoder sees the volume so much smaller, by trilinear interpolation.
-        points_per_pass: points of one pass of :meth:`forward`; memory grows with it, results do not depend on it.
+        variant: ``"interpolated"``, or ``"o-net"``, ``"a"``, ``"b"``, ``"c"``, ``"d"`` as published.
+        encoder: Module in the place of the residual blocks of ``"interpolated"``. It returns a feature map or a list of
+            them (finest first) with the numbers of features in ``channels``, such as MONAI's ResNetFeatures.
+        width: Number of features in the decoder; None: 512 as published, 128 in ``"interpolated"``.
+        blocks: Number of residual blocks of the decoder; None: 5 as published, 3 in ``"interpolated"``.
+        statistics: Statistics of the conditional batch norm, ``"scalar"`` as in the authors' code or ``"feature"``;
+            None: ``"scalar"``, in the variant ``"interpolated"`` ``"feature"``.
+        act: ``"PADE"`` or an activation as in MONAI; None: as above.
+        norm: Norm of the encoder, as in MONAI; None: batch norm as published, groups of up to 8 in ``"interpolated"``.
+        normalize_coordinates: Coordinates in the unit cube instead of voxel indices; None: as above.
+        downscale: Factor by which the encoder's volume is smaller, by trilinear interpolation.
+        points_per_pass: Number of points of one pass of :meth:`forward`; memory grows with it, results do not depend on
+            it.
 
     Shape: (B, in_channels, H, W, D) -> logits (B, out_channels, H, W, D).
 
@@ -101,11 +103,11 @@ class OccupancyNet(nn.Module):
 
     def __init__(
         self,
-        in_channels: int = 4,
+        in_channels: int = 1,
         out_channels: int = 1,
-        volume_shape: Sequence[int] | None = (256, 256, 160),
-        channels: Sequence[int] = (16, 32, 64, 128),
-        variant: str = "c",
+        volume_shape: Sequence[int] | None = None,
+        channels: Sequence[int] = (32, 64, 128, 128),
+        variant: str = "interpolated",
         encoder: nn.Module | None = None,
         width: int | None = None,
         blocks: int | None = None,
@@ -122,7 +124,7 @@ class OccupancyNet(nn.Module):
         self.parts = parts = VARIANTS[variant]
         ours = parts.interpolated
         if encoder is not None and not ours:
-            raise ValueError(f"variant {variant!r} has its own encoder: use variant='default' with another one.")
+            raise ValueError(f"variant {variant!r} has its own encoder: use variant='interpolated' with another one.")
         if points_per_pass < 1 or downscale < 1 or not channels:
             raise ValueError("points_per_pass and downscale must be positive, and channels must name a level or more.")
         self.in_channels, self.out_channels = in_channels, out_channels

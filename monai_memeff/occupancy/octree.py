@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-Answer = Callable[[Tensor], Tensor]
+Evaluate = Callable[[Tensor], Tensor]
 """(N, 3) int64 voxel indices -> (N,) labels."""
 
 _CELLS_AT_ONCE = 2**20
@@ -39,12 +39,12 @@ class NodeGrid:
         shape: the volume's extents in voxels (H, W, D).
         stride: voxels between nodes per axis.
         labels: (h, w, d) integers; those of nodes that were not asked are assumptions.
-        asked: bool (h, w, d).
+        queried: bool (h, w, d).
     """
 
-    def __init__(self, shape: Sequence[int], stride: Sequence[int], labels: Tensor, asked: Tensor) -> None:
+    def __init__(self, shape: Sequence[int], stride: Sequence[int], labels: Tensor, queried: Tensor) -> None:
         self.shape, self.stride = tuple(shape), tuple(stride)
-        self.labels, self.asked = labels, asked
+        self.labels, self.queried = labels, queried
         self._cells = [max(n - 1, 1) for n in labels.shape]  # an axis of one voxel is one cell thick
         strides = torch.empty(labels.shape, device="meta").stride()
         steps = [(0, 1) if n > 1 else (0,) for n in labels.shape]
@@ -56,26 +56,26 @@ class NodeGrid:
         axes = zip(self._places(keys), self.stride, self.shape, strict=True)
         return torch.stack([(place * step).clamp_(max=extent - 1) for place, step, extent in axes], dim=-1)
 
-    def ask(self, keys: Tensor, answer: Answer, points_per_pass: int) -> Tensor:
+    def query(self, keys: Tensor, evaluate: Evaluate, points_per_pass: int) -> Tensor:
         """Ask for the labels of nodes, a few at a time.
 
         Args:
             keys: (N,) nodes, each once and none of them asked before.
-            answer: the network.
-            points_per_pass: points in one call of ``answer``.
+            evaluate: the network.
+            points_per_pass: points in one call of ``evaluate``.
 
         Returns:
             The nodes whose label was assumed wrongly.
         """
         labels, wrong = self.labels.view(-1), []
-        self.asked.view(-1)[keys] = True
+        self.queried.view(-1)[keys] = True
         for part in keys.split(points_per_pass):
-            answers = answer(self.voxels(part)).to(labels)
+            answers = evaluate(self.voxels(part)).to(labels)
             wrong.append(part[labels[part] != answers])
             labels[part] = answers
         return torch.cat(wrong) if wrong else keys
 
-    def mixed(self, cells: Tensor) -> Tensor:
+    def boundary_cells(self, cells: Tensor) -> Tensor:
         """Those of the cells (M,) whose corners have more than one label."""
         labels, found = self.labels.view(-1), []
         for part in cells.split(_CELLS_AT_ONCE):
@@ -86,18 +86,18 @@ class NodeGrid:
             found.append(part[differs])
         return torch.cat(found) if found else cells
 
-    def all_mixed(self) -> Tensor:
+    def all_boundary_cells(self) -> Tensor:
         """All cells whose corners have more than one label."""
         found = []
         for start in range(0, self.labels.numel(), _CELLS_AT_ONCE):
             stop = min(start + _CELLS_AT_ONCE, self.labels.numel())
             keys = torch.arange(start, stop, device=self.labels.device)
-            found.append(self.mixed(keys[self._is_cell(self._places(keys))]))
+            found.append(self.boundary_cells(keys[self._is_cell(self._places(keys))]))
         return torch.cat(found)
 
-    def not_asked(self, cells: Tensor) -> Tensor:
+    def unqueried(self, cells: Tensor) -> Tensor:
         """The corners of the cells, each cell given once, that were not asked; each corner once."""
-        taken, found = self.asked.view(-1), []
+        taken, found = self.queried.view(-1), []
         for offset in self._offsets:
             keys = cells + offset
             keys = keys[~taken[keys]]
@@ -107,23 +107,23 @@ class NodeGrid:
         taken[keys] = False
         return keys
 
-    def mixed_around(self, keys: Tensor) -> Tensor:
-        """The mixed cells that have one of the nodes as a corner, each once."""
+    def boundary_cells_around(self, keys: Tensor) -> Tensor:
+        """The boundary cells that have one of the nodes as a corner, each once."""
         places, found = self._places(keys), []
         for corner, offset in zip(self._corners, self._offsets, strict=True):
             inside = self._is_cell([place - c for place, c in zip(places, corner, strict=True)])
-            found.append(self.mixed(keys[inside] - offset))
+            found.append(self.boundary_cells(keys[inside] - offset))
         return torch.unique(torch.cat(found))
 
-    def finer(self) -> NodeGrid:
+    def refined(self) -> NodeGrid:
         """The grid of half the stride; a new node is assumed to have the label of its cell's first corner."""
         stride = tuple(max(s // 2, 1) for s in self.stride)
-        labels, asked = self.labels, self.asked
+        labels, queried = self.labels, self.queried
         for axis, count in reversed(list(enumerate(node_counts(self.shape, stride)))):  # copies of long rows come last
             if stride[axis] < self.stride[axis]:
                 labels = _between(labels, axis, count, repeat=True)
-                asked = _between(asked, axis, count, repeat=False)
-        return NodeGrid(self.shape, stride, labels, asked)
+                queried = _between(queried, axis, count, repeat=False)
+        return NodeGrid(self.shape, stride, labels, queried)
 
     def children(self, cells: Tensor, finer: NodeGrid) -> Tensor:
         """The cells of the finer grid that cells of this one are divided into, each once."""
@@ -168,30 +168,30 @@ def _between(nodes: Tensor, axis: int, count: int, repeat: bool) -> Tensor:
     return result
 
 
-def settle(grid: NodeGrid, cells: Tensor, answer: Answer, points_per_pass: int) -> tuple[Tensor, int]:
-    """Ask the corners of mixed cells, and of the cells that become mixed by the answers, until nothing changes.
+def propagate(grid: NodeGrid, cells: Tensor, evaluate: Evaluate, points_per_pass: int) -> tuple[Tensor, int]:
+    """Ask the corners of boundary cells, and of the cells that become mixed by the answers, until nothing changes.
 
     Args:
         grid: changed in place.
-        cells: all its mixed cells, each once.
-        answer: the network.
-        points_per_pass: points in one call of ``answer``.
+        cells: all its boundary cells, each once.
+        evaluate: the network.
+        points_per_pass: points in one call of ``evaluate``.
 
     Returns:
-        All mixed cells, each once, their corners now all asked; and the number of rounds in which points were asked.
+        All boundary cells, each once, their corners now all asked; and the number of rounds in which points were asked.
     """
     met, rounds = [cells], 0
     while cells.numel():
-        keys = grid.not_asked(cells)
+        keys = grid.unqueried(cells)
         if not keys.numel():
             break
         rounds += 1
-        cells = grid.mixed_around(grid.ask(keys, answer, points_per_pass))
+        cells = grid.boundary_cells_around(grid.query(keys, evaluate, points_per_pass))
         met.append(cells)
-    return grid.mixed(torch.unique(torch.cat(met))), rounds
+    return grid.boundary_cells(torch.unique(torch.cat(met))), rounds
 
 
-def refine(grid: NodeGrid, answer: Answer, points_per_pass: int) -> Iterator[tuple[NodeGrid, int]]:
+def refine(grid: NodeGrid, evaluate: Evaluate, points_per_pass: int) -> Iterator[tuple[NodeGrid, int]]:
     """Settle a grid, halve its stride, and so on down to single voxels.
 
     In the end every cell of 2 x 2 x 2 voxels that has more than one label has all eight of them asked. So the labels
@@ -200,18 +200,18 @@ def refine(grid: NodeGrid, answer: Answer, points_per_pass: int) -> Iterator[tup
 
     Args:
         grid: the coarsest; its labels are asked or assumed.
-        answer: the network.
-        points_per_pass: points in one call of ``answer``.
+        evaluate: the network.
+        points_per_pass: points in one call of ``evaluate``.
 
     Yields:
         Every level once it is settled, and its number of rounds.
     """
-    cells = grid.all_mixed()
+    cells = grid.all_boundary_cells()
     while True:
-        cells, rounds = settle(grid, cells, answer, points_per_pass)
+        cells, rounds = propagate(grid, cells, evaluate, points_per_pass)
         yield grid, rounds
         if max(grid.stride) == 1:
             return
-        finer = grid.finer()
-        cells = finer.mixed(grid.children(cells, finer))
+        finer = grid.refined()
+        cells = finer.boundary_cells(grid.children(cells, finer))
         grid = finer

@@ -14,21 +14,21 @@ KINDS = ("uniform", "border", "balanced")
 PUBLISHED_BAND = 13
 
 
-def checked_shares(sampling: str | Mapping[str, float]) -> dict[str, float]:
-    """Shares of the three kinds that add up to one; ``"border"`` alone is the paper's half border, half uniform.
+def checked_fractions(sampling: str | Mapping[str, float]) -> dict[str, float]:
+    """Fractions of the three kinds that add up to one; ``"border"`` alone is the paper's half border, half uniform.
 
     Raises:
-        ValueError: an unknown kind, a negative share, or shares that do not add up to one.
+        ValueError: an unknown kind, a negative fraction, or fractions that do not add up to one.
     """
     if isinstance(sampling, str):
         sampling = {"border": 0.5, "uniform": 0.5} if sampling == "border" else {sampling: 1.0}
     unknown = [kind for kind in sampling if kind not in KINDS]
     if unknown:
         raise ValueError(f"sampling must be of {', '.join(KINDS)}, got {unknown[0]!r}.")
-    shares = {kind: float(share) for kind, share in sampling.items()}
-    if not shares or min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
-        raise ValueError(f"the shares of sampling must be 0 or more and add up to 1, got {shares}.")
-    return shares
+    fractions = {kind: float(fraction) for kind, fraction in sampling.items()}
+    if not fractions or min(fractions.values()) < 0 or abs(sum(fractions.values()) - 1) > 1e-6:
+        raise ValueError(f"the fractions of sampling must be 0 or more and add up to 1, got {fractions}.")
+    return fractions
 
 
 def checked_label(label: Tensor) -> Tensor:
@@ -81,22 +81,22 @@ def _within(values: Tensor, reach: int, choose: Callable[[Tensor, Tensor], Tenso
 
 def sample_points(
     label: Tensor,
-    number: int,
+    num_samples: int,
     sampling: str | Mapping[str, float],
     draw: Draw,
-    band: int = PUBLISHED_BAND,
-    ignored: int | None = None,
+    band_width: int = PUBLISHED_BAND,
+    ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw voxels of a label and say what is there.
 
     Args:
         label: (1, H, W, D) or (H, W, D) whole numbers.
-        number: of points N. All kinds draw with replacement, so a volume may be smaller; but the border band is taken
-            whole if it has no more voxels than its share, and the rest is drawn uniformly.
-        sampling: see :func:`checked_shares`; balanced means as many points of every label present, background too.
+        num_samples: Number of points N. All kinds draw with replacement, so a volume may be smaller; but the border
+            band is taken whole if it has no more voxels than its fraction, and the rest is drawn uniformly.
+        sampling: see :func:`checked_fractions`; balanced means as many points of every label present, background too.
         draw: source of random numbers.
-        band: width of the border band in voxels, odd.
-        ignored: label of voxels that are never drawn.
+        band_width: width of the border band in voxels, odd.
+        ignore_index: label of voxels that are never drawn.
 
     Returns:
         Points (N, 3) float32 voxel indices, in random order if ``draw`` is, and their labels (N,) int64.
@@ -105,19 +105,19 @@ def sample_points(
         ValueError: a label of another shape or kind, or nothing to draw from.
     """
     volume = checked_label(label)
-    shares = checked_shares(sampling)
+    fractions = checked_fractions(sampling)
     flat = volume.reshape(-1)
-    usable = None if ignored is None else (flat != ignored).nonzero()[:, 0]
+    usable = None if ignore_index is None else (flat != ignore_index).nonzero()[:, 0]
     if usable is not None and len(usable) == 0:
-        raise ValueError(f"every voxel of the label has the ignored value {ignored}: leave this volume out.")
+        raise ValueError(f"every voxel of the label has the ignored value {ignore_index}: leave this volume out.")
     places = []
-    if shares.get("border"):
-        near = border_band(volume, band).reshape(-1)
-        near = near if ignored is None else near & (flat != ignored)
-        places.append(_up_to(near.nonzero()[:, 0], round(number * shares["border"]), draw))
-    if shares.get("balanced"):
-        places.append(_balanced(flat, round(number * shares["balanced"]), draw, ignored))
-    missing = number - sum(map(len, places))
+    if fractions.get("border"):
+        near = border_band(volume, band_width).reshape(-1)
+        near = near if ignore_index is None else near & (flat != ignore_index)
+        places.append(_up_to(near.nonzero()[:, 0], round(num_samples * fractions["border"]), draw))
+    if fractions.get("balanced"):
+        places.append(_balanced(flat, round(num_samples * fractions["balanced"]), draw, ignore_index))
+    missing = num_samples - sum(map(len, places))
     rest = draw(len(flat) if usable is None else len(usable), missing).to(flat.device)
     places.append(rest if usable is None else usable[rest])
     place = torch.cat(places)
@@ -125,13 +125,13 @@ def sample_points(
     return points, flat[place].long()
 
 
-def _up_to(places: Tensor, number: int, draw: Draw) -> Tensor:
-    return places if len(places) <= number else places[draw(len(places), number).to(places.device)]
+def _up_to(places: Tensor, num_samples: int, draw: Draw) -> Tensor:
+    return places if len(places) <= num_samples else places[draw(len(places), num_samples).to(places.device)]
 
 
-def _balanced(flat: Tensor, number: int, draw: Draw, ignored: int | None) -> Tensor:
-    classes = [value for value in flat.unique().tolist() if value != ignored]
-    ends = [number * (n + 1) // len(classes) for n in range(len(classes))]
+def _balanced(flat: Tensor, num_samples: int, draw: Draw, ignore_index: int | None) -> Tensor:
+    classes = [value for value in flat.unique().tolist() if value != ignore_index]
+    ends = [num_samples * (n + 1) // len(classes) for n in range(len(classes))]
     chosen = []
     for value, start, end in zip(classes, [0, *ends], ends, strict=False):
         where = (flat == value).nonzero()[:, 0]

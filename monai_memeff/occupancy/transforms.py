@@ -12,7 +12,7 @@ from monai.transforms import MapTransform, Randomizable, Transform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
-from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_shares, sample_points
+from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_fractions, sample_points
 
 __all__ = ["RandOccupancyPoints", "RandOccupancyPointsD", "RandOccupancyPointsDict", "RandOccupancyPointsd"]
 
@@ -25,25 +25,27 @@ class RandOccupancyPoints(Randomizable, Transform):
     place the transform last.
 
     Args:
-        number: of points N.
+        num_samples: Number of points N.
         sampling: ``"uniform"``; ``"border"``: half of the points from voxels near a change of the label (a gradient
-            dilated by ``band``^3), all of these if there are fewer, and the others uniform; ``"balanced"``: as many of
-            every label that is there; or shares, for example ``{"uniform": 0.5, "balanced": 0.5}``.
-        band: odd width in voxels of the dilation.
+            dilated by ``band_width``^3), all of these if there are fewer, and the others uniform; ``"balanced"``: as
+            many of every label that is there; or fractions, for example ``{"uniform": 0.5, "balanced": 0.5}``.
+        band_width: Odd width of the dilation in voxels.
 
     Raises:
-        ValueError: a number below 1, an even band, or a wrong ``sampling``.
+        ValueError: num_samples below 1, an even band_width, or a wrong ``sampling``.
     """
 
     backend = [TransformBackends.TORCH]
 
     def __init__(
-        self, number: int = 2**14, sampling: str | Mapping[str, float] = "border", band: int = PUBLISHED_BAND
+        self, num_samples: int = 2**14, sampling: str | Mapping[str, float] = "border", band_width: int = PUBLISHED_BAND
     ) -> None:
-        if number < 1 or band < 1 or band % 2 == 0:
-            raise ValueError(f"number must be positive and band positive and odd, got {number} and {band}.")
-        self.number, self.band = number, band
-        self.sampling = checked_shares(sampling)
+        if num_samples < 1 or band_width < 1 or band_width % 2 == 0:
+            raise ValueError(
+                f"num_samples must be positive and band_width positive and odd, got {num_samples} and {band_width}."
+            )
+        self.num_samples, self.band_width = num_samples, band_width
+        self.sampling = checked_fractions(sampling)
 
     def __call__(self, label: NdarrayOrTensor) -> tuple[Tensor, Tensor]:
         """Draw.
@@ -58,7 +60,7 @@ class RandOccupancyPoints(Randomizable, Transform):
             ValueError: the label has another shape, no voxels, NaN or fractions.
         """
         volume = convert_to_tensor(label, track_meta=False)
-        return sample_points(volume, self.number, self.sampling, self._draw, self.band)
+        return sample_points(volume, self.num_samples, self.sampling, self._draw, self.band_width)
 
     def _draw(self, limit: int, count: int) -> Tensor:
         return torch.from_numpy(self.R.randint(limit, size=count, dtype=np.int64))
@@ -71,9 +73,9 @@ class RandOccupancyPointsd(Randomizable, MapTransform):
         keys: the label (1, H, W, D); one key.
         points_key: where points (N, 3) go.
         occupancy_key: where the points' labels (N,) go.
-        number: see :class:`RandOccupancyPoints`.
+        num_samples: see :class:`RandOccupancyPoints`.
         sampling: see :class:`RandOccupancyPoints`.
-        band: see :class:`RandOccupancyPoints`.
+        band_width: see :class:`RandOccupancyPoints`.
         allow_missing_keys: pass over samples without a label.
 
     Raises:
@@ -88,9 +90,9 @@ class RandOccupancyPointsd(Randomizable, MapTransform):
         keys: KeysCollection,
         points_key: str = "points",
         occupancy_key: str = "occupancy",
-        number: int = 2**14,
+        num_samples: int = 2**14,
         sampling: str | Mapping[str, float] = "border",
-        band: int = PUBLISHED_BAND,
+        band_width: int = PUBLISHED_BAND,
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
@@ -100,7 +102,7 @@ class RandOccupancyPointsd(Randomizable, MapTransform):
         if clash:
             raise ValueError(f"{clash[0]!r} starts with {self.keys[0]!r} and '_', which MONAI takes for metadata.")
         self.points_key, self.occupancy_key = points_key, occupancy_key
-        self.draw_points = RandOccupancyPoints(number, sampling, band)
+        self.draw_points = RandOccupancyPoints(num_samples, sampling, band_width)
 
     def set_random_state(
         self, seed: int | None = None, state: np.random.RandomState | None = None

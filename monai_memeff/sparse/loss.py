@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_memeff.geometry import key_lists
-from monai_memeff.sparse.core.tensor import SparseTensor, occupied
+from monai_memeff.sparse.core.tensor import SparseTensor, nonzero_voxels
 from monai_memeff.sparse.core.voxel_set import VoxelSet
 
 
@@ -35,7 +35,7 @@ class SparseCompletionLoss(nn.Module):
         """
         if not levels:
             raise ValueError("SparseCompletionLoss needs at least one level of logits, got none.")
-        complete = occupied(target).voxels
+        complete = nonzero_voxels(target).voxels
         cells = {complete.stride: complete}  # a coarse level is made of the finer one's cells while these are kept
         for stride in sorted(logits.stride for logits in levels):
             cells[stride] = cells[stride] if stride in cells else complete.coarsened(stride)

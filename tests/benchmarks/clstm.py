@@ -22,8 +22,8 @@ MODES: dict[str, dict[str, Any]] = {
     "sqrt": {"checkpoint": "sqrt"},
     "8 slices": {"checkpoint": 8},
     "slice, half, kept here": {"checkpoint": "slice", "recompute": 0.5},
-    "slice, host": {"checkpoint": "slice", "host": True},
-    "slice, half, host": {"checkpoint": "slice", "recompute": 0.5, "host": True},
+    "slice, host": {"checkpoint": "slice", "offload_to_cpu": True},
+    "slice, half, host": {"checkpoint": "slice", "recompute": 0.5, "offload_to_cpu": True},
 }
 MIB = 2**20
 
@@ -41,10 +41,10 @@ class _Elsewhere(torch.autograd.Function):
 
 
 def build(mode: str, channels: list[int]) -> CLSTMUNet:
-    """The network; on the CPU, what ``host=True`` puts away goes where the meter does not look."""
+    """The network; on the CPU, what ``offload_to_cpu=True`` puts away goes where the meter does not look."""
     torch.manual_seed(0)
     net = CLSTMUNet(channels=channels, **MODES[mode])
-    if net.host:
+    if net.offload_to_cpu:
         net._put = _Elsewhere.apply  # type: ignore[method-assign]
         get = net._get
         net._get = lambda *tensors: [t.clone() for t in get(*tensors)]  # type: ignore[method-assign]

@@ -4,13 +4,13 @@
 
 The network is an OccupancyNet with random weights, encoded and queried in full; then its logits are replaced by those
 of five analytic organs, and its coarse prediction by the organs at the centers of the network's own coarse cells. So
-every way asks the same shape at every size, and time and memory are the network's. Ways to label a volume:
+every way queries the same shape at every size, and time and memory are the network's. Ways to label a volume:
 
 - dense: every voxel.
 - dilation: our reading of the paper's standard inference (Reich et al. 2021, arXiv 2110.10640): every fourth voxel,
-  then at strides 2 and 1 what a dilation of the inside by 9^3 and 3^3 voxels adds. It asks the insides too.
-- mixed cells: multi-resolution isosurface extraction (Mescheder et al. 2019, arXiv 1812.03828): the octree's coarsest
-  grid, then all corners of the halves of mixed cells; no boundary is followed.
+  then at strides 2 and 1 what a dilation of the inside by 9^3 and 3^3 voxels adds. It queries the insides too.
+- boundary cells: multi-resolution isosurface extraction (Mescheder et al. 2019, arXiv 1812.03828): the octree's
+  coarsest grid, then all corners of the halves of boundary cells; no boundary is followed.
 - octree, grid and octree, network: OctreeInferer from its default grid, and from the coarse prediction.
 
 Seconds are CPU-seconds, encoding included; the peak is of live tensors above the volume, without the workspace inside
@@ -93,31 +93,31 @@ def answers(network: AnalyticOrgans, volume: Tensor, budget: int) -> Callable[[T
     """A function (N, 3) voxels -> (N,) bool."""
     latent = network.encode(volume)
 
-    def ask(voxels: Tensor) -> Tensor:
+    def evaluate(voxels: Tensor) -> Tensor:
         return torch.cat([network.query(latent, v[None].float(), volume)[0, :, 0] > 0 for v in voxels.split(budget)])
 
-    return ask
+    return evaluate
 
 
-def by_asking_all(network: AnalyticOrgans, volume: Tensor, budget: int) -> Tensor:
+def by_querying_all(network: AnalyticOrgans, volume: Tensor, budget: int) -> Tensor:
     """Every voxel."""
-    ask, labels = answers(network, volume, budget), torch.zeros(volume.shape[2:], dtype=torch.bool)
+    evaluate, labels = answers(network, volume, budget), torch.zeros(volume.shape[2:], dtype=torch.bool)
     for start in range(0, labels.numel(), budget):
         keys = torch.arange(start, min(start + budget, labels.numel()))
-        labels.view(-1)[keys] = ask(torch.stack(torch.unravel_index(keys, labels.shape), -1))
+        labels.view(-1)[keys] = evaluate(torch.stack(torch.unravel_index(keys, labels.shape), -1))
     return labels
 
 
 def by_dilation(network: AnalyticOrgans, volume: Tensor, budget: int) -> Tensor:
     """Every fourth voxel, then what dilations by 9^3 and 3^3 add on the grids of stride 2 and 1."""
-    ask, labels = answers(network, volume, budget), torch.zeros(volume.shape[2:], dtype=torch.bool)
-    asked = torch.zeros_like(labels)
+    evaluate, labels = answers(network, volume, budget), torch.zeros(volume.shape[2:], dtype=torch.bool)
+    queried = torch.zeros_like(labels)
     for radius, stride in ((None, 4), (4, 2), (1, 1)):
         grid = (slice(None, None, stride),) * 3
-        wanted = ~asked[grid] if radius is None else dilated(labels, radius)[grid] & ~asked[grid]
+        wanted = ~queried[grid] if radius is None else dilated(labels, radius)[grid] & ~queried[grid]
         voxels = wanted.nonzero() * stride
-        labels[voxels.unbind(-1)] = ask(voxels)
-        asked[grid] |= wanted
+        labels[voxels.unbind(-1)] = evaluate(voxels)
+        queried[grid] |= wanted
     return labels
 
 
@@ -132,18 +132,18 @@ def dilated(mask: Tensor, radius: int) -> Tensor:
     return mask
 
 
-def by_mixed_cells(network: AnalyticOrgans, volume: Tensor, budget: int) -> Tensor:
-    """All corners of the halves of mixed cells."""
-    ask, shape = answers(network, volume, budget), tuple(volume.shape[2:])
+def by_boundary_cells(network: AnalyticOrgans, volume: Tensor, budget: int) -> Tensor:
+    """All corners of the halves of boundary cells."""
+    evaluate, shape = answers(network, volume, budget), tuple(volume.shape[2:])
     counts = node_counts(shape, default_stride(shape))
     grid = NodeGrid(shape, default_stride(shape), *(torch.zeros(counts, dtype=torch.bool) for _ in range(2)))
-    grid.ask(torch.arange(grid.labels.numel()), ask, budget)
-    cells = grid.all_mixed()
+    grid.query(torch.arange(grid.labels.numel()), evaluate, budget)
+    cells = grid.all_boundary_cells()
     while max(grid.stride) > 1:
-        finer = grid.finer()
+        finer = grid.refined()
         halves = grid.children(cells, finer)
-        finer.ask(finer.not_asked(halves), ask, budget)
-        grid, cells = finer, finer.mixed(halves)
+        finer.query(finer.unqueried(halves), evaluate, budget)
+        grid, cells = finer, finer.boundary_cells(halves)
     return grid.labels
 
 
@@ -151,15 +151,15 @@ def by_octree(initial: str) -> Callable[[AnalyticOrgans, Tensor, int], Tensor]:
     """OctreeInferer."""
 
     def run(network: AnalyticOrgans, volume: Tensor, budget: int) -> Tensor:
-        return OctreeInferer(budget, initial, output="labels")(volume, network)[0, 0] > 0
+        return OctreeInferer(budget, initial, labels=True)(volume, network)[0, 0] > 0
 
     return run
 
 
 WAYS = {
-    "dense": by_asking_all,
+    "dense": by_querying_all,
     "dilation": by_dilation,
-    "mixed cells": by_mixed_cells,
+    "boundary cells": by_boundary_cells,
     "octree, grid": by_octree("grid"),
     "octree, network": by_octree("network"),
 }
@@ -179,9 +179,9 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def ways_table(options: argparse.Namespace) -> None:
     """Every way at every size."""
-    print("| size | way | points | share | wrong voxels | seconds | peak MiB |\n|---|---|---|---|---|---|---|")
+    print("| size | way | points | fraction | wrong voxels | seconds | peak MiB |\n|---|---|---|---|---|---|---|")
     encoding = 0.0
-    network = OccupancyNet(1, 1, channels=(8, 16, 32, 64), variant="default").eval()
+    network = OccupancyNet(1, 1, channels=(8, 16, 32, 64), variant="interpolated").eval()
     for n in options.sizes:
         volume, expected = torch.rand(1, 1, n, n, n), truth(n)
         estimate = encoding * 8
@@ -197,14 +197,14 @@ def ways_table(options: argparse.Namespace) -> None:
         for name, way in WAYS.items():
             counter = AnalyticOrgans(n)
             wrong = 0 if name == "dense" else int((way(counter, volume, 2**18) != expected).sum())
-            asked = n**3 if name == "dense" else counter.points
-            expectation = encoding + asked / rate
+            queried = n**3 if name == "dense" else counter.points
+            expectation = encoding + queried / rate
             cost = f"not run: about {expectation:.0f} | "
             if expectation <= options.budget:
                 worker = AnalyticOrgans(n, network)
                 _, seconds, peak = timed(lambda w=way, k=worker, v=volume: w(k, v, options.points_per_pass))
-                asked, cost = worker.points, f"{seconds:.1f} | {peak:.0f}"
-            print(f"| {n}^3 | {name} | {asked:,} | {asked / n**3:.2%} | {wrong:,} | {cost} |", flush=True)
+                queried, cost = worker.points, f"{seconds:.1f} | {peak:.0f}"
+            print(f"| {n}^3 | {name} | {queried:,} | {queried / n**3:.2%} | {wrong:,} | {cost} |", flush=True)
 
 
 def dense_table(options: argparse.Namespace) -> None:
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=30.0, help="CPU-seconds of one row")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of one row")
     parser.add_argument("--points-per-pass", type=int, default=2**14)
-    parser.add_argument("--variants", nargs="+", default=["default", "o-net", "c"], help="of the last table")
+    parser.add_argument("--variants", nargs="+", default=["interpolated", "o-net", "c"], help="of the last table")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)

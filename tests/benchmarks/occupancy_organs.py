@@ -136,7 +136,7 @@ def shuffled(cases: list[Case]) -> Iterator[Case]:
 
 def occupancy_network(organs: list[str], train: list[Case], test: list[Case], seconds: float, device: str) -> str:
     """Train on points, infer by the octree; a row of the table."""
-    network = OccupancyNet(1, len(organs) + 1, variant="default", channels=(16, 32, 64, 128)).to(device)
+    network = OccupancyNet(1, len(organs) + 1, variant="interpolated", channels=(16, 32, 64, 128)).to(device)
     optimizer = torch.optim.Adam(network.parameters(), RATE)
     loss_of = OccupancyLoss(DiceCELoss(to_onehot_y=True, softmax=True))
     cases = shuffled(train)
@@ -157,8 +157,8 @@ def occupancy_network(organs: list[str], train: list[Case], test: list[Case], se
         inferer.compare_dense = False  # asking every voxel takes its time: the first case only
 
     scores = score(network, inferer, organs, test, device, after)
-    share = sum(report.share for report in reports) / len(reports)
-    note = f"{share:.1%} asked; first case: {reports[0].disagreement} of {reports[0].voxels:,} voxels not as dense"
+    fraction = sum(report.fraction for report in reports) / len(reports)
+    note = f"{fraction:.1%} asked; first case: {reports[0].disagreement} of {reports[0].voxels:,} voxels not as dense"
     return row("OccupancyNet", network, steps, peak, scores, note)
 
 

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/sparse_scale.py                                     # both tables on a generated skull
     python tests/benchmarks/sparse_scale.py --image vhf_head_ct.nii.gz          # on a real head
-    python tests/benchmarks/sparse_scale.py --table resolution --resolutions 512 --engines native --checkpointing
+    python tests/benchmarks/sparse_scale.py --table resolution --resolutions 512 --engines native --use_checkpoint
 
 One step is everything that a new volume costs: voxel sets, kernel maps, the network, in training also the loss and all
 gradients. Every cell of the tables has a process of its own. "tensors" is what `measure_peak` counts, "process" how far
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--channels", nargs="+", default=["ch1", "ch2", "ch512"], choices=["ch1", "ch2", "ch512"])
     parser.add_argument("--modes", nargs="+", default=["train", "test"], choices=["train", "test"])
     parser.add_argument("--engines", nargs="+", default=["native", "minkowski", "dense"])
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations (native)")
+    parser.add_argument("--use_checkpoint", action="store_true", help="recompute activations (native)")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16 (native)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
@@ -71,7 +71,7 @@ def _table(options: argparse.Namespace, sizes: list[dict], title: str) -> None:
             cell = {**size, "channels": channels, "mode": mode, "engine": engine, "repeats": options.repeats}
             cell |= {"image": options.image, "occupancy": options.occupancy, "threads": options.threads}
             native = engine == "native"
-            cell |= {"amp": options.amp and native, "checkpointing": options.checkpointing and native}
+            cell |= {"amp": options.amp and native, "use_checkpoint": options.use_checkpoint and native}
             found = {**cell, **_in_fresh_process(cell)}
             ours = found if engine == "native" else ours
             print(_row(found, ours), flush=True)

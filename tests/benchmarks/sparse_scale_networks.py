@@ -89,7 +89,7 @@ class SparseStep:
 
     def __init__(self, case: Case, channels: str, mode: str, options: dict) -> None:
         self.case, self.mode, self.amp = case, mode, options["amp"]
-        self.net = SparseCompletionNet(CHANNELS[channels], options["checkpointing"]).train(mode == "train")
+        self.net = SparseCompletionNet(CHANNELS[channels], options["use_checkpoint"]).train(mode == "train")
         self.net.heads = nn.ModuleList(
             Perfect(head, case, 2**level) for head, level in zip(self.net.heads, reversed(range(6)), strict=True)
         )

@@ -137,7 +137,7 @@ def test_the_overlay_trains_and_scores_a_stock_bundle(stock: Path, organ_data: P
 
 
 def test_the_overlay_segments_with_a_stock_bundle(stock: Path, organ_data: Path, tmp_path: Path) -> None:
-    network = OccupancyNet(1, 2, variant="default", channels=(4, 8))
+    network = OccupancyNet(1, 2, variant="interpolated", channels=(4, 8))
     (stock / "models").mkdir(exist_ok=True)
     torch.save(network.state_dict(), stock / "models" / "model.pt")
     folders = {"bundle_root": str(stock), "dataset_dir": str(organ_data), "output_dir": str(tmp_path)}

@@ -31,7 +31,7 @@ DENSE_NET = {"dense_network_def#channels": [4, 8], "dense_network_def#strides": 
 def test_the_programs_agree() -> None:
     """Networks, coarse grid and what the dense network sees are said in several files: hosts read them apart."""
     train, dense, inference = (json.loads(path.read_text()) for path in (TRAIN, DENSE, INFERENCE))
-    for key in ("network_def", "place", "checkpointing", "max_voxels", "coarse_size", "seed"):
+    for key in ("network_def", "place", "use_checkpoint", "max_voxels", "coarse_size", "seed"):
         assert train[key] == inference[key], key
     for key in ("dense_network_def", "window", "coarse_size"):
         assert dense[key] == inference[key], key
@@ -138,7 +138,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, organ_data: Path) -> Path:
     shutil.copytree(BUNDLE, bundle, ignore=shutil.ignore_patterns("models", "eval"))
     short = {"dataset_dir": organ_data, "batch_size": 2, **CELLS}
     for file, options in (
-        ("train", {**FINE_NET, "max_epochs": 50, "val_interval": 25, "checkpointing": True, "learning_rate": 0.02}),
+        ("train", {**FINE_NET, "max_epochs": 50, "val_interval": 25, "use_checkpoint": True, "learning_rate": 0.02}),
         ("train_dense", {**DENSE_NET, "max_epochs": 50, "val_interval": 25, "learning_rate": 0.02}),
     ):
         run = command(bundle, "run", "--config_file", f"configs/{file}.json", *flags({**short, **options}))

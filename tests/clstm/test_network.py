@@ -50,9 +50,9 @@ MODES: dict[str, dict[str, Any]] = {
     "nothing": {"checkpoint": None, "unet_batch": 3},
     "slice": {"checkpoint": "slice"},
     "sqrt": {"checkpoint": "sqrt"},
-    "two": {"checkpoint": 2, "host": True},
+    "two": {"checkpoint": 2, "offload_to_cpu": True},
     "more than there are": {"checkpoint": 50},
-    "half": {"checkpoint": "slice", "recompute": 0.5, "host": True},
+    "half": {"checkpoint": "slice", "recompute": 0.5, "offload_to_cpu": True},
     "no convolution": {"checkpoint": 2, "recompute": 0.0},
 }
 

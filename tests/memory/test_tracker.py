@@ -1,4 +1,4 @@
-"""The ledger in training steps: against hand counts, a walk over the autograd graph and the allocator's own log."""
+"""The tracker in training steps: against hand counts, a walk over the autograd graph and the allocator's own log."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_prediction_is_the_networks_own_and_leaves_its_settings() -> None:
     image = torch.rand(1, 2, 5, 9, 7)
     with torch.inference_mode():
         torch.testing.assert_close(net.predict_volume(image), net(image))
-    assert not net.host
+    assert not net.offload_to_cpu
 
 
 # Plans

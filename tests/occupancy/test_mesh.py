@@ -114,7 +114,7 @@ def test_every_label_has_its_own_surface() -> None:
 def test_the_affine_of_a_metatensor() -> None:
     labels, affine = dense(ellipsoid((26, 22, 20), 12), EXTENTS), AFFINES["flipped"]
     image = MetaTensor(torch.zeros(1, 1, *EXTENTS), affine=torch.from_numpy(affine))
-    result = OctreeInferer(output="labels")(image, lambda points: 12 - (points - 20).norm(dim=-1, keepdim=True))
+    result = OctreeInferer(labels=True)(image, lambda points: 12 - (points - 20).norm(dim=-1, keepdim=True))
     mesh = labels_to_mesh(result)
     center = affine[:3] @ [20, 20, 20, 1]
     np.testing.assert_allclose((mesh.vertices.min(0) + mesh.vertices.max(0)) / 2, center, atol=1e-2)

@@ -105,7 +105,7 @@ def test_feature_statistics_in_a_published_variant() -> None:
 # In passes
 
 
-@pytest.mark.parametrize("variant", ["d", "default"])
+@pytest.mark.parametrize("variant", ["d", "interpolated"])
 def test_passes_give_what_one_pass_gives(variant: str) -> None:
     network = shaken(small(variant)).eval()
 
@@ -126,7 +126,7 @@ def test_the_volume_is_never_cut_into_all_patches() -> None:
     """The patches of all voxels would take 343 times the volume; a dense answer in passes stays far below."""
     from monai_memeff.memory import measure_peak
 
-    network = OccupancyNet(1, 1, variant="default", channels=(8, 8), width=16, points_per_pass=512).eval()
+    network = OccupancyNet(1, 1, variant="interpolated", channels=(8, 8), width=16, points_per_pass=512).eval()
     volume = torch.rand(1, 1, 40, 44, 48)
     with torch.no_grad(), measure_peak() as meter:
         network(volume)
@@ -138,7 +138,7 @@ def test_the_volume_is_never_cut_into_all_patches() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 3), (5, 9, 2), (33, 18, 21)])
 def test_the_default_takes_any_extents(shape: tuple[int, int, int]) -> None:
-    network = OccupancyNet(2, 4, variant="default", channels=(4, 8)).train()
+    network = OccupancyNet(2, 4, variant="interpolated", channels=(4, 8)).train()
     volume = torch.rand(2, 2, *shape)
     points = torch.rand(2, 7, 3) * (torch.tensor(shape) - 1)
     logits, coarse = network(volume, points)
@@ -154,7 +154,7 @@ def test_the_default_takes_any_extents(shape: tuple[int, int, int]) -> None:
 def test_the_default_reads_features_where_the_point_is() -> None:
     """Features that hold their own place in the unit cube come back as the place of the point, away from the faces."""
     shape = (24, 16, 32)
-    network = OccupancyNet(3, 1, variant="default", channels=(3, 3), encoder=Pooled(), width=4).double()
+    network = OccupancyNet(3, 1, variant="interpolated", channels=(3, 3), encoder=Pooled(), width=4).double()
     seen: list[torch.Tensor] = []
     network.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     points = torch.tensor([[[11.0, 4.0, 25.0], [4.0, 11.0, 4.0], [9.3, 6.1, 20.7]]], dtype=torch.float64)
@@ -193,7 +193,7 @@ class OneMap(nn.Module):
     ids=["monai", "one map"],
 )
 def test_any_encoder(encoder, channels: tuple[int, ...]) -> None:
-    network = OccupancyNet(1, 3, variant="default", channels=channels, encoder=encoder(), width=16)
+    network = OccupancyNet(1, 3, variant="interpolated", channels=channels, encoder=encoder(), width=16)
     volume = torch.rand(2, 1, 48, 40, 36)
     logits, coarse = network(volume, torch.rand(2, 11, 3) * 35)
     (logits.sum() + coarse.sum()).backward()
@@ -205,7 +205,7 @@ def test_metadata_follows_the_answer() -> None:
     affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0]))
     volume = MetaTensor(torch.rand(1, 2, 6, 5, 4), affine=affine)
     with torch.no_grad():
-        answer = OccupancyNet(2, 1, variant="default", channels=(4, 8)).eval()(volume)
+        answer = OccupancyNet(2, 1, variant="interpolated", channels=(4, 8)).eval()(volume)
     assert isinstance(answer, MetaTensor)
     torch.testing.assert_close(answer.affine, affine.double())
 
@@ -221,7 +221,7 @@ def test_points_between_voxels_and_no_points() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_constant_volumes_are_answered(value: float) -> None:
-    for variant in ("c", "default"):
+    for variant in ("c", "interpolated"):
         network = small(variant).eval()
         assert bool(network(torch.full((1, 2, *SHAPE), value).double()).isfinite().all())
 
@@ -238,7 +238,7 @@ def test_bad_input_is_refused_in_one_line() -> None:
     for refused, words in (
         (lambda: network(spoilt), "must be finite, got 1 values"),
         (lambda: network(volume[:, :1]), r"must be \(B, 2, H, W, D\)"),
-        (lambda: network(volume[..., :2]), r"made for volumes of \(4, 8, 4\) voxels, got \(4, 8, 2\).*default"),
+        (lambda: network(volume[..., :2]), r"made for volumes of \(4, 8, 4\) voxels, got \(4, 8, 2\).*interpolated"),
         (lambda: network(volume[0]), "a volume must be"),
         (lambda: network.query(latent, torch.tensor([[[0.0, 8.0, 0.0]]]), volume), r"1 outside, the first \[0.0, 8.0"),
         (lambda: network.query(latent, torch.tensor([[[-0.6, 0.0, 0.0]]]), volume), "must lie in the volume"),
@@ -254,10 +254,10 @@ def test_bad_input_is_refused_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"variant": "e"}, "variant must be one of o-net, a, b, c, d, default, got 'e'"),
+        ({"variant": "e"}, "variant must be one of o-net, a, b, c, d, interpolated, got 'e'"),
         ({"variant": "C"}, "got 'C'"),
         ({"volume_shape": (256, 250, 160)}, "three multiples of 32"),
-        ({"volume_shape": (16, 16, 16)}, "three multiples of 32.*default"),
+        ({"volume_shape": (16, 16, 16)}, "three multiples of 32.*interpolated"),
         ({"volume_shape": None}, "three multiples of 32"),
         ({"encoder": nn.Identity()}, "has its own encoder"),
         ({"points_per_pass": 0}, "must be positive"),
@@ -265,4 +265,4 @@ def test_bad_input_is_refused_in_one_line() -> None:
 )
 def test_bad_settings_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        OccupancyNet(**settings)
+        OccupancyNet(**{"variant": "c", **BRATS, **settings})

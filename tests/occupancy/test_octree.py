@@ -20,7 +20,7 @@ ODD = (45, 61, 38)
 def labels_of(shape: Shape, extents: tuple[int, ...], channels: int = 1, **settings: object) -> tuple[Tensor, Points]:
     """The octree's labels (H, W, D), started from a grid, and the network with what it was asked."""
     network = Points(shape, channels)
-    inferer = OctreeInferer(initial="grid", output="labels", **settings)  # type: ignore[arg-type]
+    inferer = OctreeInferer(initial="grid", labels=True, **settings)  # type: ignore[arg-type]
     return inferer(torch.zeros(1, 1, *extents), network)[0, 0], network
 
 
@@ -161,15 +161,15 @@ def organs(n: int) -> Shape:
     return painted(liver, *kidneys, stomach)
 
 
-@pytest.mark.parametrize(("n", "share"), [(256, 0.10), pytest.param(512, 0.03, marks=pytest.mark.slow)])
-def test_share_of_points(n: int, share: float) -> None:
+@pytest.mark.parametrize(("n", "fraction"), [(256, 0.10), pytest.param(512, 0.03, marks=pytest.mark.slow)])
+def test_share_of_points(n: int, fraction: float) -> None:
     network = Points(organs(n), channels=5)
-    inferer = OctreeInferer(2**18, initial="grid", output="labels")
+    inferer = OctreeInferer(2**18, initial="grid", labels=True)
     labels = inferer(torch.zeros(1, 1, 1, 1, 1).expand(1, 1, n, n, n), network)
     report = inferer.last_report
     assert report is not None
     assert report.voxels == n**3
-    assert report.share <= share, f"{report.share:.2%}"
+    assert report.fraction <= fraction, f"{report.fraction:.2%}"
     assert torch.equal(labels[0, 0], dense(organs(n), (n, n, n)))
 
 

@@ -40,14 +40,14 @@ def test_it_is_monais_kind() -> None:
 @pytest.mark.parametrize(("shape", "channels"), [(BALL, 1), (CLASSES, 3)], ids=["binary", "classes"])
 def test_coarse_start(shape: Shape, channels: int) -> None:
     network = Points(shape, channels, coarse(shape, channels))
-    inferer = OctreeInferer(output="labels", stride=4, compare_dense=True)
+    inferer = OctreeInferer(labels=True, stride=4, compare_dense=True)
     labels = inferer(VOLUME, network)
     report = inferer.last_report
     assert report is not None
     assert report.initial == "network"
     assert report.disagreement == 0
     assert torch.equal(labels[0, 0], dense(shape, EXTENTS))
-    grid = OctreeInferer(output="labels", stride=4, initial="grid")
+    grid = OctreeInferer(labels=True, stride=4, initial="grid")
     assert torch.equal(grid(VOLUME, network), labels)
     assert grid.last_report is not None
     assert grid.last_report.initial == "grid"
@@ -67,29 +67,29 @@ def test_coarse_start(shape: Shape, channels: int) -> None:
 )
 def test_a_wrong_coarse_prediction_is_put_right(guess: Shape) -> None:
     network = Points(BALL, 1, coarse(guess, 1))
-    assert torch.equal(OctreeInferer(output="labels", stride=4)(VOLUME, network)[0, 0], dense(BALL, EXTENTS))
+    assert torch.equal(OctreeInferer(labels=True, stride=4)(VOLUME, network)[0, 0], dense(BALL, EXTENTS))
 
 
 def test_what_the_coarse_prediction_misses_is_missed_and_reported() -> None:
     """The known trap: no boundary of the second piece is ever touched. The grid finds it."""
     both = union(ellipsoid((12, 15, 19), 8), ellipsoid((33, 45, 19), 8))
     network = Points(both, 1, coarse(ellipsoid((12, 15, 19), 8), 1))
-    inferer = OctreeInferer(output="labels", stride=4, compare_dense=True)
+    inferer = OctreeInferer(labels=True, stride=4, compare_dense=True)
     labels = inferer(VOLUME, network)
     missed = int(dense(ellipsoid((33, 45, 19), 8), EXTENTS).sum())
     assert torch.equal(labels[0, 0], dense(ellipsoid((12, 15, 19), 8), EXTENTS))
     assert inferer.last_report is not None
     assert inferer.last_report.disagreement == missed > 1000
-    grid = OctreeInferer(output="labels", stride=4, initial="grid", compare_dense=True)
+    grid = OctreeInferer(labels=True, stride=4, initial="grid", compare_dense=True)
     assert torch.equal(grid(VOLUME, network)[0, 0], dense(both, EXTENTS))
     assert grid.last_report is not None
     assert grid.last_report.disagreement == 0
 
 
-@pytest.mark.parametrize("output", ["labels", "logits"])
-def test_a_coarse_prediction_of_one_label_asks_nothing(output: str) -> None:
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_coarse_prediction_of_one_label_asks_nothing(labels: bool) -> None:
     network = Points(BALL, 1, torch.full((1, 1, 3, 4, 2), -1.0))
-    inferer = OctreeInferer(output=output, compare_dense=True)
+    inferer = OctreeInferer(labels=labels, compare_dense=True)
     assert (inferer(VOLUME, network) <= 0).all()
     assert inferer.last_report is not None
     assert inferer.last_report.num_queries == 0
@@ -97,7 +97,7 @@ def test_a_coarse_prediction_of_one_label_asks_nothing(output: str) -> None:
 
 
 def test_the_grid_where_the_network_has_no_coarse_prediction() -> None:
-    inferer = OctreeInferer(output="labels")
+    inferer = OctreeInferer(labels=True)
     assert torch.equal(inferer(VOLUME, Points(BALL))[0, 0], dense(BALL, EXTENTS))
     assert inferer.last_report is not None
     assert inferer.last_report.initial == "grid"
@@ -107,7 +107,7 @@ def test_a_plain_function() -> None:
     def distance(points: Tensor) -> Tensor:
         return 13.001 - (points - torch.tensor([22.0, 30.0, 19.0])).norm(dim=-1, keepdim=True)
 
-    assert torch.equal(OctreeInferer(output="labels")(VOLUME, distance)[0, 0], dense(BALL, EXTENTS))
+    assert torch.equal(OctreeInferer(labels=True)(VOLUME, distance)[0, 0], dense(BALL, EXTENTS))
 
 
 # Logits
@@ -131,7 +131,7 @@ def test_logits(shape: Shape, channels: int) -> None:
 
 
 def test_many_classes_are_int16() -> None:
-    labels = OctreeInferer(output="labels", stride=4)(VOLUME, Points(lambda *at: 300 * BALL(*at).long(), 301))
+    labels = OctreeInferer(labels=True, stride=4)(VOLUME, Points(lambda *at: 300 * BALL(*at).long(), 301))
     assert labels.dtype == torch.int16
     assert torch.equal(labels[0, 0], 300 * dense(BALL, EXTENTS).short())
 
@@ -164,13 +164,13 @@ class Wrapper(nn.Module):
         self.module = module
 
 
-@pytest.mark.parametrize("output", ["labels", "logits"])
-def test_batches_metadata_and_wrappers(output: str) -> None:
+@pytest.mark.parametrize("labels", [True, False])
+def test_batches_metadata_and_wrappers(labels: bool) -> None:
     radii = (5.0, 12.0, 0.0)
     volume = torch.stack([torch.full((2, *EXTENTS), radius) for radius in radii])
     image = MetaTensor(volume, affine=torch.diag(torch.tensor([2.0, 1.0, 3.0, 1.0])))
     image.is_batch = True
-    inferer = OctreeInferer(output=output, stride=4, compare_dense=True)
+    inferer = OctreeInferer(labels=labels, stride=4, compare_dense=True)
     result = inferer(image, Wrapper(ByMean()))
     assert isinstance(result, MetaTensor)
     assert torch.equal(result.affine, image.affine)
@@ -201,12 +201,12 @@ def test_the_labels_stay_where_the_volume_is(home: str) -> None:
 
 def test_report() -> None:
     network = Points(shell((22, 30, 19), 14, 4))
-    inferer = OctreeInferer(output="labels", stride=(8, 4, 1))
+    inferer = OctreeInferer(labels=True, stride=(8, 4, 1))
     inferer(VOLUME, network)
     report = inferer.last_report
     assert report is not None
     assert report.num_queries == len(network.asked)
-    assert report.share == len(network.asked) / math.prod(EXTENTS)
+    assert report.fraction == len(network.asked) / math.prod(EXTENTS)
     assert report.levels == ((8, 4, 1), (4, 2, 1), (2, 1, 1), (1, 1, 1))
     assert report.points_per_level[0] == 7 * 16 * 38
     assert len(report.rounds) == 4
@@ -237,7 +237,7 @@ def test_labels_take_no_float_buffer() -> None:
     ball = ellipsoid((60, 65, 61), 20)
     volume = torch.zeros(1, 1, n, n, n)
     with measure_peak() as meter:
-        OctreeInferer(2**12, "grid", output="labels")(volume, Points(ball))
+        OctreeInferer(2**12, "grid", labels=True)(volume, Points(ball))
     kept_by_the_test = 12 * 2 * 60_000
     assert meter.peak_bytes < 4 * n**3 + kept_by_the_test
 
@@ -250,7 +250,6 @@ def test_labels_take_no_float_buffer() -> None:
     [
         ({"points_per_pass": 0}, "points_per_pass must be at least 1, got 0"),
         ({"initial": "coarse"}, "initial must be 'network' or 'grid', got 'coarse'"),
-        ({"output": "mesh"}, "output must be 'logits' or 'labels', got 'mesh'"),
         ({"stride": 3}, "stride must be a power of two, or three of them, got 3"),
         ({"stride": (4, 4)}, "stride must be a power of two"),
         ({"stride": (4, 4, 0)}, "stride must be a power of two"),

@@ -27,7 +27,7 @@ def train(data_dir: Path, steps: int) -> tuple[OccupancyNet, Tensor]:
     volume = ((crop(data_dir / "openkbp" / "pt_2_ct.nii.gz") + 200) / 700).clamp(0, 1)
     label = crop(data_dir / "openkbp" / "pt_2_oar.nii.gz")
     torch.manual_seed(0)
-    network = OccupancyNet(1, 6, variant="default", channels=(8, 16, 32), width=64)
+    network = OccupancyNet(1, 6, variant="interpolated", channels=(8, 16, 32), width=64)
     optimizer, loss = torch.optim.Adam(network.parameters(), lr=5e-3), OccupancyLoss()
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 200))
     for _ in range(steps):
@@ -54,7 +54,7 @@ def test_same_as_dense_on_a_real_ct_once_trained(data_dir: Path) -> None:
     expected = network(volume).argmax(1, keepdim=True)
     assert expected.unique().tolist() == [0, 1, 2, 3, 4, 5]
     for initial in ("grid", "network"):
-        labels = OctreeInferer(initial=initial, stride=4, output="labels")(volume, network)
+        labels = OctreeInferer(initial=initial, stride=4, labels=True)(volume, network)
         assert int((labels != expected).sum()) == 0, initial
 
 
@@ -77,7 +77,7 @@ def test_same_as_dense_on_a_real_ct(trained: tuple[OccupancyNet, Tensor], initia
     """
     network, volume = trained
     expected = network(volume)[0].argmax(0)
-    inferer = OctreeInferer(initial=initial, stride=4, output="labels", compare_dense=True)
+    inferer = OctreeInferer(initial=initial, stride=4, labels=True, compare_dense=True)
     labels = inferer(volume, network)[0, 0]
     for organ in range(1, 6):
         assert torch.equal(numbered(labels == organ) == 1, numbered(expected == organ) == 1), organ
@@ -93,4 +93,4 @@ def test_same_as_dense_on_a_real_ct(trained: tuple[OccupancyNet, Tensor], initia
     assert report is not None
     assert report.initial == initial
     assert report.disagreement == int(wrong.sum()) < 0.002 * wrong.numel()
-    assert report.share < 0.1
+    assert report.fraction < 0.1

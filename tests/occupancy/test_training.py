@@ -129,7 +129,7 @@ def _saved(state: dict) -> object:
 
 
 def test_the_published_optimizer_and_schedule() -> None:
-    network = OccupancyNet(1, volume_shape=(8, 8, 8), channels=(2,), width=8)
+    network = OccupancyNet(1, volume_shape=(8, 8, 8), channels=(2,), variant="c", width=8)
     optimizer = occupancy_optimizer(network)
     assert isinstance(optimizer.optimizer, torch.optim.RAdam)
     assert (optimizer.k, optimizer.alpha) == (5, 0.8)
@@ -145,7 +145,7 @@ def test_the_published_optimizer_and_schedule() -> None:
         rates.append(optimizer.param_groups[0]["lr"])
         schedule.step()
     assert rates == pytest.approx([3e-4] * 20 + [3e-5] * 10 + [3e-6] * 20)
-    plain = occupancy_optimizer(OccupancyNet(1, variant="default", channels=(4,)))
+    plain = occupancy_optimizer(OccupancyNet(1, variant="interpolated", channels=(4,)))
     assert len(plain.param_groups) == 1
 
 
@@ -172,8 +172,8 @@ def test_points_near_the_border_score_lower() -> None:
     dense, sampled = DiceMetric(), SampledDiceMetric()
     dense(guess.float(), truth.float())
     sampled(guess, truth)
-    shares = [float((guess[0, 0] != truth[0, 0])[where].float().mean()) for where in (..., border_band(truth[0, 0]))]
-    assert shares[1] > shares[0]
+    fractions = [float((guess[0, 0] != truth[0, 0])[where].float().mean()) for where in (..., border_band(truth[0, 0]))]
+    assert fractions[1] > fractions[0]
     assert float(sampled.aggregate()) < float(dense.aggregate()) - 0.003
 
 
@@ -195,13 +195,13 @@ def test_classes_are_scored_one_by_one_and_absent_ones_left_out() -> None:
 
 
 @pytest.mark.parametrize("own_points", [True, False], ids=["transform", "drawn on the device"])
-@pytest.mark.parametrize("variant", ["c", "default"])
+@pytest.mark.parametrize("variant", ["c", "interpolated"])
 def test_monais_trainer_learns_a_ball(own_points: bool, variant: str) -> None:
     shape = (16, 16, 16)
     network = OccupancyNet(1, 1, volume_shape=shape, channels=(4, 8), variant=variant, width=16)
     labels = [ball(shape, radius)[0].float() for radius in (5.0, 6.0)]
     data = [{"image": label + 0.1 * torch.randn(1, *shape), "label": label} for label in labels]
-    points = RandOccupancyPointsd("label", number=512) if own_points else None
+    points = RandOccupancyPointsd("label", num_samples=512) if own_points else None
     losses: list[float] = []
 
     class Recording(OccupancyLoss):
@@ -217,7 +217,7 @@ def test_monais_trainer_learns_a_ball(own_points: bool, variant: str) -> None:
         network=network,
         optimizer=occupancy_optimizer(network, lr=1e-2, pade_lr=1e-2),
         loss_function=Recording(),
-        prepare_batch=PrepareBatchOccupancy(number=512),
+        prepare_batch=PrepareBatchOccupancy(num_samples=512),
     )
     trainer.run()
     assert all(map(math.isfinite, losses))

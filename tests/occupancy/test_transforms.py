@@ -38,8 +38,8 @@ def test_always_the_same_number_of_points_with_their_labels(sampling, kind: str)
 def test_uniform_points_hit_every_part_alike() -> None:
     points, _ = RandOccupancyPoints(20_000, "uniform").set_random_state(0)(torch.zeros(1, *SHAPE))
     for axis, extent in enumerate(SHAPE):
-        share = torch.bincount(points[:, axis].long(), minlength=extent) / 20_000
-        assert float((share * extent - 1).abs().max()) < 0.25
+        fraction = torch.bincount(points[:, axis].long(), minlength=extent) / 20_000
+        assert float((fraction * extent - 1).abs().max()) < 0.25
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (5, 17, 9)])
@@ -61,7 +61,7 @@ def test_the_published_recipe_for_the_liver() -> None:
     assert abs(float(inside[2000:].float().mean()) - expected) < 0.04
     small = ball((60, 50, 55), 1.5)[0]
     voxels = border_band(small[0], 3).nonzero()
-    points, _ = RandOccupancyPoints(4000, "border", band=3).set_random_state(0)(small)
+    points, _ = RandOccupancyPoints(4000, "border", band_width=3).set_random_state(0)(small)
     assert len(voxels) < 2000
     assert torch.equal(points[: len(voxels)].long(), voxels)
 
@@ -75,10 +75,10 @@ def test_balanced_points_are_as_many_of_every_label() -> None:
 
 def test_the_state_decides_and_nothing_else() -> None:
     label = ball(SHAPE, 6.0)[0]
-    transform = RandOccupancyPointsd("label", number=500)
+    transform = RandOccupancyPointsd("label", num_samples=500)
     first = Compose([transform]).set_random_state(3)({"label": label})
     torch.manual_seed(99)
-    again = Compose([RandOccupancyPointsd("label", number=500)]).set_random_state(3)({"label": label})
+    again = Compose([RandOccupancyPointsd("label", num_samples=500)]).set_random_state(3)({"label": label})
     assert torch.equal(first["points"], again["points"])
     other = transform({"label": label})
     assert not torch.equal(first["points"], other["points"])
@@ -91,7 +91,7 @@ def test_dictionaries_with_metadata_collate() -> None:
     for number in range(3):
         label = MetaTensor(ball((20 + number, 18, 16), 5.0)[0].float(), affine=affine)
         pipeline = Compose(
-            [EnsureTyped("label"), RandFlipd("label", 1.0, 0), RandOccupancyPointsd("label", number=64)]
+            [EnsureTyped("label"), RandFlipd("label", 1.0, 0), RandOccupancyPointsd("label", num_samples=64)]
         ).set_random_state(number)
         sample = pipeline({"label": label})
         assert isinstance(sample["label"], MetaTensor)
@@ -126,8 +126,8 @@ def test_bad_labels_are_refused_in_one_line() -> None:
         ({"sampling": "edge"}, "must be of uniform, border, balanced, got 'edge'"),
         ({"sampling": {"border": 0.7}}, "add up to 1"),
         ({"sampling": {"border": 1.5, "uniform": -0.5}}, "0 or more"),
-        ({"number": 0}, "number must be positive"),
-        ({"band": 4}, "positive and odd"),
+        ({"num_samples": 0}, "num_samples must be positive"),
+        ({"band_width": 4}, "positive and odd"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, words: str) -> None:

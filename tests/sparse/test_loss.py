@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse import SparseCompletionLoss, SparseTensor
-from monai_memeff.sparse.core.tensor import occupied
+from monai_memeff.sparse.core.tensor import nonzero_voxels
 from tests.sparse.reference import floored, random_mask, set_of
 
 SHAPE = (9, 6, 7)
@@ -25,7 +25,7 @@ def logits_at(stride: int, occupancy: float = 0.5, dtype: torch.dtype = torch.fl
 
 def by_hand(levels: list[SparseTensor], target: Tensor) -> float:
     """Sum over levels of the mean of -log sigmoid(z) for wanted candidates and -log(1 - sigmoid(z)) for others."""
-    total, complete = 0.0, set_of(occupied(target))
+    total, complete = 0.0, set_of(nonzero_voxels(target))
     for level in levels:
         wanted = floored(complete, level.stride[0])
         terms = [
@@ -42,7 +42,7 @@ def test_sum_of_means_over_levels(occupancy: float) -> None:
     levels = [logits_at(4), logits_at(2), logits_at(1, 0.1)]
     loss = SparseCompletionLoss()
     assert loss(levels, target).item() == pytest.approx(by_hand(levels, target), rel=1e-12)
-    assert loss(levels[::-1], occupied(target)).item() == pytest.approx(loss(levels, target).item(), rel=1e-12)
+    assert loss(levels[::-1], nonzero_voxels(target)).item() == pytest.approx(loss(levels, target).item(), rel=1e-12)
 
 
 def test_a_level_without_candidates_adds_zero() -> None:
@@ -57,7 +57,7 @@ def test_gradients() -> None:
     target, level = random_mask(2, SHAPE, 0.3).float(), logits_at(2)
     features = level.features.requires_grad_()
     SparseCompletionLoss()([level], target).backward()
-    wanted = floored(set_of(occupied(target)), 2)
+    wanted = floored(set_of(nonzero_voxels(target)), 2)
     truth = torch.tensor([[float(tuple(place) in wanted)] for place in level.coordinates.tolist()]).double()
     torch.testing.assert_close(features.grad, (features.sigmoid() - truth) / len(level))
 

@@ -117,18 +117,18 @@ class SkullShelld(MapTransform):
 class UpperSkullCrop(Crop):
     """Crop to the upper skull and empty the face.
 
-    What lies above the highest bone is cropped away, ``keep`` slices plus ``share`` of all slices below it are kept,
+    What lies above the highest bone is cropped away, ``keep`` slices plus ``fraction`` of all slices below it are kept,
     and ``face`` voxels from the foremost bone backwards are emptied, as the paper does for its defects of the vault.
     The affine follows, and the inverse pads with zeros (the face stays empty).
 
-    A defect at the vertex lowers the highest bone: keep some slices ``above``, or crop by the complete skull.
+    A defect at the vertex lowers the highest bone: keep some slices ``top_margin``, or crop by the complete skull.
 
     Args:
-        keep: slices to keep below the top, beside ``share``.
-        share: fraction of the volume's slices to keep in addition, rounded down.
+        keep: slices to keep below the top, beside ``fraction``.
+        fraction: fraction of the volume's slices to keep in addition, rounded down.
         face: voxels to empty along y, counted from the foremost bone; 0 keeps the face.
         face_mm: the same in millimeters of the affine, instead of ``face``; 95 voxels of 0.45 mm are about 43 mm.
-        above: slices to keep above the top.
+        top_margin: slices to keep above the top.
         front: which end of y the face is at: ``"high"`` (RAS) or ``"low"`` (LPS, and the challenge's files as stored).
             None reads the affine of a MetaTensor, and takes RAS without one.
 
@@ -141,22 +141,22 @@ class UpperSkullCrop(Crop):
     def __init__(
         self,
         keep: int = 126,
-        share: float = 0.05,
+        fraction: float = 0.05,
         face: int = 95,
         face_mm: float | None = None,
-        above: int = 0,
+        top_margin: int = 0,
         front: str | None = None,
     ) -> None:
         super().__init__(lazy=False)
-        if keep < 1 or min(share, face, face_mm or 0, above) < 0:
+        if keep < 1 or min(fraction, face, face_mm or 0, top_margin) < 0:
             raise ValueError(
-                "keep must be at least 1, share, face, face_mm and above not negative, "
-                f"got {keep}, {share}, {face}, {face_mm}, {above}."
+                "keep must be at least 1, fraction, face, face_mm and top_margin not negative, "
+                f"got {keep}, {fraction}, {face}, {face_mm}, {top_margin}."
             )
         if front is not None and front not in FRONTS:
             raise ValueError(f"front must be one of {', '.join(FRONTS)} or None, got {front!r}.")
-        self.keep, self.share, self.face, self.face_mm = keep, share, face, face_mm
-        self.above, self.front = above, front
+        self.keep, self.fraction, self.face, self.face_mm = keep, fraction, face, face_mm
+        self.top_margin, self.front = top_margin, front
 
     @property
     def requires_current_data(self) -> bool:
@@ -187,8 +187,8 @@ class UpperSkullCrop(Crop):
         face = self._face(source, bone)
         heights = bone.any(0).any(0).nonzero()[:, 0]
         top, slices = int(heights[-1]) + 1, bone.shape[2]
-        bottom = max(0, top - self.keep - int(slices * self.share))
-        cropped = super().__call__(img, (slice(None), slice(None), slice(bottom, min(top + self.above, slices))))
+        bottom = max(0, top - self.keep - int(slices * self.fraction))
+        cropped = super().__call__(img, (slice(None), slice(None), slice(bottom, min(top + self.top_margin, slices))))
         return cropped.masked_fill(face[None, None, :, None], 0)
 
     def _face(self, source: Tensor, bone: Tensor) -> Tensor:
@@ -209,10 +209,10 @@ class UpperSkullCropd(MapTransform, InvertibleTransform):
         source_key: the skull that says where top and face are; default the first of ``keys``. The authors cropped
             every volume by itself, which shifts a pair apart where the defect is at the top.
         keep: see :class:`UpperSkullCrop`.
-        share: see :class:`UpperSkullCrop`.
+        fraction: see :class:`UpperSkullCrop`.
         face: see :class:`UpperSkullCrop`.
         face_mm: see :class:`UpperSkullCrop`.
-        above: see :class:`UpperSkullCrop`.
+        top_margin: see :class:`UpperSkullCrop`.
         front: see :class:`UpperSkullCrop`.
         allow_missing_keys: whether a dictionary without a key passes through.
     """
@@ -224,16 +224,16 @@ class UpperSkullCropd(MapTransform, InvertibleTransform):
         keys: KeysCollection,
         source_key: str | None = None,
         keep: int = 126,
-        share: float = 0.05,
+        fraction: float = 0.05,
         face: int = 95,
         face_mm: float | None = None,
-        above: int = 0,
+        top_margin: int = 0,
         front: str | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.source_key = self.keys[0] if source_key is None else source_key
-        self.crop = UpperSkullCrop(keep, share, face, face_mm, above, front)
+        self.crop = UpperSkullCrop(keep, fraction, face, face_mm, top_margin, front)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Crop the volumes in a copy of ``data``."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def active_voxels(image: Tensor, above: float | None = None, background: float = 0.0) -> Tensor:
+def active_voxels(image: Tensor, threshold: float | None = None, background: float = 0.0) -> Tensor:
     """Mark the active voxels of a batch of volumes.
 
     Args:
         image: (B, C, H, W, D).
-        above: a voxel is active where any channel is larger than this value.
-        background: used when ``above`` is None: a voxel is active where any channel differs from this value.
+        threshold: a voxel is active where any channel is larger than this value.
+        background: used when ``threshold`` is None: a voxel is active where any channel differs from this value.
 
     Returns:
         (B, 1, H, W, D) boolean.
     """
-    active = image != background if above is None else image > above
+    active = image != background if threshold is None else image > threshold
     return active.any(dim=1, keepdim=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-Again = Callable[[], Tensor]
+Recompute = Callable[[], Tensor]
 
 BLOCK_ELEMENTS = 2**18
 """Elements that the backward pass works on at a time on the CPU: a megabyte in float32 stays in the cache."""
@@ -26,7 +26,7 @@ def norm_act(
     momentum: float,
     eps: float,
     slope: float | Tensor = 0.0,
-) -> tuple[Tensor, Again | None]:
+) -> tuple[Tensor, Recompute | None]:
     """``leaky_relu(batch_norm(features), slope)``, and how to compute it again from ``features`` without statistics.
 
     The graph keeps ``features`` (N, C) and per-channel numbers; what the backward pass of the activation needs is
@@ -52,16 +52,16 @@ def norm_act(
     return result, None if result.grad_fn is None else partial(_result_of, result.grad_fn)
 
 
-def saved_for_recompute(features: Tensor, again: Again | None) -> AbstractContextManager[object]:
-    """While it is entered, graphs that would keep ``features`` keep ``again`` instead."""
-    if again is None or features.numel() == 0 or not torch.is_grad_enabled():
+def saved_for_recompute(features: Tensor, recompute: Recompute | None) -> AbstractContextManager[object]:
+    """While it is entered, graphs that would keep ``features`` keep ``recompute`` instead."""
+    if recompute is None or features.numel() == 0 or not torch.is_grad_enabled():
         return nullcontext()
     place, shape, dtype = features.data_ptr(), features.shape, features.dtype
 
-    def pack(kept: Tensor) -> Tensor | Again:
-        return again if kept.data_ptr() == place and kept.shape == shape else kept
+    def pack(kept: Tensor) -> Tensor | Recompute:
+        return recompute if kept.data_ptr() == place and kept.shape == shape else kept
 
-    def unpack(kept: Tensor | Again) -> Tensor:
+    def unpack(kept: Tensor | Recompute) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept().to(dtype)
 
     return saved_tensors_hooks(pack, unpack)

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from monai_memeff.sparse.core.map_cache import recalled
+from monai_memeff.sparse.core.map_cache import load_cached
 from monai_memeff.sparse.core.neighbors import KernelShape, NeighborTable, plan_neighbors
 from monai_memeff.sparse.core.voxel_set import VoxelSet
 
@@ -136,7 +136,7 @@ def plan_kernel_map(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> 
         len(inputs),
         len(outputs),
         shape.volume,
-        recalled(inputs, outputs, shape, lambda: plan_neighbors(inputs, outputs, shape)),
+        load_cached(inputs, outputs, shape, lambda: plan_neighbors(inputs, outputs, shape)),
         symmetric=shape.is_symmetric and inputs is outputs,
         reads_once=shape.reads_once,
     )

@@ -49,7 +49,7 @@ def keep_kernel_maps(folder: str | os.PathLike[str] | None, max_bytes: int = 20 
     _folder, _max_bytes = None if folder is None else Path(folder), max_bytes
 
 
-def recalled(
+def load_cached(
     inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape, plan: Callable[[], NeighborTable]
 ) -> NeighborTable:
     """The table from the folder, if one is used and has it, else as planned, which is then written there."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from monai_memeff.geometry import key_lists, voxels
 from monai_memeff.sparse.core.checks import check_inside, check_rows
-from monai_memeff.sparse.core.fused import Again
+from monai_memeff.sparse.core.fused import Recompute
 from monai_memeff.sparse.core.voxel_set import VoxelSet
 
 
@@ -53,21 +53,21 @@ class SparseTensor:
         strides = (stride,) * 3 if isinstance(stride, int) else tuple(stride)
         self.features = features
         self.voxels = VoxelSet(keys, spatial_shape, batch_size, strides)
-        self.again: Again | None = None
+        self.recompute: Recompute | None = None
 
     @classmethod
-    def on(cls, voxel_set: VoxelSet, features: Tensor, again: Again | None = None) -> SparseTensor:
+    def on(cls, voxel_set: VoxelSet, features: Tensor, recompute: Recompute | None = None) -> SparseTensor:
         """Features (N, C) on an existing voxel set, whose plans are shared.
 
         Args:
             voxel_set: where the features are.
             features: (N, C).
-            again: computes the same features once more, for graphs to keep in their place where that is cheaper.
+            recompute: computes the same features once more, for graphs to keep in their place where that is cheaper.
         """
         tensor = cls.__new__(cls)
         tensor.features = features
         tensor.voxels = voxel_set
-        tensor.again = again
+        tensor.recompute = recompute
         return tensor
 
     @classmethod
@@ -186,7 +186,7 @@ class SparseTensor:
         )
 
 
-def occupied(volume: SparseTensor | Tensor) -> SparseTensor:
+def nonzero_voxels(volume: SparseTensor | Tensor) -> SparseTensor:
     """The non-zero voxels of a dense (B, 1, H, W, D) volume as a SparseTensor; a SparseTensor passes unchanged.
 
     Raises:

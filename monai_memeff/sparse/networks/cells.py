@@ -78,7 +78,7 @@ def cells_to_voxels(cells: Tensor, factor: Sequence[int], shape: Sequence[int]) 
     return cells[:, :, : shape[0], : shape[1], : shape[2]]
 
 
-def enlarged(cells: Tensor, factor: Sequence[int], shape: Sequence[int]) -> Tensor:
+def upsample(cells: Tensor, factor: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Interpolate values at cell centers (B, C, h, w, d) trilinearly to the voxel centers (B, C, H, W, D)."""
     scale = tuple(float(step) for step in factor)
     volume = functional.interpolate(cells, scale_factor=scale, mode="trilinear", align_corners=False)
@@ -86,7 +86,7 @@ def enlarged(cells: Tensor, factor: Sequence[int], shape: Sequence[int]) -> Tens
 
 
 def interpolated_at(cells: Tensor, where: SparseTensor, factor: Sequence[int]) -> Tensor:
-    """What :func:`enlarged` gives at the voxels of a sparse tensor: (B, C, h, w, d) -> (N, C)."""
+    """What :func:`upsample` gives at the voxels of a sparse tensor: (B, C, h, w, d) -> (N, C)."""
     extents = torch.tensor(cells.shape[2:], device=cells.device)
     steps = torch.tensor(factor, device=cells.device)
     bounds = where.voxels.batch_bounds()

@@ -17,9 +17,9 @@ from monai_memeff.sparse.networks.cells import (
     cell_sizes,
     cells_to_voxels,
     choose_cells,
-    enlarged,
     interpolated_at,
     scatter_add_rows,
+    upsample,
 )
 from monai_memeff.sparse.networks.unet import SparseUNet
 
@@ -146,7 +146,7 @@ class CoarseToSparseUNet(nn.Module):
         shape = x.shape[2:]
         cells = self.active_cells(coarse_logits, shape)
         refined = self._refined(x, given, cells_to_voxels(cells, self.coarse_factor, shape))
-        return scatter_add_rows(enlarged(coarse_logits, self.coarse_factor, shape), refined), coarse_logits
+        return scatter_add_rows(upsample(coarse_logits, self.coarse_factor, shape), refined), coarse_logits
 
     def active_cells(self, coarse_logits: Tensor, shape: Sequence[int]) -> Tensor:
         """Mark the cells that are computed at full resolution.

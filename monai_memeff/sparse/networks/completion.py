@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from monai_memeff.geometry import key_lists
 from monai_memeff.memory import checkpoint
-from monai_memeff.sparse.core.tensor import SparseTensor, occupied
+from monai_memeff.sparse.core.tensor import SparseTensor, nonzero_voxels
 from monai_memeff.sparse.networks.budget import check_budget, prune_to_budget
 from monai_memeff.sparse.networks.output import ABSENT_LOGIT, like_input
 from monai_memeff.sparse.nn.blocks import SparseBatchNorm3d, SparseReLU
@@ -30,7 +30,7 @@ class SparseCompletionNet(nn.Module):
     Args:
         channels: features at strides 1, 2, 4, 8, 16, 32, 64. Published lists and their parameters: (8, 8, 16, 16, 32,
             32, 64) 434,695; (22, 32, 32, 128, 156, 256, 388) 18,137,201; (2, 2, 4, 4, 4, 4, 16) 16,563.
-        checkpointing: recompute the activations of every block in the backward pass instead of keeping them.
+        use_checkpoint: recompute the activations of every block in the backward pass instead of keeping them.
         max_voxels: candidates that one volume may have at one level. Where more would be generated, the voxels with the
             largest logits go on (in training those of the target before others) and a warning says so; None: no
             bound. It bounds the memory of the worst case, such as a network that has not learned to prune yet.
@@ -47,7 +47,7 @@ class SparseCompletionNet(nn.Module):
     def __init__(
         self,
         channels: Sequence[int] = (8, 8, 16, 16, 32, 32, 64),
-        checkpointing: bool = False,
+        use_checkpoint: bool = False,
         max_voxels: int | None = None,
     ) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class SparseCompletionNet(nn.Module):
                 "number of voxels that fit into memory, or None for no bound."
             )
         self.channels = tuple(channels)
-        self.checkpointing = checkpointing
+        self.use_checkpoint = use_checkpoint
         self.max_voxels = max_voxels
         self.stem = _conv_block(1, channels[0])
         self.encoder = nn.ModuleList(_down_block(channels[i], channels[i + 1]) for i in range(6))
@@ -83,9 +83,9 @@ class SparseCompletionNet(nn.Module):
         """
         if self.training and target is None:
             raise ValueError("SparseCompletionNet prunes with the target in training: call network(x, target).")
-        present = occupied(x)
+        present = nonzero_voxels(x)
         check_budget(present.voxels, self.max_voxels)
-        wanted = _target_keys(occupied(target), present) if self.training and target is not None else None
+        wanted = _target_keys(nonzero_voxels(target), present) if self.training and target is not None else None
         levels = self._decode(self._encode(present), wanted)
         if self.training:
             return levels
@@ -93,7 +93,7 @@ class SparseCompletionNet(nn.Module):
 
     def sparsify(self, volume: Tensor) -> SparseTensor:
         """The non-zero voxels of (B, 1, H, W, D)."""
-        return occupied(volume)
+        return nonzero_voxels(volume)
 
     def densify(self, logits: SparseTensor) -> Tensor:
         """Logits (B, 1, H, W, D), -10 where no candidate was generated."""
@@ -120,7 +120,7 @@ class SparseCompletionNet(nn.Module):
         return levels
 
     def _run(self, block: nn.Module, x: SparseTensor) -> SparseTensor:
-        if not (self.checkpointing and self.training):
+        if not (self.use_checkpoint and self.training):
             return block(x)
         result: SparseTensor = checkpoint(block, x)
         result.voxels.forget_plans()

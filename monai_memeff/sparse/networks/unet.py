@@ -36,9 +36,9 @@ class SparseUNet(UNet):
         dropout: probability.
         bias: whether convolutions have one.
         adn_ordering: order of activation, dropout and norm.
-        above: a voxel of a dense input is active where any channel is larger than this value; None: where any channel
-            differs from ``background``.
-        background: the value of inactive voxels, used when ``above`` is None.
+        threshold: a voxel of a dense input is active where any channel is larger than this value; None: where any
+            channel differs from ``background``.
+        background: the value of inactive voxels, used when ``threshold`` is None.
         inactive_logits: output of inactive voxels, one value per output channel; default 10 in channel 0 and 0
             elsewhere (background in channel 0), or -10 for a single channel.
 
@@ -60,7 +60,7 @@ class SparseUNet(UNet):
         dropout: float = 0.0,
         bias: bool = True,
         adn_ordering: str = "NDA",
-        above: float | None = None,
+        threshold: float | None = None,
         background: float = 0.0,
         inactive_logits: Sequence[float] | None = None,
     ) -> None:
@@ -85,7 +85,7 @@ class SparseUNet(UNet):
             inactive_logits = (ABSENT_LOGIT, *[0.0] * (out_channels - 1)) if out_channels > 1 else (-ABSENT_LOGIT,)
         if len(inactive_logits) != out_channels:
             raise ValueError(f"inactive_logits must have {out_channels} values (out_channels), got {inactive_logits}.")
-        self.above = above
+        self.threshold = threshold
         self.background = background
         self.inactive_logits = tuple(float(value) for value in inactive_logits)
         to_sparse(self.model)
@@ -98,7 +98,7 @@ class SparseUNet(UNet):
 
     def sparsify(self, image: Tensor) -> SparseTensor:
         """The active voxels of (B, in_channels, H, W, D) by this network's rule."""
-        return SparseTensor.from_dense(image, active_voxels(image, self.above, self.background))
+        return SparseTensor.from_dense(image, active_voxels(image, self.threshold, self.background))
 
     def densify(self, logits: SparseTensor) -> Tensor:
         """Logits (B, out_channels, H, W, D) with ``inactive_logits`` where nothing was computed."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from monai_memeff.sparse.core.fused import Again, norm_act
+from monai_memeff.sparse.core.fused import Recompute, norm_act
 from monai_memeff.sparse.core.kernel_map import kernel_map_between
 from monai_memeff.sparse.core.neighbors import KernelShape
 from monai_memeff.sparse.core.tensor import SparseTensor
@@ -42,7 +42,7 @@ class SparseBatchNorm3d(nn.BatchNorm3d):
             normalized = x.replace(super().forward(x.features))
         return normalized if act is None else act(normalized)
 
-    def _fused(self, features: Tensor, slope: float | Tensor) -> tuple[Tensor, Again | None]:
+    def _fused(self, features: Tensor, slope: float | Tensor) -> tuple[Tensor, Recompute | None]:
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -79,7 +79,7 @@ class SparseInstanceNorm3d(nn.InstanceNorm3d):
         normalized = x.replace(torch.cat([self._normalize(features) for features in items]))
         return normalized if act is None else act(normalized)
 
-    def _fused(self, features: Tensor, slope: float | Tensor) -> tuple[Tensor, Again | None]:
+    def _fused(self, features: Tensor, slope: float | Tensor) -> tuple[Tensor, Recompute | None]:
         return norm_act(features, self.weight, self.bias, (None, None), True, 0.0, self.eps, slope)
 
     def _normalize(self, features: Tensor) -> Tensor:
@@ -109,13 +109,15 @@ def _per_item(x: SparseTensor) -> list[Tensor]:
     return [x.features[start:stop] for start, stop in pairwise(bounds)]
 
 
-def _joined(items: list[tuple[Tensor, Again | None]]) -> tuple[Tensor, Again | None]:
+def _joined(items: list[tuple[Tensor, Recompute | None]]) -> tuple[Tensor, Recompute | None]:
     """The rows of all items, and how to compute them again."""
     if len(items) == 1:
         return items[0]
-    agains = [again for _, again in items if again is not None]
+    recomputes = [recompute for _, recompute in items if recompute is not None]
     joined = torch.cat([features for features, _ in items])
-    return joined, None if len(agains) < len(items) else lambda: torch.cat([again() for again in agains])
+    return joined, None if len(recomputes) < len(items) else lambda: torch.cat(
+        [recompute() for recompute in recomputes]
+    )
 
 
 def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -137,7 +137,7 @@ def _apply(x: SparseTensor, weight: Tensor, bias: Tensor | None, geometry: Convo
         features = features.to(torch.get_autocast_dtype(device))
     weight = weight.to(features.dtype)
     bias = None if bias is None else bias.to(features.dtype)
-    with torch.autocast(device, enabled=False), saved_for_recompute(features, x.again):
+    with torch.autocast(device, enabled=False), saved_for_recompute(features, x.recompute):
         if geometry.shape.is_pointwise and geometry.inputs is geometry.outputs:
             result = nn.functional.linear(features, weight[0].t(), bias)
         else:

@@ -19,16 +19,16 @@ class SparseCoordinates(Transform):
     """List the active voxels of a volume.
 
     Args:
-        above: a voxel is active where any channel is larger than this value; None: where any channel differs from
+        threshold: a voxel is active where any channel is larger than this value; None: where any channel differs from
             ``background``.
-        background: the value of inactive voxels, used when ``above`` is None.
+        background: the value of inactive voxels, used when ``threshold`` is None.
         constant: give every active voxel this one feature instead of the intensities; 1.0 for binary structures.
     """
 
     backend = [TransformBackends.TORCH]
 
-    def __init__(self, above: float | None = None, background: float = 0.0, constant: float | None = None) -> None:
-        self.above = above
+    def __init__(self, threshold: float | None = None, background: float = 0.0, constant: float | None = None) -> None:
+        self.threshold = threshold
         self.background = background
         self.constant = constant
 
@@ -51,7 +51,7 @@ class SparseCoordinates(Transform):
         if volume.is_floating_point() and not torch.isfinite(volume).all():
             bad = int((~torch.isfinite(volume)).sum())
             raise ValueError(f"SparseCoordinates needs finite values, got {bad} NaN or infinite; replace them first.")
-        active = active_voxels(volume[None], self.above, self.background)[0, 0]
+        active = active_voxels(volume[None], self.threshold, self.background)[0, 0]
         features = volume[:, active].t().contiguous()
         features = features if features.is_floating_point() else features.float()
         if self.constant is not None:
@@ -70,7 +70,7 @@ class SparseCoordinatesd(MapTransform):
             key and an underscore as metadata; such names are refused.
         features_key: where features go, one name per key.
         extent_key: where (H, W, D) goes, as an int64 tensor of three; one name, the volumes share a grid.
-        above: see :class:`SparseCoordinates`.
+        threshold: see :class:`SparseCoordinates`.
         background: see :class:`SparseCoordinates`.
         constant: see :class:`SparseCoordinates`.
         drop: remove the dense volumes, so that only active voxels travel to the device.
@@ -88,7 +88,7 @@ class SparseCoordinatesd(MapTransform):
         coords_key: str | Sequence[str] = "coords",
         features_key: str | Sequence[str] = "features",
         extent_key: str = "extent",
-        above: float | None = None,
+        threshold: float | None = None,
         background: float = 0.0,
         constant: float | None = None,
         drop: bool = False,
@@ -99,7 +99,7 @@ class SparseCoordinatesd(MapTransform):
         self.features_keys = ensure_tuple(features_key)
         self.extent_key = extent_key
         self.drop = drop
-        self.list_voxels = SparseCoordinates(above, background, constant)
+        self.list_voxels = SparseCoordinates(threshold, background, constant)
         self._check_names()
 
     def _check_names(self) -> None:

@@ -25,9 +25,9 @@ class RandSegmentationErrors(RandomizableTransform):
     mode "any" have cells that are hardly filled, and a network leaves those out more often than it adds others.
 
     Args:
-        lost: largest share of the boundary cells inside that become 0, in [0, 1]; every mask draws its share evenly
-            between 0 and this.
-        added: the same for the boundary cells outside that become 1.
+        false_negatives: Largest fraction of the boundary cells inside that become 0, in [0, 1]; every mask draws its
+            fraction evenly between 0 and this.
+        false_positives: the same for the boundary cells outside that become 1.
         spots: largest number of holes, and of islands; every mask draws both evenly from 0 to this. A hole lies around
             an occupied cell, an island around any cell.
         radius: largest radius of a hole or an island in cells, at least 0: with 0 it is one cell.
@@ -40,17 +40,27 @@ class RandSegmentationErrors(RandomizableTransform):
     backend = [TransformBackends.TORCH]
 
     def __init__(
-        self, lost: float = 0.4, added: float = 0.1, spots: int = 2, radius: float = 1.5, prob: float = 0.5
+        self,
+        false_negatives: float = 0.4,
+        false_positives: float = 0.1,
+        spots: int = 2,
+        radius: float = 1.5,
+        prob: float = 0.5,
     ) -> None:
         super().__init__(prob)
-        for name, value in (("lost", lost), ("added", added), ("prob", prob)):
+        for name, value in (("false_negatives", false_negatives), ("false_positives", false_positives), ("prob", prob)):
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be a share between 0 and 1, got {value}.")
+                raise ValueError(f"{name} must be a fraction between 0 and 1, got {value}.")
         if spots < 0 or spots != int(spots):
             raise ValueError(f"spots must be a whole number, at least 0, got {spots}.")
         if radius < 0:
             raise ValueError(f"radius must be at least 0 cells, got {radius}.")
-        self.lost, self.added, self.spots, self.radius = lost, added, int(spots), radius
+        self.false_negatives, self.false_positives, self.spots, self.radius = (
+            false_negatives,
+            false_positives,
+            int(spots),
+            radius,
+        )
         self._flipped = np.zeros(0, dtype=bool)
         self._places: list[tuple[float, float, bool]] = []
 
@@ -64,8 +74,11 @@ class RandSegmentationErrors(RandomizableTransform):
         self._flipped, self._places = np.zeros(len(data), dtype=bool), []
         if not self._do_transform:
             return
-        lost, added = self.R.uniform(0, self.lost), self.R.uniform(0, self.added)
-        self._flipped = self.R.random_sample(len(data)) < np.where(data, lost, added)
+        false_negatives, false_positives = (
+            self.R.uniform(0, self.false_negatives),
+            self.R.uniform(0, self.false_positives),
+        )
+        self._flipped = self.R.random_sample(len(data)) < np.where(data, false_negatives, false_positives)
         holes, islands = self.R.randint(0, self.spots + 1, size=2)
         for number in range(holes + islands):
             self._places.append((self.R.random_sample(), self.R.uniform(0, self.radius), bool(number >= holes)))
@@ -115,8 +128,8 @@ class RandSegmentationErrorsd(RandomizableTransform, MapTransform):
 
     Args:
         keys: coarse masks.
-        lost: see :class:`RandSegmentationErrors`.
-        added: see :class:`RandSegmentationErrors`.
+        false_negatives: see :class:`RandSegmentationErrors`.
+        false_positives: see :class:`RandSegmentationErrors`.
         spots: see :class:`RandSegmentationErrors`.
         radius: see :class:`RandSegmentationErrors`.
         prob: see :class:`RandSegmentationErrors`.
@@ -128,8 +141,8 @@ class RandSegmentationErrorsd(RandomizableTransform, MapTransform):
     def __init__(
         self,
         keys: KeysCollection,
-        lost: float = 0.4,
-        added: float = 0.1,
+        false_negatives: float = 0.4,
+        false_positives: float = 0.1,
         spots: int = 2,
         radius: float = 1.5,
         prob: float = 0.5,
@@ -137,7 +150,7 @@ class RandSegmentationErrorsd(RandomizableTransform, MapTransform):
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, 1.0)
-        self.noise = RandSegmentationErrors(lost, added, spots, radius, prob)
+        self.noise = RandSegmentationErrors(false_negatives, false_positives, spots, radius, prob)
 
     def set_random_state(
         self, seed: int | None = None, state: np.random.RandomState | None = None

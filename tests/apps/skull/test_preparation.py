@@ -28,10 +28,10 @@ from monai_memeff.apps.skull.preparation import (
 SHAPE = (7, 9, 8)
 
 
-def blob(seed: int = 0, channels: int = 1, share: float = 0.75) -> torch.Tensor:
+def blob(seed: int = 0, channels: int = 1, fraction: float = 0.75) -> torch.Tensor:
     """(C, 7, 9, 8) float, thick enough to have an inside, touching the border."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(channels, *SHAPE, generator=generator) < share).float()
+    return (torch.rand(channels, *SHAPE, generator=generator) < fraction).float()
 
 
 def head(flip_y: bool = False) -> MetaTensor:
@@ -68,7 +68,7 @@ def authors_cut(skull: np.ndarray, face: int, keep: int) -> np.ndarray:
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_a_shell_by_looking_at_every_neighbor(steps: int, channels: int) -> None:
-    skull = blob(channels=channels, share=0.97)
+    skull = blob(channels=channels, fraction=0.97)
     before = skull.clone()
     shell = SkullShell(steps, first_slices=0)(skull)
     expected = np.stack([surface(channel.numpy() > 0, steps) for channel in skull])
@@ -102,7 +102,7 @@ def test_an_empty_skull_has_an_empty_shell() -> None:
 
 
 def test_the_target_has_a_dense_implant() -> None:
-    skull = blob(share=0.99)
+    skull = blob(fraction=0.99)
     implant = torch.zeros_like(skull)
     implant[:, 2:5, 2:6, 3:7] = skull[:, 2:5, 2:6, 3:7]
     data = {"defective": skull - implant, "implant": implant, "case": 7}
@@ -151,7 +151,7 @@ def test_front_and_spacing_come_from_the_affine() -> None:
 
 def test_the_affine_follows_and_the_inverse_pads() -> None:
     skull = head()
-    crop = UpperSkullCrop(keep=20, share=0.1, face=10)
+    crop = UpperSkullCrop(keep=20, fraction=0.1, face=10)
     cut = crop(skull)
     top = int(torch.nonzero(skull[0].as_tensor())[:, 2].max()) + 1
     bottom = top - 20 - 9
@@ -169,12 +169,12 @@ def test_the_affine_follows_and_the_inverse_pads() -> None:
 def test_margins_and_short_volumes() -> None:
     skull = torch.zeros(1, 5, 6, 20)
     skull[..., 3:11] = 1
-    crop = {"share": 0.0, "face": 0}
+    crop = {"fraction": 0.0, "face": 0}
     assert UpperSkullCrop(keep=4, **crop)(skull).shape[3] == 4
-    assert UpperSkullCrop(keep=4, above=3, **crop)(skull).shape[3] == 7
-    assert UpperSkullCrop(keep=4, above=99, **crop)(skull).shape[3] == 13
+    assert UpperSkullCrop(keep=4, top_margin=3, **crop)(skull).shape[3] == 7
+    assert UpperSkullCrop(keep=4, top_margin=99, **crop)(skull).shape[3] == 13
     assert UpperSkullCrop(**crop)(skull).shape[3] == 11
-    assert not bool(UpperSkullCrop(share=0.0, face=6)(skull).any()), "a face as deep as the skull leaves nothing"
+    assert not bool(UpperSkullCrop(fraction=0.0, face=6)(skull).any()), "a face as deep as the skull leaves nothing"
 
 
 def test_a_pair_stays_together() -> None:
@@ -186,7 +186,7 @@ def test_a_pair_stays_together() -> None:
     data = {"defective": defective, "complete": complete}
     options = {"keep": 30, "face": 10}
     by_complete = UpperSkullCropd(("defective", "complete"), source_key="complete", **options)(data)
-    by_defective = UpperSkullCropd(("defective", "complete"), above=7, **options)(data)
+    by_defective = UpperSkullCropd(("defective", "complete"), top_margin=7, **options)(data)
     for result, height in ((by_complete, 34), (by_defective, 41)):
         assert result["defective"].shape == result["complete"].shape == (1, 74, 90, height)
         assert torch.equal(result["defective"].affine, result["complete"].affine)
@@ -221,7 +221,7 @@ def lying_down() -> MetaTensor:
         (lambda: SkullShelld(("a", "b"), implant_key="i"), "one defective skull, got 2"),
         (lambda: SkullShelld("skull", implant_key="i", target_key="skull_target"), "takes for metadata; rename"),
         (lambda: UpperSkullCrop(keep=0), "keep must be at least 1"),
-        (lambda: UpperSkullCrop(face_mm=-1.0), "face_mm and above not negative"),
+        (lambda: UpperSkullCrop(face_mm=-1.0), "face_mm and top_margin not negative"),
         (lambda: UpperSkullCrop(front="left"), "front must be one of high, low or None, got 'left'"),
         (lambda: UpperSkullCrop()(torch.zeros(1, 4, 4, 4)), "empty, so it has no top; check the threshold"),
         (lambda: UpperSkullCrop()(torch.ones(1, 4, 4, 4), torch.ones(1, 4, 4, 5)), "must share a grid"),

@@ -125,7 +125,7 @@ def test_monai_blocks_fuse_what_stands_together(ordering: str, fuses: bool, drop
             expected = layer(expected)
         torch.testing.assert_close(found.features, expected.features, rtol=1e-12, atol=1e-12)
         between = ordering == "NDA" and dropout and training
-        assert (found.again is not None) == bool(fuses and not between)
+        assert (found.recompute is not None) == bool(fuses and not between)
 
 
 @pytest.mark.parametrize("norm", [SparseBatchNorm3d(2), SparseInstanceNorm3d(2, affine=True)], ids=str)
@@ -155,8 +155,8 @@ def test_low_precision_keeps_its_dtype_and_is_near(act: nn.Module) -> None:
         features = exact.features.detach().clone().to(dtype).requires_grad_()
         y = norm(exact.replace(features), act)
         assert y.features.dtype == dtype
-        assert y.again is not None
-        torch.testing.assert_close(y.again(), y.features, rtol=2e-2, atol=2e-2)
+        assert y.recompute is not None
+        torch.testing.assert_close(y.recompute(), y.features, rtol=2e-2, atol=2e-2)
         y.features.float().square().sum().backward()
         assert features.grad.dtype == dtype
         found.append(features.grad.float())
@@ -209,14 +209,14 @@ def test_inside_a_checkpoint() -> None:
 def test_hooks_see_every_layer() -> None:
     layers = to_sparse(ADN("NDA", 3, "PRELU", "INSTANCE", 3, dropout_dim=3, dropout=0.0)).double()
     x, seen = sample(3), []
-    assert layers(x).again is not None
+    assert layers(x).recompute is not None
     hook = layers.A.register_forward_hook(lambda layer, args, result: seen.append((args[0], result)))
     result = layers(x)
-    assert result.again is None
+    assert result.recompute is None
     torch.testing.assert_close(seen[0][0].features, layers.N(x).features)
     assert seen[0][1] is result
     hook.remove()
-    assert layers(x).again is not None
+    assert layers(x).recompute is not None
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

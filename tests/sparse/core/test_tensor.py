@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse import SparseTensor, active_voxels, concatenate_channels, union_add
-from monai_memeff.sparse.core.tensor import occupied
+from monai_memeff.sparse.core.tensor import nonzero_voxels
 from tests.oracles import assert_adjoint, assert_same_as_dense, asymmetric
 from tests.sparse.reference import mask_of, random_mask, shuffled_rows
 
@@ -162,17 +162,17 @@ def test_repr_tells_what_it_is() -> None:
 def test_occupied_takes_the_voxels_that_are_not_zero() -> None:
     volume = torch.zeros(1, 1, *SHAPE)
     volume[0, 0, 1, 2, 3], volume[0, 0, 4, 0, 0] = 2.0, -1.0
-    x = occupied(volume)
+    x = nonzero_voxels(volume)
     assert x.coordinates.tolist() == [[0, 1, 2, 3], [0, 4, 0, 0]]
-    assert occupied(x) is x
-    assert occupied(volume.bool()).features.tolist() == [[1.0], [1.0]]
+    assert nonzero_voxels(x) is x
+    assert nonzero_voxels(volume.bool()).features.tolist() == [[1.0], [1.0]]
 
 
 def test_active_voxels() -> None:
     image = torch.zeros(1, 2, *SHAPE)
     image[0, 0, 0, 0, 0], image[0, 1, 1, 1, 1], image[0, 1, 2, 2, 2] = -5.0, 1.0, 3.0
     assert active_voxels(image).nonzero()[:, 2:].tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
-    assert active_voxels(image, above=1.0).nonzero()[:, 2:].tolist() == [[2, 2, 2]]
+    assert active_voxels(image, threshold=1.0).nonzero()[:, 2:].tolist() == [[2, 2, 2]]
     assert int(active_voxels(image, background=3.0).sum()) == 5 * 3 * 6
     assert active_voxels(image).shape == (1, 1, *SHAPE)
 
@@ -231,4 +231,4 @@ def test_bad_volumes_masks_and_partners_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one SparseTensor, got none"):
         concatenate_channels([])
     with pytest.raises(ValueError, match=r"\(B, 1, H, W, D\), got \(2, 2, 5, 3, 6\)"):
-        occupied(torch.zeros(2, 2, *SHAPE))
+        nonzero_voxels(torch.zeros(2, 2, *SHAPE))

@@ -16,9 +16,9 @@ from monai_memeff.sparse.networks.cells import (
     cell_sizes,
     cells_to_voxels,
     choose_cells,
-    enlarged,
     interpolated_at,
     scatter_add_rows,
+    upsample,
 )
 from monai_memeff.sparse.networks.coarse_to_sparse import CoarseToSparseUNet
 
@@ -58,7 +58,7 @@ def test_interpolation_at_voxels_is_the_enlarged_volume_read_there(factor):
     cells = torch.rand(2, 3, *cell_sizes(ODD, factor).shape, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(2, 1, *ODD) < 0.3
     where = SparseTensor.from_dense(torch.zeros(2, 1, *ODD), mask)
-    dense = SparseTensor.from_dense(enlarged(cells, factor, ODD), mask).features
+    dense = SparseTensor.from_dense(upsample(cells, factor, ODD), mask).features
     rows = interpolated_at(cells, where, factor)
     torch.testing.assert_close(rows, dense, rtol=1e-10, atol=1e-10)
     weights = torch.rand_like(rows)
@@ -195,9 +195,9 @@ def emulated(network: CoarseToSparseUNet, x: torch.Tensor) -> tuple[torch.Tensor
     given = network._coarse_features(x)
     coarse_logits = given[:, : network.out_channels]
     mask = cells_to_voxels(network.active_cells(coarse_logits, shape), factor, shape).to(x.dtype)
-    features = torch.cat((x, enlarged(given, factor, shape)), dim=1) * mask
+    features = torch.cat((x, upsample(given, factor, shape)), dim=1) * mask
     refined = MaskedDense(mask).run(network.refine.model, features)
-    return enlarged(coarse_logits, factor, shape) + refined * mask, coarse_logits
+    return upsample(coarse_logits, factor, shape) + refined * mask, coarse_logits
 
 
 @pytest.mark.parametrize("max_active", [0.002, 0.2, 1.0], ids=["almost nothing", "some", "everything"])
@@ -240,7 +240,7 @@ def test_nothing_active_leaves_the_coarse_logits_and_a_connected_graph():
     x = torch.rand(1, 2, *ODD)
     logits, coarse_logits = network.both_logits(x)
     assert not network.active_cells(coarse_logits, ODD).any()
-    assert torch.equal(logits, enlarged(coarse_logits, network.coarse_factor, ODD))
+    assert torch.equal(logits, upsample(coarse_logits, network.coarse_factor, ODD))
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())  # DDP needs every one
     assert all(parameter.grad.abs().max() == 0 for parameter in network.refine.parameters())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from monai_memeff.memory import measure_peak
 from monai_memeff.sparse import SparseCompletionLoss, SparseCompletionNet, SparseTensor, SparseUNet
-from monai_memeff.sparse.core.tensor import occupied
+from monai_memeff.sparse.core.tensor import nonzero_voxels
 from tests.oracles import assert_same_as_dense, asymmetric
 from tests.sparse.networks.test_coarse_to_sparse import MaskedDense
 from tests.sparse.reference import Voxel, floored, generated_by_sets, random_mask, set_of
@@ -68,7 +68,7 @@ def test_candidates_in_training() -> None:
     complete, defective = shell(ODD, 2), shell(ODD, 2, bite=True)
     defective[:, :, :5] = 0
     levels = SparseCompletionNet(SMALL).train()(defective, complete)
-    present, wanted = set_of(occupied(defective)), set_of(occupied(complete))
+    present, wanted = set_of(nonzero_voxels(defective)), set_of(nonzero_voxels(complete))
     assert [level.stride for level in levels] == [(stride,) * 3 for stride in STRIDES]
     assert [level.spatial_shape for level in levels] == shapes_of(ODD)
     kept = [
@@ -85,9 +85,9 @@ def test_candidates_in_evaluation_follow_the_logits_alone() -> None:
     net, found = SparseCompletionNet(SMALL).eval(), []
     for head in net.heads:
         head.register_forward_hook(lambda module, inputs, level: found.append(level))
-    result = net(occupied(defective))
+    result = net(nonzero_voxels(defective))
     kept = [positive(level) for level in found[:-1]]
-    present = set_of(occupied(defective))
+    present = set_of(nonzero_voxels(defective))
     assert [set_of(level) for level in found] == expected_candidates(present, kept, shapes_of(ODD))
     assert set_of(result) == set_of(found[-1])
 
@@ -96,7 +96,7 @@ def test_dense_input_gives_dense_logits() -> None:
     defective = shell(ODD, 2, bite=True)
     net = SparseCompletionNet(SMALL).eval()
     with torch.no_grad():
-        sparse, dense = net(occupied(defective)), net(defective)
+        sparse, dense = net(nonzero_voxels(defective)), net(defective)
     assert torch.equal(dense, sparse.dense(-10.0))
     assert dense.shape == (2, 1, *ODD)
 
@@ -163,9 +163,9 @@ def test_it_learns_to_complete_a_shape() -> None:
 def test_checkpointing_changes_memory_and_nothing_else(amp: bool) -> None:
     target, torn = shell((64, 60, 49), 2), shell((64, 60, 49), 2, bite=True)
     found, peaks = [], []
-    for checkpointing in (False, True):
+    for use_checkpoint in (False, True):
         torch.manual_seed(3)
-        net = SparseCompletionNet(checkpointing=checkpointing)
+        net = SparseCompletionNet(use_checkpoint=use_checkpoint)
         for head in net.heads:
             nn.init.constant_(head.bias, -3.0)  # mostly the target's voxels go on, as in a trained network
         loss = SparseCompletionLoss()
@@ -247,7 +247,7 @@ def test_unet_on_active_voxels_is_a_masked_dense_one(shape: tuple[int, int, int]
 def test_unet_activity_rules_and_inactive_logits() -> None:
     image = asymmetric((1, 2, 8, 8, 8)).float()
     for options, active in (
-        ({"above": 0.5}, (image > 0.5).any(1)),
+        ({"threshold": 0.5}, (image > 0.5).any(1)),
         ({"background": float(image[0, 0, 0, 0, 0])}, (image != image[0, 0, 0, 0, 0]).any(1)),
     ):
         net = SparseUNet(**settings("plain"), **options).eval()
@@ -257,7 +257,7 @@ def test_unet_activity_rules_and_inactive_logits() -> None:
         assert bool(logits.movedim(1, -1)[active].abs().gt(0).any())
     one = SparseUNet(**{**settings("plain"), "out_channels": 1})
     assert one.inactive_logits == (-10.0,)
-    own = SparseUNet(**settings("plain"), above=2.0, inactive_logits=(1.0, 2.0, 3.0))
+    own = SparseUNet(**settings("plain"), threshold=2.0, inactive_logits=(1.0, 2.0, 3.0))
     assert own(image)[0, :, 4, 4, 4].tolist() == [1.0, 2.0, 3.0]
 
 

@@ -69,7 +69,7 @@ def test_voxels_that_differ_from_the_background_are_active(channels: int) -> Non
 def test_a_threshold_and_another_background() -> None:
     image = volume(2) - 0.4
     for transform, active in (
-        (SparseCoordinates(above=0.2), lambda v: bool((v > 0.2).any())),
+        (SparseCoordinates(threshold=0.2), lambda v: bool((v > 0.2).any())),
         (SparseCoordinates(background=-0.4), lambda v: bool((v != np.float32(-0.4)).any())),
     ):
         coordinates, features = transform(image)

@@ -39,17 +39,17 @@ def edges(cells: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     return inside, ndimage.binary_dilation(volume) & ~volume
 
 
-@pytest.mark.parametrize(("lost", "added"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.2)], ids=str)
-def test_only_boundary_cells_flip_and_in_the_shares_asked_for(lost: float, added: float) -> None:
+@pytest.mark.parametrize(("false_negatives", "false_positives"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.2)], ids=str)
+def test_only_boundary_cells_flip_and_in_the_shares_asked_for(false_negatives: float, false_positives: float) -> None:
     """Shares are drawn evenly below the largest, so their mean over many masks is its half."""
     inside, outside = edges(mask()[0])
-    noise = RandSegmentationErrors(lost, added, spots=0, prob=1.0).set_random_state(0)
+    noise = RandSegmentationErrors(false_negatives, false_positives, spots=0, prob=1.0).set_random_state(0)
     counts = np.zeros(2)
     for _ in range(300):
         changed = (noise(mask()) != mask())[0].numpy()
         assert not (changed & ~inside & ~outside).any()
         counts += (changed & inside).sum() / inside.sum(), (changed & outside).sum() / outside.sum()
-    np.testing.assert_allclose(counts / 300, [lost / 2, added / 2], atol=0.06)
+    np.testing.assert_allclose(counts / 300, [false_negatives / 2, false_positives / 2], atol=0.06)
 
 
 def test_spots_are_balls_of_the_size_asked_for() -> None:
@@ -117,7 +117,7 @@ def test_channels_and_metadata() -> None:
 
 def test_in_a_dictionary() -> None:
     data: dict[Hashable, Any] = {"coarse": mask(), "other": mask()}
-    pipeline = Compose([RandSegmentationErrorsd(("coarse", "other"), lost=0.5, prob=1.0)])
+    pipeline = Compose([RandSegmentationErrorsd(("coarse", "other"), false_negatives=0.5, prob=1.0)])
     result = pipeline.set_random_state(3)(data)
     assert not torch.equal(result["coarse"], result["other"]), "a draw of its own for every mask"
     again = pickle.loads(pickle.dumps(pipeline)).set_random_state(3)(data)
@@ -130,9 +130,9 @@ def test_in_a_dictionary() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lost": 1.2}, "lost must be a share between 0 and 1, got 1.2"),
-        ({"added": -0.1}, "added must be a share between 0 and 1, got -0.1"),
-        ({"prob": 2}, "prob must be a share between 0 and 1, got 2"),
+        ({"false_negatives": 1.2}, "false_negatives must be a fraction between 0 and 1, got 1.2"),
+        ({"false_positives": -0.1}, "false_positives must be a fraction between 0 and 1, got -0.1"),
+        ({"prob": 2}, "prob must be a fraction between 0 and 1, got 2"),
         ({"spots": 1.5}, "spots must be a whole number, at least 0, got 1.5"),
         ({"radius": -1}, "radius must be at least 0 cells, got -1"),
     ],

@@ -62,16 +62,16 @@ def mirror_implant(defective: np.ndarray, affine: np.ndarray) -> MirrorResult:
         )
     tree = _tree(surface.points)
     best, residual = _best_start(surface, tree)
-    mirrored = _carry(defective, affine, best)
+    mirrored = _transform_mask(defective, affine, best)
     patch = _missing(mirrored, defective, affine)
     if patch.any():
         around = _near(surface, best, patch, affine)
         if len(around.points) >= 50:
             local, _ = _icp(around, surface, tree, best, steps=30, keep=0.85, slide=1.0)
-            closer = _missing(_carry(defective, affine, local), defective, affine, patch)
+            closer = _missing(_transform_mask(defective, affine, local), defective, affine, patch)
             if closer.any():
                 best, patch = local, closer
-    return MirrorResult(patch, _carry(defective, affine, best), best, residual)
+    return MirrorResult(patch, _transform_mask(defective, affine, best), best, residual)
 
 
 def _tree(points: np.ndarray) -> cKDTree:
@@ -162,14 +162,14 @@ def _icp(
         pairs = trusted & (cost < 1e3)
         if pairs.sum() < 20:
             break
-        step = _towards(moved[pairs], target.some(index[pairs]), slide)
+        step = _point_to_plane_step(moved[pairs], target.some(index[pairs]), slide)
         total = step @ total
         if np.abs(step - np.eye(4)).max() < 1e-4:
             break
     return best, least
 
 
-def _towards(moved: np.ndarray, target: _Surface, slide: float) -> np.ndarray:
+def _point_to_plane_step(moved: np.ndarray, target: _Surface, slide: float) -> np.ndarray:
     """The small rigid motion that brings points onto the planes of their partners, in the least-squares sense.
 
     The partners themselves pull with a small weight: on a cap of a ball the planes alone let it turn freely.
@@ -198,7 +198,7 @@ def _rotation(vector: np.ndarray) -> np.ndarray:
     return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
 
 
-def _carry(mask: np.ndarray, affine: np.ndarray, transform: np.ndarray) -> np.ndarray:
+def _transform_mask(mask: np.ndarray, affine: np.ndarray, transform: np.ndarray) -> np.ndarray:
     """Move a mask by a transform in millimeters, on its own grid."""
     return resample_to_grid(mask.astype(np.float32), transform @ affine, affine, mask.shape) >= 0.5
 

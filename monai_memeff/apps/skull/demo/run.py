@@ -27,7 +27,7 @@ TEST_SEED = 12345
 
 
 @dataclass(frozen=True)
-class TestDefect:
+class HeldOutDefect:
     """A defect that no method has seen: defective skull and implant, bool (S, S, S)."""
 
     __test__ = False  # not a test, for pytest
@@ -78,7 +78,7 @@ def run_demo(
 
 
 def _compare(
-    head: HeadVolume, tests: list[TestDefect], seconds: float, seed: int, console: Console
+    head: HeadVolume, tests: list[HeldOutDefect], seconds: float, seed: int, console: Console
 ) -> tuple[list[report.MethodResult], list[np.ndarray]]:
     """Scores of all methods, and the implants of the sparse network."""
     with console.status("mirroring the healthy side"):
@@ -102,14 +102,14 @@ def _sampler(head: HeadVolume, seed: int) -> methods.DefectSampler:
     return methods.DefectSampler(head.tensor(), seed)
 
 
-def _test_defects(head: HeadVolume, count: int) -> list[TestDefect]:
+def _test_defects(head: HeadVolume, count: int) -> list[HeldOutDefect]:
     cut = RandSkullDefect()
     cut.set_random_state(TEST_SEED)
     try:
         pairs = [cut(head.tensor()) for _ in range(count)]
     except ValueError as error:
         raise InputError(str(error)) from error
-    return [TestDefect(d[0].as_subclass(Tensor).numpy() > 0, i[0].as_subclass(Tensor).numpy() > 0) for d, i in pairs]
+    return [HeldOutDefect(d[0].as_subclass(Tensor).numpy() > 0, i[0].as_subclass(Tensor).numpy() > 0) for d, i in pairs]
 
 
 def _mirror(head: HeadVolume) -> Callable[[np.ndarray], np.ndarray]:
@@ -123,7 +123,7 @@ def _learned(method: methods.CompletionMethod) -> Callable[[np.ndarray], np.ndar
 def _score(
     label: str,
     head: HeadVolume,
-    tests: list[TestDefect],
+    tests: list[HeldOutDefect],
     complete: Callable[[np.ndarray], np.ndarray],
     method: methods.CompletionMethod | None = None,
     training: methods.Training | None = None,

@@ -12,7 +12,7 @@ BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 
 MIN_BLOCK_ROWS = 512
 
-LEAST_BLOCKS = 4
+MIN_BLOCKS = 4
 """A few rows are cut into this many blocks too, so that a block is small beside the features."""
 
 PLANNED_ROWS = 256
@@ -55,7 +55,7 @@ def has_onednn() -> bool:
 def row_blocks(rows: int, row_elements: int, device: torch.device) -> list[slice]:
     """Row ranges whose gathered blocks fit the budget: of 2^n rows each, then halves of that, and the last few."""
     budget = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(row_elements, 1)
-    most = max(MIN_BLOCK_ROWS, min(budget, rows // LEAST_BLOCKS))
+    most = max(MIN_BLOCK_ROWS, min(budget, rows // MIN_BLOCKS))
     least = max(PLANNED_ROWS, PLANNED_ELEMENTS // max(row_elements, 1))
     size, start, blocks = 1 << (most.bit_length() - 1), 0, []
     while start < rows:

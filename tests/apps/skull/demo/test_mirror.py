@@ -34,7 +34,7 @@ def test_a_defect_of_one_side_is_filled_from_the_other(case: Case) -> None:
 def test_a_turned_and_shifted_head_is_registered(case: Case) -> None:
     affine = case.head.affine
     move = _turn(np.radians(7), (6.0, -4.0, 2.0))
-    defective, truth = (mirror._carry(m, affine, np.linalg.inv(move)) for m in (case.defective, case.truth))
+    defective, truth = (mirror._transform_mask(m, affine, np.linalg.inv(move)) for m in (case.defective, case.truth))
     result = mirror_implant(defective, affine)
     assert _dice(result.implant, truth & ~defective) > 0.7
 
@@ -76,7 +76,7 @@ def test_one_step_towards_planes_is_a_rotation() -> None:
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     points = rng.normal(size=(50, 3)) * 40
     small = _turn(0.01, (0.2, -0.1, 0.3))
-    step = mirror._towards(points, mirror._Surface(points @ small[:3, :3].T + small[:3, 3], normals), 0.2)
+    step = mirror._point_to_plane_step(points, mirror._Surface(points @ small[:3, :3].T + small[:3, 3], normals), 0.2)
     np.testing.assert_allclose(step, small, atol=0.02)
     np.testing.assert_allclose(step[:3, :3] @ step[:3, :3].T, np.eye(3), atol=1e-12)
     assert np.array_equal(mirror._rotation(np.zeros(3)), np.eye(3))
