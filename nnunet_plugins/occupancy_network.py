@@ -50,7 +50,7 @@ class OccupancyPlansNet(OccupancyNet):
             num_classes,
             None,
             tuple(channels),
-            "default",
+            "interpolated",
             width=width,
             blocks=blocks,
             points_per_pass=points_per_pass,
