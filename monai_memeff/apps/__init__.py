@@ -1,5 +1,5 @@
 """Applications on top of the engines."""
 
-from monai_memeff.apps import skull
+from monai_memeff.apps import liver, skull
 
-__all__ = ["skull"]
+__all__ = ["liver", "skull"]

@@ -15,21 +15,7 @@ from monai_memeff.halo.mesh import HaloMesh, no_mesh, virtual_mesh
 from monai_memeff.halo.network import spatial_partition, unpartition
 from monai_memeff.halo.proof import verify
 from monai_memeff.halo.region import NotPartitionable
-from monai_memeff.halo.transforms import (
-    HounsfieldToUnit,
-    HounsfieldToUnitD,
-    HounsfieldToUnitd,
-    HounsfieldToUnitDict,
-    PartitionCrop,
-    PartitionCropD,
-    PartitionCropd,
-    PartitionCropDict,
-    RandTumorSynthesis,
-    RandTumorSynthesisD,
-    RandTumorSynthesisd,
-    RandTumorSynthesisDict,
-)
-from monai_memeff.halo.tumor import LesionDiceMetric, LiverTumorLoss
+from monai_memeff.halo.transforms import PartitionCrop, PartitionCropD, PartitionCropd, PartitionCropDict
 from monai_memeff.halo.unet import VolumeUNet
 from monai_memeff.halo.virtual import Hub
 from monai_memeff.halo.volume import gather, scatter
@@ -37,23 +23,13 @@ from monai_memeff.halo.volume import gather, scatter
 __all__ = [
     "GatheredNetwork",
     "HaloMesh",
-    "HounsfieldToUnit",
-    "HounsfieldToUnitD",
-    "HounsfieldToUnitDict",
-    "HounsfieldToUnitd",
     "Hub",
-    "LesionDiceMetric",
-    "LiverTumorLoss",
     "NotPartitionable",
     "PartitionCrop",
     "PartitionCropD",
     "PartitionCropDict",
     "PartitionCropd",
     "PartitionPrepareBatch",
-    "RandTumorSynthesis",
-    "RandTumorSynthesisD",
-    "RandTumorSynthesisDict",
-    "RandTumorSynthesisd",
     "SpatialLoss",
     "SpatialPartitionInferer",
     "StreamingReport",

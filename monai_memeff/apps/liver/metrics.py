@@ -1,0 +1,41 @@
+"""The two lesion scores of the LiTS challenge, as in Hou et al. 2019."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from monai.metrics import CumulativeIterationMetric
+from torch import Tensor
+
+
+class LesionDiceMetric(CumulativeIterationMetric):
+    """Dice of one class per case (mean over cases) or global (over all voxels of all cases), the two LiTS scores.
+
+    Args:
+        lesion: Class that counts.
+        overall: Return the global score instead of the mean over cases. A case without the class in truth and
+            prediction counts 1 per case and nothing globally.
+    """
+
+    def __init__(self, lesion: int = 2, overall: bool = False) -> None:
+        super().__init__()
+        self.lesion, self.overall = lesion, overall
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:
+        """Intersection and size per case, from label maps (B, 1, ...) or one-hot maps (B, C, ...)."""
+        if y is None:
+            raise ValueError("LesionDiceMetric needs y, the true labels.")
+        a, b = (t[:, self.lesion] > 0.5 if t.shape[1] > 1 else t[:, 0] == self.lesion for t in (y_pred, y))
+        space = tuple(range(1, a.dim()))
+        return torch.stack([(a & b).sum(space), a.sum(space) + b.sum(space)], dim=1).double()
+
+    def aggregate(self) -> Tensor:
+        """The score so far, a scalar in [0, 1]."""
+        data = self.get_buffer()
+        if not isinstance(data, Tensor) or data.numel() == 0:
+            raise ValueError("LesionDiceMetric has seen no case.")
+        hit, size = data.unbind(1)
+        if self.overall:
+            return 2 * hit.sum() / size.sum().clamp_min(1)
+        return torch.where(size > 0, 2 * hit / size.clamp_min(1), 1.0).mean()
