@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Memory-efficient 3D models for MONAI and nnU-Net pipelines.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+from monai_memeff.errors import INTERRUPTED, InputError, exit_in_one_line
+
+# torch takes seconds to load: every command imports what it needs itself
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+bundle = typer.Typer(help="List the bundles that come with the package, or copy one to work in it.")
+app.add_typer(bundle, name="bundle")
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Memory-efficient 3D models for MONAI and nnU-Net pipelines."""
+    if version:
+        from monai_memeff import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -49,6 +63,34 @@ def overlay(
         typer.echo(line)
 
 
+@bundle.callback(invoke_without_command=True)
+def bundles(context: typer.Context) -> None:
+    """List the bundles that come with the package, or copy one to work in it."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@bundle.command("list")
+def list_bundles() -> None:
+    """Name the bundles, and say in one line what each is for."""
+    from monai_memeff.bundles import bundle_names, bundle_task
+
+    for name in bundle_names():
+        typer.echo(f"{name:30} {bundle_task(name)}")
+
+
+@bundle.command("copy")
+def copy(
+    name: Annotated[str, typer.Argument(help="Name of a bundle: see `memeff bundle list`.")],
+    folder: Annotated[Path, typer.Argument(help="New or empty folder for the copy.", metavar="DIR")],
+) -> None:
+    """Copy a bundle with all its files into a new folder."""
+    from monai_memeff.bundles import copy_bundle
+
+    target = copy_bundle(name, folder)
+    typer.echo(f"copied {name} to {folder}: {target / 'docs' / 'README.md'} says how to run it")
+
+
 @app.command()
 def merge(
     configs: Annotated[list[Path], typer.Argument(help="Configuration files, in the order MONAI would read them.")],
@@ -56,8 +98,6 @@ def merge(
 ) -> None:
     """Merge a bundle's configuration with overlays into one file, for hosts that read only one (MONAI Label)."""
     from monai.bundle import ConfigParser
-
-    from monai_memeff.apps.skull.demo.io import InputError
 
     missing = [str(path) for path in configs if not path.is_file()]
     if missing:
@@ -78,20 +118,20 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a MinkowskiEngine checkpoint of the completion network; MinkowskiEngine itself is not needed."""
-    import pickle
-
     import torch
 
-    from monai_memeff.apps.skull.demo.io import InputError
+    from monai_memeff.data import atomic_write
     from monai_memeff.sparse.networks.minkowski_weights import convert_file
 
     try:
         wanted = None if channels is None else tuple(int(number) for number in channels.split(","))
         state, found = convert_file(str(checkpoint), wanted)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, output)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f"cannot convert {checkpoint}: {error}") from None
+    with atomic_write(output, checkpoint) as work:
+        torch.save(state, work)
     typer.echo(f"wrote {output}: {len(state)} tensors for SparseCompletionNet(channels={found})")
 
 
@@ -121,10 +161,20 @@ def doctor() -> None:
 
 def main() -> None:
     """Run the command line; bad input is one line on stderr and exit status 2."""
-    from monai_memeff.apps.skull.demo.io import InputError
+    with exit_in_one_line("memeff"):
+        status = _run()
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
+    raise SystemExit(status)
 
+
+def _run() -> int:
+    """Parse and call; what the parser refuses is bad input like any other."""
     try:
-        app()
-    except InputError as error:
-        print(f"memeff: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        return app(prog_name="memeff", standalone_mode=False) or 0
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of the parser's exceptions, whose module differs by version
+            raise
+        raise InputError(f"{error.format_message().rstrip('.')}: see memeff --help") from None

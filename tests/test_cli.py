@@ -1,8 +1,10 @@
-"""The command line: help, the overlay and merge commands, and one line with exit status 2 for bad input."""
+"""The command line: what starts without torch, the small commands, and one line with a status for bad input."""
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,10 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import monai_memeff
 from monai_memeff import cli
 from monai_memeff.overlays import overlay_names
 
@@ -91,6 +95,109 @@ def test_overlay_lists_and_finds():
     assert runner.invoke(cli.app, ["overlay"]).output.split() == list(overlay_names())
     path = runner.invoke(cli.app, ["overlay", "sparse_unet"]).output.strip()
     assert "SparseUNet" in Path(path).read_text()
+
+
+def test_what_is_not_there_ends_in_one_line(monkeypatch, capsys):
+    for words in (("overlay", "nonsense"), ("nonsense",), ("bundle", "copy", "nonsense", "x"), ("bundle", "copy")):
+        status, out, err = run(monkeypatch, capsys, *words)
+        assert (status, out, len(err.strip().splitlines())) == (2, "", 1), words
+        assert err.startswith("memeff: ")
+    status, _, err = run(monkeypatch, capsys, "demo", "--size", "63")
+    assert (status, len(err.strip().splitlines())) == (2, 1)
+    assert "got 63" in err
+
+
+def test_help_is_shown_without_a_command(monkeypatch, capsys):
+    assert "bundle" in run(monkeypatch, capsys)[1]
+    assert "copy" in run(monkeypatch, capsys, "bundle")[1]
+    assert run(monkeypatch, capsys, "--version")[:2] == (0, f"{monai_memeff.__version__}\n")
+
+
+LIGHT = (("--help",), ("--version",), ("overlay",), ("overlay", "halo"), ("bundle",), ("bundle", "list"))
+
+
+def test_what_needs_no_torch_starts_without_it(tmp_path):
+    """By the console script's entry, all in one process: neither torch nor MONAI nor numpy is loaded."""
+    words = [*map(list, LIGHT), ["bundle", "copy", "skull_completion_sparse", str(tmp_path / "here")]]
+    probe = f"""
+import sys
+sys.path.insert(0, {str(Path(monai_memeff.__file__).parent / "_entry")!r})
+from _monai_memeff_command import main
+for words in {words!r}:
+    sys.argv = ["memeff", *words]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end
+print(sorted({{"torch", "monai", "numpy", "scipy"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "here" / "configs" / "train.json").is_file()
+
+
+def test_as_a_module_it_starts_without_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "monai_memeff", "overlay", "halo"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "monai_memeff.overlays" in loaded
+    assert not {"torch", "monai", "numpy"} & loaded
+
+
+def test_the_command_loads_a_subpackage_when_it_is_used():
+    assert monai_memeff.__getattr__("sparse") is monai_memeff.sparse
+    with pytest.raises(AttributeError, match="its subpackages are apps, clstm"):
+        monai_memeff.__getattr__("nonsense")
+
+
+def checkpoints(folder: Path) -> dict[str, Path]:
+    """Files that are no checkpoint of the completion network."""
+    whole = folder / "whole.pt"
+    torch.save({"weight": torch.zeros(100, 100)}, whole)
+    torch.save({"network": torch.nn.Conv3d(1, 1, 3)}, folder / "object.pt")
+    torch.save([torch.zeros(3)], folder / "list.pt")
+    content = {"text": b"not a checkpoint\n", "empty": b"", "truncated": whole.read_bytes()[:20_000]}
+    content |= {"damaged": whole.read_bytes()[:200] + bytes(300) + whole.read_bytes()[500:], "pickle": b"\x80\x02X"}
+    for name, data in content.items():
+        (folder / f"{name}.pt").write_bytes(data)
+    return {path.stem: path for path in folder.glob("*.pt")} | {"absent": folder / "none.pt", "folder": folder}
+
+
+def test_what_is_no_checkpoint_is_not_converted(tmp_path, monkeypatch, capsys):
+    said = {}
+    for name, path in checkpoints(tmp_path).items():
+        status, out, err = run(monkeypatch, capsys, "convert", path, tmp_path / "out" / "state.pt")
+        assert (status, out, len(err.strip().splitlines())) == (2, "", 1), (name, err)
+        assert str(path) in err
+        said[name] = err
+    assert "is empty" in said["empty"]
+    assert "is cut off" in said["truncated"]
+    assert "no checkpoint" in said["text"]
+    assert "other objects than tensors" in said["object"]
+    assert "13 convolutions" in said["whole"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_cannot_be_written_end_in_one_line(tmp_path, monkeypatch, capsys):
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    status, _, err = run(monkeypatch, capsys, "bundle", "copy", "organ_occupancy", tmp_path / "new" / "here")
+    assert (status, err) == (2, f"memeff: {tmp_path / 'x'}: No space left on device\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_is_one_line_and_status_130(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", interrupted)
+    status, out, err = run(monkeypatch, capsys, "bundle", "copy", "organ_occupancy", tmp_path / "here")
+    assert (status, out, err) == (130, "", "memeff: interrupted\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_merge_writes_one_file(tmp_path, monkeypatch, capsys):

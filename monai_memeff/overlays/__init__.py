@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from monai_memeff.errors import InputError
+
 __all__ = ["overlay_names", "overlay_path"]
 
 
@@ -24,7 +26,7 @@ def overlay_path(name: str) -> Path:
         The file's path.
 
     Raises:
-        ValueError: there is no overlay of that name.
+        InputError: there is no overlay of that name.
 
     Example::
 
@@ -32,5 +34,5 @@ def overlay_path(name: str) -> Path:
     """
     stem = name.removesuffix(".json")
     if stem not in overlay_names():
-        raise ValueError(f"no overlay is called {name!r}: choose one of {', '.join(overlay_names())}.")
+        raise InputError(f"no overlay is called {name!r}: choose one of {', '.join(overlay_names())}")
     return Path(str(resources.files(__name__) / f"{stem}.json"))

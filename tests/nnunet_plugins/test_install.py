@@ -138,6 +138,22 @@ def test_wheel(tmp_path, wheel):
     assert environment.probe()["value"] is None
 
 
+def test_the_wheel_alone_brings_command_and_bundles(tmp_path, wheel):
+    environment = Environment(tmp_path / "venv")
+    environment.install(wheel)
+    memeff = str(Path(environment.python).with_name("memeff"))
+    options = {"env": environment.variables(), "cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run([memeff, "bundle", "copy", "skull_completion_sparse", "here"], **options)
+    assert done.returncode == 0, done.stderr
+    shipped = ROOT / "bundles" / "skull_completion_sparse"
+    files = {path.relative_to(shipped) for part in ("configs", "docs") for path in (shipped / part).rglob("*.*")}
+    assert files <= {path.relative_to(tmp_path / "here") for path in (tmp_path / "here").rglob("*")}
+    assert (tmp_path / "here" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    listed = subprocess.run([memeff, "bundle", "list"], **options).stdout
+    assert [line.split()[0] for line in listed.splitlines()] == sorted(p.name for p in (ROOT / "bundles").iterdir())
+    assert subprocess.run([memeff, "bundle", "copy", "skull_completion_sparse", "here"], **options).returncode == 2
+
+
 @pytest.mark.skipif(find_spec("editables") is None, reason="hatchling builds no editable wheel without editables")
 def test_editable_beside_an_editable_nnunet(tmp_path):
     pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")

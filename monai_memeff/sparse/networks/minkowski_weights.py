@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from monai_memeff.errors import InputError
 from monai_memeff.sparse.networks.completion import SparseCompletionNet
 
 State = dict[str, Tensor]
@@ -127,14 +131,35 @@ def convert_file(source: str, channels: tuple[int, ...] | None = None) -> tuple[
         The state dict for :class:`SparseCompletionNet`, on the CPU, and its channels.
 
     Raises:
+        InputError: the file is empty, cut off or no checkpoint at all.
         ValueError: the file holds no state dict, or it does not fit; the message says where.
+        OSError: the file cannot be read.
     """
-    loaded = torch.load(source, map_location="cpu", weights_only=True)
+    loaded = _load(source)
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise ValueError(f"{source} holds no state dict: names and tensors, or those under `state_dict`.")
     channels = channels or channels_of(loaded)
     return from_minkowski(loaded, SparseCompletionNet(channels)), channels
+
+
+def _load(source: str) -> Any:
+    """What ``torch.save`` wrote; every kind of file that it did not write is named in one line."""
+    with open(source, "rb") as file:
+        start = file.read(4)
+    if not start:
+        raise InputError(f"{source} is empty: copy the checkpoint again")
+    if start == b"PK\x03\x04" and not zipfile.is_zipfile(source):
+        raise InputError(f"{source} is cut off: copy the checkpoint again")
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes end in whatever the unpickler stumbles over
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+            way_out = "it holds other objects than tensors; save network.state_dict() and give that file"
+            raise InputError(f"{source} is not read: {way_out}") from error
+        raise InputError(f"{source} is no checkpoint, or a damaged one: give a file that torch.save wrote") from error
 
 
 def _layers_of(checkpoint: Mapping[str, Tensor]) -> list[tuple[str, str, State]]:
