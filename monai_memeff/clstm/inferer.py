@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from monai.inferers import Inferer
-from monai.utils import optional_import
+from monai.utils import convert_to_dst_type, optional_import
 from torch import Tensor, nn
 
-from monai_memeff.clstm.network import like_input
 from monai_memeff.clstm.slabs import check_that_slabs_continue
 from monai_memeff.memory.stream import same_stream
 
@@ -111,7 +110,7 @@ class SlabInferer(Inferer):
             whole.narrow(2 + network.axis, first, length).copy_(result)
             first += length
         assert whole is not None
-        return like_input(whole, volume)
+        return convert_to_dst_type(whole, volume, dtype=whole.dtype, device=whole.device)[0]
 
     def _cut(self, volume: Tensor, axis: int) -> list[Tensor]:
         if volume.ndim != 5:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from monai.data import MetaTensor
+from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
 from monai_memeff.clstm.cell import GatedConvLSTMCell, State
@@ -128,8 +128,9 @@ class CLSTMUNet(nn.Module):
             gates_back.append(back)
         if self.cell_back is not None:
             outputs = self._backward_direction(outputs, gates_back, self._begin(slices, end), x.device)
-        logits = torch.cat(outputs, dim=1).movedim(1, 2 + self.axis)
-        return like_input(logits, x), (state[0], state[1])
+        walk = 2 + self.axis
+        logits = torch.cat([output.movedim(1, walk) for output in outputs], dim=walk)  # contiguous: no copy follows
+        return convert_to_dst_type(logits, x, dtype=logits.dtype, device=logits.device)[0], (state[0], state[1])
 
     def state_before(self, x: Tensor, end: State | None = None) -> State:
         """Bidirectional only: the way back's state after a slab's first slice, to hand to the slab before it.
@@ -246,15 +247,6 @@ class CLSTMUNet(nn.Module):
         if not all(math.isfinite(float(bound)) for bound in torch.aminmax(plain.detach())):
             raise ValueError("CLSTMUNet needs finite values, got NaN or infinity; replace them first.")
         return plain.movedim(2 + self.axis, 1)
-
-
-def like_input(output: Tensor, image: Tensor) -> Tensor:
-    """Carry the metadata of a MetaTensor input over to an output of the same grid."""
-    if not isinstance(image, MetaTensor):
-        return output
-    result = MetaTensor(output).copy_meta_from(image)
-    result.is_batch = image.is_batch
-    return result
 
 
 def _check(

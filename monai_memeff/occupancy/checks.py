@@ -14,15 +14,6 @@ def plain_tensor(volume: Tensor) -> Tensor:
     return volume.as_tensor() if isinstance(volume, MetaTensor) else volume
 
 
-def like_input(output: Tensor, volume: Tensor) -> Tensor:
-    """Carry the metadata of a MetaTensor input over to an output of the same grid."""
-    if not isinstance(volume, MetaTensor):
-        return output
-    result = MetaTensor(output).copy_meta_from(volume)
-    result.is_batch = volume.is_batch
-    return result
-
-
 def checked_volume(volume: Tensor, in_channels: int, volume_shape: tuple[int, ...] | None) -> Tensor:
     """The volume without metadata; ValueError for wrong channels or extents, NaN or infinity."""
     volume = plain_tensor(volume)

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
 from monai.inferers import Inferer
-from monai.utils import optional_import
+from monai.utils import convert_to_dst_type, optional_import
 from torch import Tensor, nn
 
 from monai_memeff.occupancy.evaluator import PointEvaluator, labels_of
@@ -153,7 +152,8 @@ class OctreeInferer(Inferer):
             seconds = time.perf_counter() - began
             reports.append(search.report(seconds, search.disagreement() if self.compare_dense else None))
         self.last_report = _summed(reports)
-        return _like_input(torch.stack(results) if len(results) > 1 else results[0][None], inputs)
+        result = torch.stack(results) if len(results) > 1 else results[0][None]
+        return convert_to_dst_type(result, inputs, dtype=result.dtype, device=result.device)[0]
 
 
 class _Search:
@@ -271,12 +271,3 @@ def _summed(reports: Sequence[OctreeReport]) -> OctreeReport:
         disagreement=sum(wrong) if wrong else None,
         seconds=sum(report.seconds for report in reports),
     )
-
-
-def _like_input(output: Tensor, volume: Tensor) -> Tensor:
-    """Carry the metadata of a MetaTensor over to an output on the same grid."""
-    if not isinstance(volume, MetaTensor):
-        return output
-    result = MetaTensor(output).copy_meta_from(volume)
-    result.is_batch = volume.is_batch
-    return result

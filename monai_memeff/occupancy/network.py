@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monai_memeff.geometry import index_to_unit, sample_at
-from monai_memeff.occupancy.checks import checked_points, checked_shape, checked_volume, like_input, plain_tensor
+from monai_memeff.occupancy.checks import checked_points, checked_shape, checked_volume, plain_tensor
 from monai_memeff.occupancy.nn.decoder import PointDecoder
 from monai_memeff.occupancy.nn.encoder import (
     AuxiliaryHead,
@@ -218,7 +219,7 @@ class OccupancyNet(nn.Module):
         if points is not None:
             return self.query(latent, points, volume), latent.coarse
         logits = self._dense(latent, plain_tensor(volume))
-        return like_input(logits, volume)
+        return convert_to_dst_type(logits, volume, dtype=logits.dtype, device=logits.device)[0]
 
     def _dense(self, latent: Latent, volume: Tensor) -> Tensor:
         shape = tuple(volume.shape[2:])

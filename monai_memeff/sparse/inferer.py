@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from monai.inferers import Inferer
+from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
 from monai_memeff.sparse.core.tensor import SparseTensor
-from monai_memeff.sparse.networks.output import like_input
 
 
 class SparseInferer(Inferer):
@@ -54,4 +54,5 @@ class SparseInferer(Inferer):
                 "use a network of monai_memeff.sparse, or MONAI's SlidingWindowInferer for dense networks."
             )
         logits = network(bare.sparsify(inputs).to(device), *args, **kwargs)
-        return like_input(bare.densify(logits.to(inputs.device)), inputs)
+        dense = bare.densify(logits.to(inputs.device))
+        return convert_to_dst_type(dense, inputs, dtype=dense.dtype, device=dense.device)[0]

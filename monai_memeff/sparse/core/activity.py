@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+ABSENT_LOGIT = 10.0
+"""Size of the logit of voxels that were not computed: a probability below 5e-5."""
+
 
 def active_voxels(image: Tensor, threshold: float | None = None, background: float = 0.0) -> Tensor:
     """Mark the active voxels of a batch of volumes.

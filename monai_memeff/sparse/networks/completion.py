@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
 from monai_memeff.geometry import key_lists
 from monai_memeff.memory import checkpoint
+from monai_memeff.sparse.core.activity import ABSENT_LOGIT
 from monai_memeff.sparse.core.tensor import SparseTensor, nonzero_voxels
 from monai_memeff.sparse.networks.budget import check_budget, prune_to_budget
-from monai_memeff.sparse.networks.output import ABSENT_LOGIT, like_input
 from monai_memeff.sparse.nn.blocks import SparseBatchNorm3d, SparseReLU
 from monai_memeff.sparse.nn.conv import SparseConv3d, SparseConvTranspose3d
 
@@ -89,7 +90,10 @@ class SparseCompletionNet(nn.Module):
         levels = self._decode(self._encode(present), wanted)
         if self.training:
             return levels
-        return levels[-1] if isinstance(x, SparseTensor) else like_input(self.densify(levels[-1]), x)
+        if isinstance(x, SparseTensor):
+            return levels[-1]
+        logits = self.densify(levels[-1])
+        return convert_to_dst_type(logits, x, dtype=logits.dtype, device=logits.device)[0]
 
     def sparsify(self, volume: Tensor) -> SparseTensor:
         """The non-zero voxels of (B, 1, H, W, D)."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from monai.networks.layers.factories import Act, Norm
 from monai.networks.nets.unet import UNet
+from monai.utils import convert_to_dst_type
 from torch import Tensor
 
-from monai_memeff.sparse.core.activity import active_voxels
+from monai_memeff.sparse.core.activity import ABSENT_LOGIT, active_voxels
 from monai_memeff.sparse.core.tensor import SparseTensor
-from monai_memeff.sparse.networks.output import ABSENT_LOGIT, like_input
 from monai_memeff.sparse.nn.convert import to_sparse
 
 
@@ -94,7 +94,8 @@ class SparseUNet(UNet):
         """Segment (see the class)."""
         if isinstance(x, SparseTensor):
             return self.model(x)
-        return like_input(self.densify(self.model(self.sparsify(x))), x)
+        logits = self.densify(self.model(self.sparsify(x)))
+        return convert_to_dst_type(logits, x, dtype=logits.dtype, device=logits.device)[0]
 
     def sparsify(self, image: Tensor) -> SparseTensor:
         """The active voxels of (B, in_channels, H, W, D) by this network's rule."""
