@@ -99,13 +99,17 @@ def merge(
     """Merge a bundle's configuration with overlays into one file, for hosts that read only one (MONAI Label)."""
     from monai.bundle import ConfigParser
 
+    from monai_memeff.data import atomic_write
+
     missing = [str(path) for path in configs if not path.is_file()]
     if missing:
         raise InputError(f"no such configuration file: {', '.join(missing)}; give the paths of existing files.")
+    if output.suffix not in (".json", ".yaml", ".yml"):
+        raise InputError(f"a configuration is .json or .yaml, got {output.name!r}; give --output such a name.")
     parser = ConfigParser()
     parser.read_config([str(path) for path in configs])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    ConfigParser.export_config_file(parser.config, str(output), fmt=output.suffix.lstrip("."), indent=2)
+    with atomic_write(output, *configs) as work:
+        ConfigParser.export_config_file(parser.config, str(work), fmt=output.suffix.lstrip("."), indent=2)
     typer.echo(f"wrote {output}")
 
 

@@ -13,6 +13,8 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import convert_to_numpy, optional_import
 
+from monai_memeff.data.atomic import atomic_write
+
 GREEN, RED, PURPLE = (0.1, 0.8, 0.2), (0.9, 0.1, 0.1), (0.6, 0.1, 0.9)
 
 
@@ -76,8 +78,8 @@ def save_agreement(
         axes.set_title(name, color="white")
         axes.axis("off")
     figure.text(0.5, 0.02, "green: agreement   red: missed   purple: too much", color="white", ha="center")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, facecolor="black")
+    with atomic_write(path) as work:
+        figure.savefig(work, format=Path(path).suffix[1:] or "png", dpi=100, facecolor="black")
 
 
 class SaveAgreementd(MapTransform):

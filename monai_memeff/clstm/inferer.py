@@ -13,6 +13,7 @@ from monai.utils import convert_to_dst_type, optional_import
 from torch import Tensor, nn
 
 from monai_memeff.clstm.slabs import check_that_slabs_continue
+from monai_memeff.clstm.target import SlabTarget
 from monai_memeff.memory.stream import same_stream
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
@@ -88,16 +89,21 @@ class SlabInferer(Inferer):
         Args:
             inputs: see :meth:`__call__`.
             network: likewise.
-            out: (B, K, H, W, D), anything that numpy's slices can be assigned to.
+            out: (B, K, H, W, D), a tensor or anything with shape and dtype that numpy's slices can be assigned to. A
+                file from ``create_labels`` takes its name when all slabs are written; an interruption leaves none.
+
+        Raises:
+            InputError: ``out`` has another shape, or its dtype cannot hold every value.
         """
         bare = getattr(network, "module", network)
-        slabs = self._cut(inputs, bare.axis) if isinstance(inputs, Tensor) else inputs
-        first = 0
-        for result in self._stream(slabs, bare):
-            place: list[slice] = [slice(None)] * 5
-            place[2 + bare.axis] = slice(first, first + result.shape[2 + bare.axis])
-            first += result.shape[2 + bare.axis]
-            out[tuple(place)] = result if isinstance(out, Tensor) else result.cpu().numpy()
+        target = SlabTarget(out, bare.axis, inputs)
+        try:
+            for result in self._stream(self._cut(inputs, bare.axis) if isinstance(inputs, Tensor) else inputs, bare):
+                target.put(result)
+            target.finish()
+        except BaseException:
+            target.abort()
+            raise
 
     def _volume(self, volume: Tensor, network: Any) -> Tensor:
         whole: Tensor | None = None

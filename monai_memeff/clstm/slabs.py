@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.utils import optional_import
 from torch import Tensor
 
+from monai_memeff.data.nifti import LabelFile
+from monai_memeff.data.nifti_checks import open_nifti
+from monai_memeff.errors import InputError
 from monai_memeff.geometry import ras_affine
 
 TOLERANCE = 0.01
@@ -69,7 +72,7 @@ def shifted(affine: np.ndarray, axis: int, slices: int) -> np.ndarray:
 
 
 class NiftiSlabs(Sequence[Tensor]):
-    """A NIfTI file as a sequence of slabs (1, 1, H, W, d), each read when it is asked for.
+    """A NIfTI or FreeSurfer file as a sequence of slabs (1, 1, H, W, d), each read when it is asked for.
 
     An uncompressed file is read in place. A ``.nii.gz`` is unpacked from its beginning again for every step back, so
     for a bidirectional network unpack it first.
@@ -81,7 +84,8 @@ class NiftiSlabs(Sequence[Tensor]):
         transform: applied to every slab; must treat a voxel as it would in the whole volume.
 
     Raises:
-        ValueError: the file is not 3D.
+        ValueError: slab below 1.
+        InputError: the file is not 3D, or is refused by :func:`monai_memeff.data.open_nifti`.
     """
 
     def __init__(
@@ -91,10 +95,12 @@ class NiftiSlabs(Sequence[Tensor]):
         axis: int = 2,
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        nibabel, _ = optional_import("nibabel")
-        self.image = nibabel.load(path, keep_file_open=True)
+        if slab < 1:
+            raise ValueError(f"slab must be at least 1, got {slab}.")
+        self.path = Path(path)
+        self.image = open_nifti(path)
         if len(self.image.shape) != 3:
-            raise ValueError(f"NiftiSlabs reads 3D volumes, {os.fspath(path)} has the shape {self.image.shape}.")
+            raise InputError(f"NiftiSlabs reads 3D volumes, {os.fspath(path)} has the shape {self.image.shape}.")
         self.slab, self.axis, self.transform = slab, axis % 3, transform
 
     @property
@@ -115,26 +121,12 @@ class NiftiSlabs(Sequence[Tensor]):
         slab = MetaTensor(values[None, None], affine=torch.from_numpy(shifted(self.image.affine, self.axis, first)))
         return slab if self.transform is None else self.transform(slab)
 
-    def create_labels(self, path: str | os.PathLike[str]) -> np.ndarray:
-        """Make an uncompressed NIfTI file of uint8 on the same grid; gives (1, 1, H, W, D), memory-mapped, to fill.
+    def create_labels(self, path: str | os.PathLike[str]) -> LabelFile:
+        """Make an uncompressed NIfTI file of uint8 on the same grid, to be filled with (1, 1, H, W, D).
+
+        The file takes its name when :meth:`SlabInferer.write` has filled it, or by ``commit()``.
 
         Raises:
-            ValueError: the name does not end in .nii.
+            InputError: the name does not end in .nii, or is the image itself.
         """
-        if not os.fspath(path).endswith(".nii"):
-            raise ValueError(f"labels are written in place, so the name must end in .nii, got {os.fspath(path)}.")
-        nibabel, _ = optional_import("nibabel")
-        header = self.image.header.copy()
-        header.set_data_dtype(np.uint8)
-        header.set_slope_inter(1, 0)
-        header["vox_offset"] = 352
-        header["magic"] = b"n+1"
-        image = nibabel.Nifti1Image(np.zeros((1, 1, 1), np.uint8), self.image.affine, header)
-        with open(path, "wb") as file:
-            head = image.header.copy()
-            head.set_data_shape(self.shape)
-            head.write_to(file)
-            file.write(b"\0" * 4)
-            file.truncate(352 + int(np.prod(self.shape)))
-        values = np.memmap(path, np.uint8, "r+", 352, self.shape, order="F")
-        return values[None, None]
+        return LabelFile(path, self.shape, self.image.affine, source=self.path)

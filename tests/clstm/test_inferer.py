@@ -153,7 +153,6 @@ def test_a_file_is_read_and_written_slab_by_slab(net: CLSTMUNet, ending: str, tm
     net.head.bias.data -= whole(net, image).median()  # some voxels inside, some outside
     out = slabs.create_labels(tmp_path / "labels.nii")
     SlabInferer(labels=True).write(slabs, net, out)
-    out.base.flush()
     written = nib.load(tmp_path / "labels.nii")
     expected = SlabInferer(labels=True)(image, net)[0, 0]
     assert 0 < expected.float().mean() < 1

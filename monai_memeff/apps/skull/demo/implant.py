@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from monai_memeff.apps.skull.demo.volume import HeadVolume, bounding_box, largest_component, resample_to_grid
+from monai_memeff.data.nifti import save_nifti
 
 STEP_MM = 1.0  # the shape is drawn on a grid about this fine
 SMOOTH, SMOOTH_SIDES = 0.75, 0.5  # standard deviations, in cells, of the smoothing of distances
@@ -170,10 +171,4 @@ def implant_mesh(field: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.
 
 def write_mask(path: Path, mask: np.ndarray, affine: np.ndarray) -> None:
     """Write a mask as NIfTI (uint8) with a given affine in RAS+ millimeters."""
-    import nibabel
-
-    image = nibabel.Nifti1Image(mask.astype(np.uint8), affine)
-    image.header.set_xyzt_units("mm")
-    image.set_qform(affine, code=1)
-    image.set_sform(affine, code=1)
-    nibabel.save(image, path)
+    save_nifti(path, mask.astype(np.uint8), affine)

@@ -9,6 +9,7 @@ import numpy as np
 
 from monai_memeff.apps.skull.demo.raycast import View, look_at, raycast
 from monai_memeff.apps.skull.demo.volume import HeadVolume, bounding_box, resample_to_grid
+from monai_memeff.data.atomic import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +62,8 @@ def render_png(
     figure.text(0.5, 0.965, title, ha="center", fontsize=15, weight="bold")
     _legend(figure, predicted is not None)
     figure.text(0.5, 0.016, caption, ha="center", fontsize=9.5, color="0.3")
-    figure.savefig(path, format="png", metadata={"Software": "monai-memeff"})
+    with atomic_write(path) as work:
+        figure.savefig(work, format="png", metadata={"Software": "monai-memeff"})
 
 
 def _on_gray(head: HeadVolume, shape: Shape) -> np.ndarray:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from monai_memeff.apps.skull.demo.io import InputError
 from monai_memeff.apps.skull.demo.volume import HeadVolume
+from monai_memeff.data.atomic import atomic_write, check_other_file
+from monai_memeff.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +27,8 @@ ONE_HEAD = (
     "Training and test defects were cut into one and the same head, so these numbers compare the methods on this head"
     " and say nothing about unseen skulls."
 )
+REPORTS = ("report.txt", "report.json")
+WRITTEN = (*REPORTS, "implant.stl", "implant.nii.gz", "removed_bone.nii.gz", "defective_skull.nii.gz", "figure.png")
 COLUMNS = (
     ("implant\nDSC", "implant_dice", "{:.3f}"),
     ("border\nDSC", "border_dice", "{:.3f}"),
@@ -195,8 +198,9 @@ def _finite(value: Any) -> Any:
 
 def write_report(folder: Path, report: DemoReport) -> None:
     """Write ``report.txt`` and ``report.json``."""
-    (folder / "report.txt").write_text(report_text(report), encoding="utf-8")
-    (folder / "report.json").write_text(report_json(report), encoding="utf-8")
+    for name, text in (("report.txt", report_text(report)), ("report.json", report_json(report))):
+        with atomic_write(folder / name) as work:
+            work.write_text(text, encoding="utf-8")
 
 
 def write_case(
@@ -242,13 +246,23 @@ def write_case(
     return {"ct_implant_dice": 2 * int((drawn & removed).sum()) / max(both, 1), "implant_volume_ml": volume}
 
 
-def check_output(output: str | Path) -> Path:
+def check_output(output: str | Path, image: str | Path | None = None) -> Path:
     """Refuse a folder that cannot be written, before any work starts.
 
+    Args:
+        output: the folder.
+        image: what is read; nothing is written over it, nor into the folder of a series.
+
     Raises:
-        InputError: when it is a file, or it or the nearest folder above it cannot be written.
+        InputError: when it is a file, it or the nearest folder above it cannot be written, or it holds the image.
     """
     path = Path(output).expanduser().absolute()
+    if image is not None:
+        source = Path(image).expanduser().resolve()
+        if source.is_dir() and path.resolve().is_relative_to(source):
+            raise InputError(f"output {path} lies in the image's own folder: give another --output")
+        for name in WRITTEN:
+            check_other_file(path / name, source)
     above = next(p for p in (path, *path.parents) if p.exists())
     if not above.is_dir():
         raise InputError(f"output {path} needs a folder, but {above} is a file: give another --output")
@@ -262,7 +276,8 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     """Files written into the folder that this gives appear in ``output`` when all is done, and never when it fails.
 
     Args:
-        output: made when it does not exist; files of the same names in it are replaced.
+        output: made when it does not exist; what an earlier run wrote there goes away, other files stay. The report
+            goes first and comes last: where one stands, the files beside it belong to it.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -270,7 +285,9 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         yield work
         work.chmod(0o755)
         if output.exists():
-            for file in work.iterdir():
+            for name in WRITTEN:
+                (output / name).unlink(missing_ok=True)
+            for file in sorted(work.iterdir(), key=lambda file: file.name in REPORTS):
                 os.replace(file, output / file.name)
         else:
             os.replace(work, output)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from monai_memeff.apps.skull import RandSkullDefect
 from monai_memeff.apps.skull.demo import methods, report
-from monai_memeff.apps.skull.demo.io import InputError
 from monai_memeff.apps.skull.demo.mirror import mirror_implant
 from monai_memeff.apps.skull.demo.volume import HeadVolume, load_head
 from monai_memeff.apps.skull.metrics import implant_scores
+from monai_memeff.errors import InputError
 
 SECONDS_AT_64 = 95.0
 LEARNING_RATE = {"sparse": 4e-3, "dense": 2e-3}
@@ -53,7 +53,7 @@ def run_demo(
     Raises:
         InputError: on every bad input, in one line, before training starts.
     """
-    target = report.check_output(output)
+    target = report.check_output(output, image)
     if seconds is None:
         seconds = SECONDS_AT_64 * (size / 64) ** 3
     if not 0 < seconds < float("inf") or defects < 1:

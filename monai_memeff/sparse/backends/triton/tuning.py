@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from monai_memeff.data.atomic import atomic_write
 
 ENVIRONMENT_VARIABLE = "MEMEFF_TUNING_CACHE"
 """Path of the file, or "off": nothing is timed, read or written, and the first candidate is used."""
@@ -169,13 +170,5 @@ def _write(file: Path | None, key: str, choice: Blocks) -> None:
     """Add a choice to what the file holds now, by replacing the file at once; a file that cannot be written is left."""
     assert file is not None
     choices = {name: astuple(blocks) for name, blocks in (_read(file) | {key: choice}).items()}
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump({"format": FORMAT, "choices": choices}, stream, indent=1)
-            os.replace(name, file)
-        except OSError:
-            os.unlink(name)
-            raise
+    with contextlib.suppress(OSError), atomic_write(file) as work:
+        work.write_text(json.dumps({"format": FORMAT, "choices": choices}, indent=1), encoding="utf-8")
