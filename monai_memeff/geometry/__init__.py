@@ -1,4 +1,4 @@
-"""Ground room of integers and affines: voxel keys, grids, partitions; torch and numpy only."""
+"""Integers and affines: voxel keys, grids, partitions; torch and numpy only."""
 
 from monai_memeff.geometry.grid import (
     check_affine,
@@ -8,31 +8,19 @@ from monai_memeff.geometry.grid import (
     is_anisotropic,
     is_oblique,
     mm_to_index,
-    mm_to_unit,
-    nearest_index,
     resize_affine,
     sample_at,
     spacing,
-    unit_centers,
-    unit_to_index,
-    unit_to_mm,
     voxel_volume,
 )
 from monai_memeff.geometry.partition import (
-    Box,
     Stencil,
-    margins,
-    output_size,
-    receptive_field,
     split_axis,
-    split_volume,
-    total_stride,
 )
 from monai_memeff.geometry.space import ras_affine, space_of, to_ras
 from monai_memeff.geometry.voxels import coordinates_to_keys, keys_to_coordinates
 
 __all__ = [
-    "Box",
     "Stencil",
     "check_affine",
     "coordinates_to_keys",
@@ -42,23 +30,13 @@ __all__ = [
     "is_anisotropic",
     "is_oblique",
     "keys_to_coordinates",
-    "margins",
     "mm_to_index",
-    "mm_to_unit",
-    "nearest_index",
-    "output_size",
     "ras_affine",
-    "receptive_field",
     "resize_affine",
     "sample_at",
     "space_of",
     "spacing",
     "split_axis",
-    "split_volume",
     "to_ras",
-    "total_stride",
-    "unit_centers",
-    "unit_to_index",
-    "unit_to_mm",
     "voxel_volume",
 ]

@@ -30,43 +30,6 @@ def index_to_unit(index: Tensor, spatial_shape: Sequence[int]) -> Tensor:
     return (2 * index + 1) / extent - 1
 
 
-def unit_to_index(unit: Tensor, spatial_shape: Sequence[int]) -> Tensor:
-    """Invert :func:`index_to_unit`: (..., d) positions in the unit cube to fractional voxel indices."""
-    return ((unit + 1) * _extent(unit, spatial_shape) - 1) / 2
-
-
-def nearest_index(unit: Tensor, spatial_shape: Sequence[int]) -> Tensor:
-    """The voxel that holds each point of the unit cube.
-
-    Args:
-        unit: (..., d) positions; points outside the volume go to the closest voxel.
-        spatial_shape: the d extents in voxels.
-
-    Returns:
-        (..., d) int64 voxel indices.
-    """
-    extent = _extent(unit, spatial_shape)
-    cell = ((unit + 1) * extent / 2).floor()
-    return torch.minimum(cell.clamp(min=0), extent - 1).to(torch.int64)
-
-
-def unit_centers(
-    spatial_shape: Sequence[int], dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
-) -> Tensor:
-    """All voxel centers of a volume in the unit cube.
-
-    Args:
-        spatial_shape: extents in voxels, for example (H, W, D).
-        dtype: floating-point type of the result.
-        device: device of the result.
-
-    Returns:
-        (H, W, D, 3): at [i, j, k] the position of that voxel, components in the order (i, j, k).
-    """
-    axes = [(2 * torch.arange(extent, dtype=dtype, device=device) + 1) / extent - 1 for extent in spatial_shape]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
-
-
 def sample_at(image: Tensor, unit: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:
     """Read a volume at points of the unit cube.
 
@@ -97,16 +60,6 @@ def mm_to_index(points: Tensor, affine: Tensor) -> Tensor:
     matrix = check_affine(affine).to(points.device)
     offset = points.to(torch.float64) - matrix[:3, 3]
     return offset @ torch.linalg.inv(matrix[:3, :3]).T
-
-
-def unit_to_mm(unit: Tensor, spatial_shape: Sequence[int], affine: Tensor) -> Tensor:
-    """Map (..., 3) positions in the unit cube to millimeters; see :func:`unit_to_index` and :func:`index_to_mm`."""
-    return index_to_mm(unit_to_index(unit.to(torch.float64), spatial_shape), affine)
-
-
-def mm_to_unit(points: Tensor, spatial_shape: Sequence[int], affine: Tensor) -> Tensor:
-    """Map (..., 3) millimeters to the unit cube; see :func:`mm_to_index` and :func:`index_to_unit`."""
-    return index_to_unit(mm_to_index(points, affine), spatial_shape)
 
 
 def check_affine(affine: Tensor | np.ndarray) -> Tensor:

@@ -1,7 +1,7 @@
-"""Ground room of memory: measure and predict the peak of a step, and recompute instead of remember; torch only."""
+"""Memory: measure and predict the peak of a step, and recompute instead of remember; torch only."""
 
-from monai_memeff.memory.checkpoint import checkpoint, checkpoint_sequential
+from monai_memeff.memory.checkpoint import checkpoint
 from monai_memeff.memory.estimate import PeakEstimate, estimate_peak
 from monai_memeff.memory.meter import PeakMeter, measure_peak
 
-__all__ = ["PeakEstimate", "PeakMeter", "checkpoint", "checkpoint_sequential", "estimate_peak", "measure_peak"]
+__all__ = ["PeakEstimate", "PeakMeter", "checkpoint", "estimate_peak", "measure_peak"]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from itertools import pairwise
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,51 +53,6 @@ def checkpoint(
     if batch_norm_once and not torch.compiler.is_compiling():
         options["context_fn"] = _plain_then_recompute
     return torch_checkpoint(function, *args, **options)
-
-
-def checkpoint_sequential(
-    functions: nn.Sequential | Sequence[Callable[[Any], Any]],
-    x: Any,
-    segments: int | Literal["sqrt"] = "sqrt",
-    batch_norm_once: bool = True,
-    preserve_rng: bool = True,
-) -> Any:
-    """Run a chain ``x = f(x)`` and keep only what passes between its segments.
-
-    With n functions of equal cost in s segments, n / s + s activations are alive at once instead of n; s = sqrt(n) is
-    the least. The last segment is run plainly: its backward pass comes first, so recomputing it would save nothing.
-
-    Args:
-        functions: the chain, each called with the result of the one before.
-        x: input of the first function.
-        segments: number of segments, between 1 and ``len(functions)``, or ``"sqrt"`` for ceil(sqrt(n)). Segments
-            differ in length by at most one function.
-        batch_norm_once: see :func:`checkpoint`.
-        preserve_rng: see :func:`checkpoint`.
-
-    Returns:
-        The result of the last function; ``x`` itself for an empty chain.
-
-    Raises:
-        ValueError: ``segments`` is out of range.
-    """
-    chain = list(functions)
-    count = max(1, math.ceil(math.sqrt(len(chain)))) if segments == "sqrt" else segments
-    if not isinstance(count, int) or not 1 <= count <= max(1, len(chain)):
-        raise ValueError(
-            f"segments must be 'sqrt' or an integer from 1 to the number of functions ({len(chain)}), got {segments!r}."
-        )
-    cuts = [len(chain) * index // count for index in range(count + 1)]
-    for start, stop in pairwise(cuts[:-1]):
-        segment = partial(_run_chain, chain[start:stop])
-        x = checkpoint(segment, x, batch_norm_once=batch_norm_once, preserve_rng=preserve_rng)
-    return _run_chain(chain[cuts[-2] :], x)
-
-
-def _run_chain(functions: Sequence[Callable[[Any], Any]], x: Any) -> Any:
-    for function in functions:
-        x = function(x)
-    return x
 
 
 def _plain_then_recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

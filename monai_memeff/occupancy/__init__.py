@@ -8,7 +8,7 @@ from monai_memeff.occupancy.metrics import SampledDiceMetric
 from monai_memeff.occupancy.network import OccupancyNet
 from monai_memeff.occupancy.nn.activation import PadeActivation
 from monai_memeff.occupancy.nn.norm import ConditionalBatchNorm
-from monai_memeff.occupancy.optimizer import Lookahead, occupancy_optimizer, occupancy_scheduler
+from monai_memeff.occupancy.optimizer import Lookahead, occupancy_optimizer
 from monai_memeff.occupancy.transforms import (
     RandOccupancyPoints,
     RandOccupancyPointsD,
@@ -34,6 +34,5 @@ __all__ = [
     "labels_to_mesh",
     "logits_to_mesh",
     "occupancy_optimizer",
-    "occupancy_scheduler",
     "write_mesh",
 ]

@@ -1,28 +1,27 @@
-"""Lookahead, and the published optimizer and schedule made with it."""
+"""Lookahead, and the published optimizer made with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import MultiStepLR
 
 from monai_memeff.occupancy.nn.activation import PadeActivation
 
 
 class Lookahead(Optimizer):
-    """Slow weights that follow an optimizer's: every ``k`` steps they move a share ``alpha`` of the way to its weights.
+    """Slow weights that follow an optimizer's: every ``k`` steps they move a fraction ``alpha`` of the way to them.
 
     Zhang, Lucas, Hinton and Ba, NeurIPS 2019 (arXiv 1907.08610), algorithm 1. Parameter groups are those of the inner
     optimizer, so schedulers and gradient scalers work as usual. The slow weights start when the first step is taken.
 
     Args:
-        optimizer: the inner one.
-        k: steps between two updates of the slow weights.
-        alpha: share of the way, in (0, 1].
+        optimizer: The inner optimizer.
+        k: Steps between two updates of the slow weights.
+        alpha: Fraction of the way, in (0, 1].
 
     Raises:
         ValueError: k or alpha out of range.
@@ -81,9 +80,9 @@ def occupancy_optimizer(
     Reich et al., BMVC 2021 (arXiv 2110.10640), section 4.
 
     Args:
-        network: whose parameters to train; without Pade activations there is one group.
-        lr: of everything else.
-        pade_lr: of the coefficients of :class:`~monai_memeff.occupancy.PadeActivation`.
+        network: Network whose parameters are trained; without Pade activations there is one group.
+        lr: Learning rate of everything else.
+        pade_lr: Learning rate of the coefficients of :class:`~monai_memeff.occupancy.PadeActivation`.
         k: see :class:`Lookahead`.
         alpha: see :class:`Lookahead`.
     """
@@ -93,8 +92,3 @@ def occupancy_optimizer(
     if pade:
         groups.append({"params": pade, "lr": pade_lr})
     return Lookahead(torch.optim.RAdam(groups), k, alpha)
-
-
-def occupancy_scheduler(optimizer: Optimizer, milestones: Sequence[int] = (20, 30), gamma: float = 0.1) -> MultiStepLR:
-    """The published schedule of 50 epochs: a tenth of the learning rate from epoch 20, a hundredth from epoch 30."""
-    return MultiStepLR(optimizer, list(milestones), gamma)

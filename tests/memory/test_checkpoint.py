@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from monai_memeff.memory import checkpoint, checkpoint_sequential, measure_peak
+from monai_memeff.memory import checkpoint, measure_peak
 
 Call = Callable[[nn.Module, Tensor], Tensor]
 
@@ -60,10 +61,7 @@ WAYS: dict[str, Call] = {
     "module": lambda net, x: checkpoint(net, x),
     "closure": lambda net, x: checkpoint(lambda y: net(y), x),
     "nested": lambda net, x: checkpoint(lambda y: checkpoint(net[4:], checkpoint(net[:4], y)), x),
-    "sqrt": lambda net, x: checkpoint_sequential(net, x),
-    "list in 2": lambda net, x: checkpoint_sequential(list(net), x, segments=2),
-    "one each": lambda net, x: checkpoint_sequential(net, x, segments=9),
-    "all in 1": lambda net, x: checkpoint_sequential(net, x, segments=1),
+    "layer by layer": lambda net, x: functools.reduce(lambda y, part: checkpoint(part, y), net, x),
 }
 
 
@@ -155,12 +153,13 @@ def test_without_gradients_the_function_is_just_called() -> None:
 
 def test_less_memory_than_remembering() -> None:
     net, x = chain(16).float(), torch.rand(1, 3, 16, 16, 16, requires_grad=True)
+    four = lambda y: functools.reduce(lambda z, i: checkpoint(net[i : i + 4], z), (0, 4, 8), y)  # noqa: E731
     peaks = {}
-    for name, call in {"plain": lambda: net(x), "sqrt": lambda: checkpoint_sequential(net, x)}.items():
+    for name, call in {"plain": lambda: net(x), "in 4": lambda: net[12:](four(x))}.items():
         with measure_peak() as meter:
             call().sum().backward()
         peaks[name] = meter.peak_bytes
-    assert peaks["sqrt"] < 0.55 * peaks["plain"], peaks
+    assert peaks["in 4"] < 0.55 * peaks["plain"], peaks
 
 
 @pytest.mark.skipif(
@@ -171,14 +170,3 @@ def test_compiled_code_keeps_its_statistics_too() -> None:
     compiled = torch.compile(lambda x: checkpoint(net, x), backend="aot_eager")
     compiled(image().requires_grad_()).sum().backward()
     assert int(net[0][1].num_batches_tracked) == 1
-
-
-@pytest.mark.parametrize("segments", [0, 4, 1.5, "many"])
-def test_impossible_segments_are_refused(segments: object) -> None:
-    with pytest.raises(ValueError, match=r"from 1 to the number of functions \(3\), got"):
-        checkpoint_sequential(chain(3), image(), segments=segments)  # type: ignore[arg-type]
-
-
-def test_an_empty_chain_returns_its_input() -> None:
-    x = image()
-    assert checkpoint_sequential([], x) is x

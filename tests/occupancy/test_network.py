@@ -8,7 +8,7 @@ from monai.data import MetaTensor
 from monai.networks.nets.resnet import ResNetFeatures
 from torch import nn
 
-from monai_memeff.geometry import index_to_unit, unit_centers
+from monai_memeff.geometry import index_to_unit
 from monai_memeff.occupancy import OccupancyNet
 from monai_memeff.occupancy.network import grid_points
 from tests.occupancy.reference import PlainOccupancy
@@ -158,7 +158,8 @@ def test_the_default_reads_features_where_the_point_is() -> None:
     seen: list[torch.Tensor] = []
     network.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     points = torch.tensor([[[11.0, 4.0, 25.0], [4.0, 11.0, 4.0], [9.3, 6.1, 20.7]]], dtype=torch.float64)
-    volume = unit_centers(shape, torch.float64).permute(3, 0, 1, 2)[None]
+    axes = torch.meshgrid(*(torch.arange(extent, dtype=torch.float64) for extent in shape), indexing="ij")
+    volume = index_to_unit(torch.stack(axes, dim=-1), shape).permute(3, 0, 1, 2)[None]
     latent = network.encode(volume)
     network.query(latent, points, volume)
     unit = index_to_unit(points, shape)
