@@ -34,7 +34,7 @@ class SparseBatchNorm3d(nn.BatchNorm3d):
                 then keeps one tensor for norm, activation and the convolution behind them, not two or three.
         """
         slope = slope_below_zero(act)
-        if len(x) < 2 and (self.training or self.running_mean is None):
+        if len(x) == 0 or (len(x) < 2 and (self.training or self.running_mean is None)):
             normalized = x.replace(self._without_variance(x.features))
         elif slope is not None:
             return SparseTensor.on(x.voxels, *self._fused(x.features, slope))
