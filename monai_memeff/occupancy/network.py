@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monai_memeff.geometry import index_to_unit, sample_at
+from monai_memeff.norms import accept_single_values
 from monai_memeff.occupancy.checks import checked_points, checked_shape, checked_volume, plain_tensor
 from monai_memeff.occupancy.nn.decoder import PointDecoder
 from monai_memeff.occupancy.nn.encoder import (
@@ -145,6 +146,8 @@ class OccupancyNet(nn.Module):
         self.decoder = PointDecoder(
             known, out_channels, width, blocks, condition, act, statistics or ("feature" if ours else "scalar")
         )
+        for part in (self.code, self.decoder, *(() if encoder else (self.encoder,))):
+            accept_single_values(part)
 
     def encode(self, volume: Tensor) -> Latent:
         """Look at a volume once.

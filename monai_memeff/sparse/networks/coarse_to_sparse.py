@@ -11,7 +11,9 @@ from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 from torch.nn import functional
 
+from monai_memeff.checks import as_network_input
 from monai_memeff.memory import checkpoint
+from monai_memeff.norms import accept_single_values
 from monai_memeff.sparse.core.tensor import SparseTensor
 from monai_memeff.sparse.networks.cells import (
     cell_sizes,
@@ -119,7 +121,7 @@ class CoarseToSparseUNet(nn.Module):
         self.divisor = _total_stride(strides)
         shared = (kernel_size, up_kernel_size, num_res_units, act, norm, dropout, bias, adn_ordering)
         given = out_channels + context_channels
-        self.coarse = UNet(3, in_channels, given, channels, strides, *shared)
+        self.coarse = accept_single_values(UNet(3, in_channels, given, channels, strides, *shared))
         self.refine = SparseUNet(3, in_channels + given, out_channels, refine_channels, refine_strides, *shared)  # type: ignore[arg-type]
         self.use_checkpoint = use_checkpoint
         if use_checkpoint:
@@ -141,6 +143,7 @@ class CoarseToSparseUNet(nn.Module):
         """
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ValueError(f"the input must have shape (B, {self.in_channels}, H, W, D), got {tuple(x.shape)}.")
+        x = as_network_input(x, next(self.parameters()).dtype, type(self).__name__)
         given = self._coarse_features(x)
         coarse_logits = given[:, : self.out_channels]
         shape = x.shape[2:]
@@ -164,7 +167,8 @@ class CoarseToSparseUNet(nn.Module):
 
     def _coarse_features(self, x: Tensor) -> Tensor:
         """Coarse logits and context (B, out_channels + context_channels, h, w, d)."""
-        small = functional.avg_pool3d(x, self.coarse_factor, ceil_mode=True, count_include_pad=False)
+        window = [min(step, extent) for step, extent in zip(self.coarse_factor, x.shape[2:], strict=True)]
+        small = functional.avg_pool3d(x, window, self.coarse_factor, ceil_mode=True, count_include_pad=False)
         extents = small.shape[2:]
         missing = [-extent % step for extent, step in zip(extents, self.divisor, strict=True)]
         padding = [pad for last in reversed(missing) for pad in (0, last)]

@@ -1,0 +1,75 @@
+"""What every network and transform refuses of its input: NaN, infinity, and numbers its arithmetic cannot hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from monai_memeff.errors import InputError
+
+
+def check_finite(values: Tensor, owner: str) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        values: any shape; integers and booleans are finite.
+        owner: name of what takes them, the subject of the message.
+
+    Raises:
+        InputError: a value is NaN or infinite; the message counts them.
+    """
+    values = values.detach().as_subclass(Tensor)
+    if not values.is_floating_point() or values.numel() == 0 or values.is_meta:
+        return
+    if all(bool(bound.isfinite()) for bound in values.aminmax()):  # either bound is NaN where any value is
+        return
+    bad = int((~values.isfinite()).sum())
+    raise InputError(
+        f"{owner} takes finite numbers, got {bad} of {values.numel()} values that are NaN or infinite; replace them "
+        "first, with torch.nan_to_num say."
+    )
+
+
+def as_network_input(values: Tensor, dtype: torch.dtype, owner: str) -> Tensor:
+    """The same numbers in the dtype that a network computes in.
+
+    Integers and booleans are converted, as every one of them has an exact value there. Another floating-point dtype is
+    refused, for rounding is the caller's choice; under autocast torch itself converts all but float64.
+
+    Args:
+        values: input of the network.
+        dtype: of the network's parameters.
+        owner: name of the network.
+
+    Raises:
+        InputError: NaN, infinity, complex numbers, another floating-point dtype, or integers too large to be exact.
+    """
+    if values.is_complex():
+        raise InputError(f"{owner} takes real numbers, got {values.dtype}; give parts or magnitudes as channels.")
+    if values.is_floating_point():
+        _check_dtype(values, dtype, owner)
+        check_finite(values, owner)
+        return values
+    _check_exact(values, dtype, owner)
+    return values.to(dtype)
+
+
+def _check_dtype(values: Tensor, dtype: torch.dtype, owner: str) -> None:
+    autocast = torch.is_autocast_enabled(values.device.type) and torch.float64 not in (values.dtype, dtype)
+    if values.dtype != dtype and not autocast:
+        raise InputError(
+            f"{owner} computes in {dtype}, got an input of {values.dtype}; convert the input with .to({dtype}), or the "
+            "network with .to() of the input's dtype."
+        )
+
+
+def _check_exact(values: Tensor, dtype: torch.dtype, owner: str) -> None:
+    limit = int(2 / torch.finfo(dtype).eps)  # 2^24 in float32: from there on not every integer has a value
+    if values.dtype == torch.bool or torch.iinfo(values.dtype).max <= limit or values.numel() == 0 or values.is_meta:
+        return
+    largest = max(abs(int(bound)) for bound in values.detach().as_subclass(Tensor).long().aminmax())
+    if largest > limit:
+        raise InputError(
+            f"{owner} computes in {dtype}, which holds integers up to {limit} exactly, got {largest}; scale the input "
+            "to floating point first."
+        )
