@@ -105,7 +105,12 @@ class OccupancyTrainer(SplitErrorMixin, nnUNetTrainer):
         """One step on random points of every patch."""
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
-        points, values = draw_batch(target, self.settings["points"], self.settings["sampling"])
+        points, values = draw_batch(
+            target,
+            self.settings["points"],
+            self.settings["sampling"],
+            ignore_index=self.label_manager.ignore_label,
+        )
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
             loss = self.loss_of_points(self.network(data, points), (values, target))

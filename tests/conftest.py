@@ -17,8 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.fake_cuda import fake_cuda_device
+
+# Property-based tests try the same examples every time, and keep none of them on disk.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 # Triton's interpreter stands in for a GPU. It is chosen when Triton is loaded, which many a test causes.
 if not torch.cuda.is_available() and "triton" not in sys.modules:

@@ -31,6 +31,7 @@ class PrepareBatchOccupancy(PrepareBatch):
         num_samples: Number of points to draw per volume, when the batch has none.
         sampling: see :class:`~monai_memeff.occupancy.RandOccupancyPoints`.
         band_width: see :class:`~monai_memeff.occupancy.RandOccupancyPoints`.
+        ignore_index: see :class:`~monai_memeff.occupancy.RandOccupancyPoints`; the loss takes the same number.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class PrepareBatchOccupancy(PrepareBatch):
         num_samples: int = 2**14,
         sampling: str | Mapping[str, float] = "border",
         band_width: int = PUBLISHED_BAND,
+        ignore_index: int | None = None,
     ) -> None:
         self.image_key, self.label_key = image_key, label_key
         self.points_key, self.occupancy_key = points_key, occupancy_key
-        self.num_samples, self.band_width = num_samples, band_width
+        self.num_samples, self.band_width, self.ignore_index = num_samples, band_width, ignore_index
         self.sampling = checked_fractions(sampling)
 
     def __call__(
@@ -66,7 +68,7 @@ class PrepareBatchOccupancy(PrepareBatch):
                 for key in (self.points_key, self.occupancy_key)
             )
         else:
-            points, values = draw_batch(label, self.num_samples, self.sampling, self.band_width)
+            points, values = draw_batch(label, self.num_samples, self.sampling, self.band_width, self.ignore_index)
         return image, (values, label), (points,), {}
 
 

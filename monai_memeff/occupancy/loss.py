@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from monai_memeff.errors import InputError
+
 
 class OccupancyLoss(nn.Module):
     """Cross-entropy of points plus ``coarse_weight`` times that of the auxiliary low-resolution logits.
@@ -18,7 +20,11 @@ class OccupancyLoss(nn.Module):
         point_loss: takes the place of the first term: any loss of logits (B, K, N) and labels (B, 1, N), such as
             MONAI's ``DiceCELoss(to_onehot_y=True, softmax=True)``.
         coarse_weight: of the second term.
-        ignore_index: label of voxels that count nowhere; points must not be drawn there.
+        ignore_index: label of voxels without annotation. Neither their points nor coarse cells of nothing else count;
+            where nothing at all does, the loss is 0 and so is every gradient. A ``point_loss`` sees no volume without
+            annotated points. Points of ignored voxels beside others it must leave out itself (and say so in an
+            attribute ``ignore_index`` or ``ignore_label``), so draw none:
+            :class:`~monai_memeff.occupancy.RandOccupancyPoints` takes ``ignore_index`` too.
     """
 
     def __init__(
@@ -35,6 +41,9 @@ class OccupancyLoss(nn.Module):
         Args:
             pred: logits (B, N, K) of the points, and auxiliary logits (B, K, h, w, d) or None.
             target: labels (B, N) of the points, and the label volume (B, 1, H, W, D).
+
+        Raises:
+            InputError: points of ignored voxels for a ``point_loss`` that would take them for a class.
         """
         logits, coarse = pred
         values, label = target
@@ -42,12 +51,30 @@ class OccupancyLoss(nn.Module):
         if coarse is None or self.coarse_weight == 0:
             return loss
         aim = coarse_label(label, coarse.shape[2:], coarse.shape[1], self.ignore_index)
-        return loss + self.coarse_weight * _cross_entropy(coarse.float(), aim)
+        annotated = None if self.ignore_index is None else annotated_cells(label, coarse.shape[2:], self.ignore_index)
+        return loss + self.coarse_weight * _cross_entropy(coarse.float(), aim, annotated)
 
     def _of_points(self, logits: Tensor, values: Tensor) -> Tensor:
+        annotated = None if self.ignore_index is None else values != self.ignore_index
         if self.point_loss is None:
-            return _cross_entropy(logits, values.long())
+            return _cross_entropy(logits, values.long(), annotated)
+        if annotated is not None and not bool(annotated.all()):
+            items = annotated.any(1)
+            self._check_point_loss(annotated[items])
+            logits, values = logits[items], values[items]
+            if len(values) == 0:
+                return logits.sum()
         return self.point_loss(logits, values[:, None])
+
+    def _check_point_loss(self, annotated: Tensor) -> None:
+        names = ("ignore_index", "ignore_label")
+        leaves_out = any(getattr(self.point_loss, name, None) == self.ignore_index for name in names)
+        if not leaves_out and not bool(annotated.all()):
+            raise InputError(
+                f"{int((~annotated).sum())} points lie in voxels with the ignored label {self.ignore_index}, which "
+                f"{type(self.point_loss).__name__} would take for a class: draw points with ignore_index="
+                f"{self.ignore_index}, or leave point_loss out."
+            )
 
 
 def coarse_label(label: Tensor, shape: torch.Size | tuple[int, ...], channels: int, ignore_index: int | None) -> Tensor:
@@ -60,18 +87,32 @@ def coarse_label(label: Tensor, shape: torch.Size | tuple[int, ...], channels: i
         ignore_index: label of voxels that do not count.
 
     Returns:
-        (B, h, w, d) int64: 0 where a cell has no foreground, else its most frequent foreground label.
+        (B, h, w, d) int64: 0 where a cell has no foreground, else its most frequent foreground label. Cells without
+        any annotated voxel have 0 too; :func:`annotated_cells` tells them apart.
     """
     volume = label.as_subclass(Tensor)
     if channels == 1:
         foreground = volume > 0 if ignore_index is None else (volume > 0) & (volume != ignore_index)
         return F.adaptive_max_pool3d(foreground.float(), tuple(shape))[:, 0].long()
     fractions = [F.adaptive_avg_pool3d((volume == c).float(), tuple(shape))[:, 0] for c in range(1, channels)]
+    if ignore_index is not None and 1 <= ignore_index < channels:
+        fractions[ignore_index - 1].zero_()
     most, which = torch.stack(fractions).max(0)
     return torch.where(most > 0, which + 1, 0)
 
 
-def _cross_entropy(logits: Tensor, values: Tensor) -> Tensor:
+def annotated_cells(label: Tensor, shape: torch.Size | tuple[int, ...], ignore_index: int) -> Tensor:
+    """Which coarse cells hold at least one voxel that is not ignored, (B, h, w, d) boolean; see :func:`coarse_label`"""
+    known = (label.as_subclass(Tensor) != ignore_index).float()
+    return F.adaptive_max_pool3d(known, tuple(shape))[:, 0] > 0
+
+
+def _cross_entropy(logits: Tensor, values: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean over the places (B, ...) that are counted, all of them for None; 0 where none is."""
+    if counted is not None and not bool(counted.all()):
+        logits, values = logits.movedim(1, -1)[counted], values[counted]
+        if len(values) == 0:
+            return logits.sum()
     if logits.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(logits[:, 0], (values > 0).to(logits.dtype))
     return F.cross_entropy(logits, values)

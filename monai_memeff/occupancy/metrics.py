@@ -29,6 +29,7 @@ class SampledDiceMetric(CumulativeIterationMetric):
         reduction: as in MONAI's metrics.
         seed: Seed of the points; each volume gets its own, the same every time.
         band_width: Width in voxels of the dilation of the border.
+        ignore_index: Label of voxels in the truth that are not scored; a volume of nothing else scores NaN.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class SampledDiceMetric(CumulativeIterationMetric):
         reduction: str = "mean",
         seed: int = 0,
         band_width: int = PUBLISHED_BAND,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
+        self.ignore_index = ignore_index
         self.num_samples, self.classes, self.reduction, self.seed, self.band_width = (
             num_samples,
             classes,
@@ -70,9 +73,11 @@ class SampledDiceMetric(CumulativeIterationMetric):
         def draw(limit: int, count: int) -> Tensor:
             return torch.randint(limit, (count,), generator=numbers)
 
-        points, true = sample_points(truth, self.num_samples, self.sampling, draw, self.band_width)
+        points, true = sample_points(truth, self.num_samples, self.sampling, draw, self.band_width, self.ignore_index)
         i, j, k = points.long().unbind(1)
         found = guess[0, i, j, k].long()
+        if self.ignore_index is not None:
+            found, true = found[true != self.ignore_index], true[true != self.ignore_index]
         scores = []
         for label in range(1, self.classes + 1):
             both = ((found == label) & (true == label)).sum()

@@ -60,6 +60,13 @@ class Latent(NamedTuple):
     coarse: Tensor | None
     halved: Tensor | None
 
+    def item(self, number: int) -> Latent:
+        """What belongs to one volume of the batch, as a batch of one."""
+        own = slice(number, number + 1)
+        conditions, features = (tuple(part[own] for part in parts) for parts in (self.conditions, self.features))
+        coarse, halved = (None if part is None else part[own] for part in (self.coarse, self.halved))
+        return Latent(conditions, features, coarse, halved)
+
 
 class OccupancyNet(nn.Module):
     """OSS-Net: segmentation as a function of points, asked only where the answer is wanted.
@@ -215,8 +222,9 @@ class OccupancyNet(nn.Module):
             points: (B, N, 3) in voxel indices.
 
         Returns:
-            Logits (B, K, H, W, D), computed in passes of ``points_per_pass`` points; with points, logits (B, N, K) and
-            auxiliary logits (B, K, h, w, d) or None. In training mode batch norm sees the points of one pass.
+            Logits (B, K, H, W, D), computed in passes of ``points_per_pass`` points of one volume; with points, logits
+            (B, N, K) and auxiliary logits (B, K, h, w, d) or None. In training mode a pass takes the same points of all
+            volumes, and batch norm sees these.
         """
         latent = self.encode(volume)
         if points is not None:
@@ -225,6 +233,17 @@ class OccupancyNet(nn.Module):
         return convert_to_dst_type(logits, volume, dtype=logits.dtype, device=logits.device)[0]
 
     def _dense(self, latent: Latent, volume: Tensor) -> Tensor:
+        if self.training or len(volume) == 1:
+            return self._dense_together(latent, volume)
+        items = (self._dense_together(latent.item(n), volume[n : n + 1]) for n in range(len(volume)))
+        if torch.is_grad_enabled():
+            return torch.cat(list(items))
+        result = volume.new_empty(len(volume), self.out_channels, *volume.shape[2:])
+        for number, item in enumerate(items):
+            result[number] = item[0]
+        return result
+
+    def _dense_together(self, latent: Latent, volume: Tensor) -> Tensor:
         shape = tuple(volume.shape[2:])
         passes = grid_points(shape, self.points_per_pass, volume.device)
         answers = (self.query(latent, p.expand(len(volume), -1, -1), volume).transpose(1, 2) for p in passes)

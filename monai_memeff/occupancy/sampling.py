@@ -43,7 +43,7 @@ def checked_label(label: Tensor) -> Tensor:
     return volume
 
 
-def border_band(label: Tensor, width: int = PUBLISHED_BAND) -> Tensor:
+def border_band(label: Tensor, width: int = PUBLISHED_BAND, ignore_index: int | None = None) -> Tensor:
     """Voxels near a change of the label: a non-zero gradient, dilated by ``width``^3.
 
     The published recipe takes a Sobel gradient and a max-pool of 13^3; both together are the voxels around which
@@ -52,12 +52,21 @@ def border_band(label: Tensor, width: int = PUBLISHED_BAND) -> Tensor:
     Args:
         label: (H, W, D) whole numbers.
         width: odd, in voxels.
+        ignore_index: label of voxels that are no part of any structure; they make no border and lie in none.
 
     Returns:
         (H, W, D) boolean.
     """
     reach = width // 2 + 1
-    return _within(label, reach, torch.maximum) != _within(label, reach, torch.minimum)
+    if ignore_index is None or not bool((ignored := label == ignore_index).any()):
+        return _within(label, reach, torch.maximum) != _within(label, reach, torch.minimum)
+    known = label[~ignored]
+    if len(known) == 0:
+        return torch.zeros_like(ignored)
+    # an ignored voxel takes the value that changes no window with an annotated one in it
+    largest = _within(label.masked_fill(ignored, known.min()), reach, torch.maximum)
+    smallest = _within(label.masked_fill(ignored, known.max()), reach, torch.minimum)
+    return (largest != smallest) & ~ignored
 
 
 def _within(values: Tensor, reach: int, choose: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -96,24 +105,24 @@ def sample_points(
         sampling: see :func:`checked_fractions`; balanced means as many points of every label present, background too.
         draw: source of random numbers.
         band_width: width of the border band in voxels, odd.
-        ignore_index: label of voxels that are never drawn.
+        ignore_index: label of voxels that are never drawn, but where a volume has no others: then all points lie in
+            them, drawn uniformly, and have this label, for a loss that ignores it.
 
     Returns:
         Points (N, 3) float32 voxel indices, in random order if ``draw`` is, and their labels (N,) int64.
 
     Raises:
-        ValueError: a label of another shape or kind, or nothing to draw from.
+        ValueError: a label of another shape or kind.
     """
     volume = checked_label(label)
     fractions = checked_fractions(sampling)
     flat = volume.reshape(-1)
     usable = None if ignore_index is None else (flat != ignore_index).nonzero()[:, 0]
     if usable is not None and len(usable) == 0:
-        raise ValueError(f"every voxel of the label has the ignored value {ignore_index}: leave this volume out.")
+        usable, ignore_index, fractions = None, None, {"uniform": 1.0}
     places = []
     if fractions.get("border"):
-        near = border_band(volume, band_width).reshape(-1)
-        near = near if ignore_index is None else near & (flat != ignore_index)
+        near = border_band(volume, band_width, ignore_index).reshape(-1)
         places.append(_up_to(near.nonzero()[:, 0], round(num_samples * fractions["border"]), draw))
     if fractions.get("balanced"):
         places.append(_balanced(flat, round(num_samples * fractions["balanced"]), draw, ignore_index))

@@ -30,6 +30,8 @@ class RandOccupancyPoints(Randomizable, Transform):
             dilated by ``band_width``^3), all of these if there are fewer, and the others uniform; ``"balanced"``: as
             many of every label that is there; or fractions, for example ``{"uniform": 0.5, "balanced": 0.5}``.
         band_width: Odd width of the dilation in voxels.
+        ignore_index: Label of voxels without annotation, which are not drawn. A volume of nothing else gives points
+            with this label, which :class:`~monai_memeff.occupancy.OccupancyLoss` leaves out.
 
     Raises:
         ValueError: num_samples below 1, an even band_width, or a wrong ``sampling``.
@@ -38,13 +40,17 @@ class RandOccupancyPoints(Randomizable, Transform):
     backend = [TransformBackends.TORCH]
 
     def __init__(
-        self, num_samples: int = 2**14, sampling: str | Mapping[str, float] = "border", band_width: int = PUBLISHED_BAND
+        self,
+        num_samples: int = 2**14,
+        sampling: str | Mapping[str, float] = "border",
+        band_width: int = PUBLISHED_BAND,
+        ignore_index: int | None = None,
     ) -> None:
         if num_samples < 1 or band_width < 1 or band_width % 2 == 0:
             raise ValueError(
                 f"num_samples must be positive and band_width positive and odd, got {num_samples} and {band_width}."
             )
-        self.num_samples, self.band_width = num_samples, band_width
+        self.num_samples, self.band_width, self.ignore_index = num_samples, band_width, ignore_index
         self.sampling = checked_fractions(sampling)
 
     def __call__(self, label: NdarrayOrTensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +66,7 @@ class RandOccupancyPoints(Randomizable, Transform):
             ValueError: the label has another shape, no voxels, NaN or fractions.
         """
         volume = convert_to_tensor(label, track_meta=False)
-        return sample_points(volume, self.num_samples, self.sampling, self._draw, self.band_width)
+        return sample_points(volume, self.num_samples, self.sampling, self._draw, self.band_width, self.ignore_index)
 
     def _draw(self, limit: int, count: int) -> Tensor:
         return torch.from_numpy(self.R.randint(limit, size=count, dtype=np.int64))
@@ -76,6 +82,7 @@ class RandOccupancyPointsd(Randomizable, MapTransform):
         num_samples: see :class:`RandOccupancyPoints`.
         sampling: see :class:`RandOccupancyPoints`.
         band_width: see :class:`RandOccupancyPoints`.
+        ignore_index: see :class:`RandOccupancyPoints`.
         allow_missing_keys: pass over samples without a label.
 
     Raises:
@@ -93,6 +100,7 @@ class RandOccupancyPointsd(Randomizable, MapTransform):
         num_samples: int = 2**14,
         sampling: str | Mapping[str, float] = "border",
         band_width: int = PUBLISHED_BAND,
+        ignore_index: int | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
@@ -102,7 +110,7 @@ class RandOccupancyPointsd(Randomizable, MapTransform):
         if clash:
             raise ValueError(f"{clash[0]!r} starts with {self.keys[0]!r} and '_', which MONAI takes for metadata.")
         self.points_key, self.occupancy_key = points_key, occupancy_key
-        self.draw_points = RandOccupancyPoints(num_samples, sampling, band_width)
+        self.draw_points = RandOccupancyPoints(num_samples, sampling, band_width, ignore_index)
 
     def set_random_state(
         self, seed: int | None = None, state: np.random.RandomState | None = None

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_memeff.geometry import key_lists
-from monai_memeff.sparse.core.tensor import SparseTensor, nonzero_voxels
+from monai_memeff.sparse.core.annotation import check_ignore_index, filled_cells, foreground_and_ignored
+from monai_memeff.sparse.core.tensor import SparseTensor
 from monai_memeff.sparse.core.voxel_set import VoxelSet
 
 
@@ -18,7 +19,15 @@ class SparseCompletionLoss(nn.Module):
 
     A candidate's target is 1 where the complete structure, coarsened to the level by floor(c / stride), has a voxel
     (Kroviakov et al. 2021; Li et al. 2023, see :class:`SparseCompletionNet`). A level without candidates adds zero.
+
+    Args:
+        ignore_index: Label of voxels without annotation, in the values of the target; not 0. Candidates whose voxels
+            all have it do not count. Give the network the same number.
     """
+
+    def __init__(self, ignore_index: int | None = None) -> None:
+        super().__init__()
+        self.ignore_index = check_ignore_index(ignore_index)
 
     def forward(self, levels: Sequence[SparseTensor], target: SparseTensor | Tensor) -> Tensor:
         """Compute the loss.
@@ -35,13 +44,14 @@ class SparseCompletionLoss(nn.Module):
         """
         if not levels:
             raise ValueError("SparseCompletionLoss needs at least one level of logits, got none.")
-        complete = nonzero_voxels(target).voxels
+        structure, ignored = foreground_and_ignored(target, self.ignore_index)
+        complete = structure.voxels
         cells = {complete.stride: complete}  # a coarse level is made of the finer one's cells while these are kept
         for stride in sorted(logits.stride for logits in levels):
             cells[stride] = cells[stride] if stride in cells else complete.coarsened(stride)
-        return torch.stack([self._level(logits, cells[logits.stride]) for logits in levels]).sum()
+        return torch.stack([self._level(logits, cells[logits.stride], ignored) for logits in levels]).sum()
 
-    def _level(self, logits: SparseTensor, cells: VoxelSet) -> Tensor:
+    def _level(self, logits: SparseTensor, cells: VoxelSet, ignored: VoxelSet | None) -> Tensor:
         values = logits.features[:, 0]
         values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
         if not cells.same_grid(logits.voxels):
@@ -50,7 +60,17 @@ class SparseCompletionLoss(nn.Module):
                 f"(batch_size, spatial_shape) must be {(logits.batch_size, logits.spatial_shape)}, "
                 f"got {(cells.batch_size, cells.spatial_shape)}."
             )
-        if len(logits) == 0:
+        keys = logits.voxels.keys
+        if ignored is not None and len(ignored):
+            unknown = filled_cells(ignored, _ratio(logits.stride, ignored.stride))
+            counted = ~key_lists.contains(unknown.keys, keys)
+            values, keys = values[counted], keys[counted]
+        if len(values) == 0:
             return values.sum()
-        wanted = key_lists.contains(cells.keys, logits.voxels.keys)
+        wanted = key_lists.contains(cells.keys, keys)
         return functional.binary_cross_entropy_with_logits(values, wanted.to(values.dtype))
+
+
+def _ratio(coarse: tuple[int, int, int], fine: tuple[int, int, int]) -> tuple[int, int, int]:
+    i, j, k = (large // small for large, small in zip(coarse, fine, strict=True))
+    return i, j, k

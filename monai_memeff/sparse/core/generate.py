@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from monai_memeff.errors import InputError
 from monai_memeff.geometry import key_lists, voxels
 from monai_memeff.sparse.core.neighbors import KernelShape, Triple
 from monai_memeff.sparse.core.voxel_set import VoxelSet
@@ -18,6 +19,10 @@ def generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
     Args:
         coarse: the voxels to grow from.
         shape: geometry of the transposed convolution; voxel c reaches ``stride * c - padding + dilation * t``.
+
+    Raises:
+        InputError: the input's stride is no multiple of the layer's. An input of stride 1 is refined beyond it
+            (super-resolution); the finer grid then counts as stride 1.
     """
     return coarse.generated(shape, lambda: _generate(coarse, shape))
 
@@ -46,6 +51,11 @@ def _finer_grid(coarse: VoxelSet, stride: Triple) -> VoxelSet:
     known = coarse.finer
     if known is not None and all(f * s == c for f, s, c in zip(known.stride, stride, coarse.stride, strict=True)):
         return known
+    if any(c > 1 and c % s for c, s in zip(coarse.stride, stride, strict=True)):
+        raise InputError(
+            f"a generative convolution of stride {stride} refines inputs whose stride is a multiple of it, or 1, got "
+            f"{coarse.stride}; use the strides of the way down, in reverse order."
+        )
     shape = tuple(extent * step for extent, step in zip(coarse.spatial_shape, stride, strict=True))
     voxels.check_extent(shape, coarse.batch_size)
     finest = tuple(max(c // s, 1) for c, s in zip(coarse.stride, stride, strict=True))

@@ -35,7 +35,7 @@ def keep_kernel_maps(folder: str | os.PathLike[str] | None, max_bytes: int = 20 
 
     Args:
         folder: made if it is not there; None: keep nothing (the default).
-        max_bytes: no file is added once the folder holds this much; a voxel takes 40 bytes for each kernel of 3^3.
+        max_bytes: no file is added that would let the folder hold more; a voxel takes 40 bytes for each kernel of 3^3.
 
     Raises:
         ValueError: ``max_bytes`` is negative.
@@ -87,9 +87,12 @@ def _write(path: Path, table: NeighborTable) -> None:
     kept: dict[str, Tensor | int | None] = vars(table)
     size = sum(value.nbytes for value in kept.values() if isinstance(value, Tensor))
     try:
-        if size + sum(file.stat().st_size for file in path.parent.glob("*.pt")) > _max_bytes:
+        held = sum(file.stat().st_size for file in path.parent.glob("*.pt"))
+        if size + held > _max_bytes:
             return
         with atomic_write(path) as work:
             torch.save(kept, work)
+            if os.path.getsize(work) + held > _max_bytes:  # the file's own frame included
+                raise OSError("the folder is full")
     except (OSError, RuntimeError):
         return

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from monai_memeff.geometry import key_lists
 from monai_memeff.memory import checkpoint
 from monai_memeff.sparse.core.activity import ABSENT_LOGIT
+from monai_memeff.sparse.core.annotation import check_ignore_index, foreground_and_ignored
 from monai_memeff.sparse.core.tensor import SparseTensor, nonzero_voxels
-from monai_memeff.sparse.networks.budget import check_budget, prune_to_budget
+from monai_memeff.sparse.core.voxel_set import VoxelSet
+from monai_memeff.sparse.networks.budget import check_budget, check_candidates, prune_to_budget
 from monai_memeff.sparse.nn.blocks import SparseBatchNorm3d, SparseReLU
 from monai_memeff.sparse.nn.conv import SparseConv3d, SparseConvTranspose3d
 
@@ -32,9 +34,11 @@ class SparseCompletionNet(nn.Module):
         channels: features at strides 1, 2, 4, 8, 16, 32, 64. Published lists and their parameters: (8, 8, 16, 16, 32,
             32, 64) 434,695; (22, 32, 32, 128, 156, 256, 388) 18,137,201; (2, 2, 4, 4, 4, 4, 16) 16,563.
         use_checkpoint: recompute the activations of every block in the backward pass instead of keeping them.
-        max_voxels: candidates that one volume may have at one level. Where more would be generated, the voxels with the
-            largest logits go on (in training those of the target before others) and a warning says so; None: no
-            bound. It bounds the memory of the worst case, such as a network that has not learned to prune yet.
+        max_voxels: candidates that one volume may have at one level, the encoder's own voxels included. Where there
+            would be more, the voxels with the largest logits go on (in training those of the target before others) and
+            a warning says so; None: no bound. It bounds the memory of the worst case, such as a network that has not
+            learned to prune yet. A volume that has more to begin with, or at the first level, is refused.
+        ignore_index: label of voxels without annotation, in the values of the target: they are no structure; not 0.
 
     Shape: the input is a SparseTensor with one channel, or a dense (B, 1, H, W, D) volume that is non-zero where
     there is something. In training mode the output is a list of six SparseTensors of candidate logits, coarsest
@@ -50,6 +54,7 @@ class SparseCompletionNet(nn.Module):
         channels: Sequence[int] = (8, 8, 16, 16, 32, 32, 64),
         use_checkpoint: bool = False,
         max_voxels: int | None = None,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         if len(channels) != 7 or min(channels) < 1:
@@ -62,6 +67,7 @@ class SparseCompletionNet(nn.Module):
         self.channels = tuple(channels)
         self.use_checkpoint = use_checkpoint
         self.max_voxels = max_voxels
+        self.ignore_index = check_ignore_index(ignore_index)
         self.stem = _conv_block(1, channels[0])
         self.encoder = nn.ModuleList(_down_block(channels[i], channels[i + 1]) for i in range(6))
         kernels = (2, 2, 2, 2, 2, 4)
@@ -86,7 +92,9 @@ class SparseCompletionNet(nn.Module):
             raise ValueError("SparseCompletionNet prunes with the target in training: call network(x, target).")
         present = nonzero_voxels(x)
         check_budget(present.voxels, self.max_voxels)
-        wanted = _target_keys(nonzero_voxels(target), present) if self.training and target is not None else None
+        wanted = None
+        if self.training and target is not None:
+            wanted = _target_keys(foreground_and_ignored(target, self.ignore_index)[0], present)
         levels = self._decode(self._encode(present), wanted)
         if self.training:
             return levels
@@ -104,7 +112,8 @@ class SparseCompletionNet(nn.Module):
         return logits.dense(-ABSENT_LOGIT)
 
     def _encode(self, x: SparseTensor) -> list[SparseTensor]:
-        features = [self._run(self.stem, x.replace(torch.ones_like(x.features)))]
+        ones = torch.ones_like(x.features, dtype=self.heads[0].weight.dtype)
+        features = [self._run(self.stem, x.replace(ones))]
         for block in self.encoder:
             features.append(self._run(block, features[-1]))
         if not torch.is_grad_enabled():  # the decoder works on other voxels: free what the encoder planned
@@ -116,11 +125,15 @@ class SparseCompletionNet(nn.Module):
         x = features.pop()
         levels: list[SparseTensor] = []
         for number, (block, head) in enumerate(zip(self.decoder, self.heads, strict=True)):
-            x = self._run(block, x) + features.pop()
+            present = features.pop()
+            if number == 0:
+                check_candidates(block[0].generated_voxels(x), present.voxels, self.max_voxels)
+            x = self._run(block, x) + present
             logits = head(x)
             levels = [*levels, logits] if self.training else [logits]
             if number < len(self.heads) - 1:
-                x = x.prune(self._worth_refining(logits, None if wanted is None else wanted[number]))
+                in_target = None if wanted is None else wanted[number]
+                x = x.prune(self._worth_refining(logits, features[-1].voxels, in_target))
         return levels
 
     def _run(self, block: nn.Module, x: SparseTensor) -> SparseTensor:
@@ -130,7 +143,7 @@ class SparseCompletionNet(nn.Module):
         result.voxels.forget_plans()
         return result
 
-    def _worth_refining(self, logits: SparseTensor, wanted: Tensor | None) -> Tensor:
+    def _worth_refining(self, logits: SparseTensor, present: VoxelSet, wanted: Tensor | None) -> Tensor:
         """(N,) boolean: voxels with a logit above zero or in the target, within the budget of the next level."""
         values = logits.features.detach()[:, 0]
         keep = values > 0
@@ -138,7 +151,7 @@ class SparseCompletionNet(nn.Module):
             in_target = key_lists.contains(wanted, logits.voxels.keys)
             keep |= in_target
             values = values.masked_fill(in_target, torch.inf)
-        return prune_to_budget(keep, values, logits.voxels, self.max_voxels)
+        return prune_to_budget(keep, values, logits.voxels, present, self.max_voxels)
 
 
 def _target_keys(target: SparseTensor, present: SparseTensor) -> list[Tensor]:

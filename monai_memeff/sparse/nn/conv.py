@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_memeff.sparse import backends
+from monai_memeff.sparse.core.checks import check_refines
 from monai_memeff.sparse.core.fused import saved_for_recompute
 from monai_memeff.sparse.core.generate import generate
 from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry
@@ -105,7 +106,8 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
             target: whose voxels to compute; default the set from which ``x`` was coarsened. Not for generative layers.
 
         Raises:
-            ValueError: no finer voxels are known, or a target is given to a generative layer.
+            ValueError: no finer voxels are known, they or the target lie on a grid that is not ``stride`` times finer,
+                or a target is given to a generative layer.
         """
         _check_channels(self, x)
         shape = _shape_of(self)
@@ -117,8 +119,9 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
         if self.generative:
             if target is not None:
                 raise ValueError("a generative SparseConvTranspose3d creates its own voxels; call it without a target.")
-            return generate(x.voxels, shape)
+            return self.generated_voxels(x)
         if target is not None:
+            check_refines(target.voxels, x.voxels, shape.stride, "the target")
             return target.voxels
         outputs = x.voxels if shape.stride == (1, 1, 1) else x.voxels.finer
         if outputs is None:
@@ -126,7 +129,12 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
                 "SparseConvTranspose3d knows no finer voxels: the input was not coarsened from any. "
                 "Pass target=..., or use generative=True."
             )
+        check_refines(outputs, x.voxels, shape.stride, "the set from which the input was coarsened")
         return outputs
+
+    def generated_voxels(self, x: SparseTensor) -> VoxelSet:
+        """The voxels that a generative layer creates for ``x``; they are kept for the call that follows."""
+        return generate(x.voxels, _shape_of(self))
 
 
 def _apply(x: SparseTensor, weight: Tensor, bias: Tensor | None, geometry: ConvolutionGeometry) -> SparseTensor:

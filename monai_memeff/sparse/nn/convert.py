@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from monai.networks.blocks import ADN, Convolution, ResidualUnit
 from monai.networks.layers.simplelayers import SkipConnection
+from monai.networks.nets.unet import UNet
 from torch import nn
 
 from monai_memeff.sparse.core.tensor import SparseTensor, concatenate_channels
@@ -105,13 +106,24 @@ def _check(name: str, module: nn.Module) -> None:
     known = type(module) in SPARSE_TWINS or type(module) in SPARSE_TWINS.values()
     if not known and type(module) not in PASSED_THROUGH:
         supported = ", ".join(layer.__name__ for layer in SPARSE_TWINS)
-        raise TypeError(f"{name or 'network'} ({type(module).__name__}) has no sparse twin; supported: {supported}.")
+        kind = f"{name or 'network'} ({type(module).__name__})"
+        raise TypeError(f"{kind} has no sparse twin; {_way_out(module)}supported: {supported}.")
     if isinstance(module, SkipConnection) and module.mode == "mul":
         raise ValueError(f"{name}: a sparse skip connection joins by 'cat' or 'add', got 'mul'.")
     if isinstance(module, nn.InstanceNorm3d) and module.track_running_stats:
         raise ValueError(f"{name}: sparse instance norm keeps no running statistics; set track_running_stats=False.")
     if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
         _check_convolution(name, module)
+
+
+def _way_out(module: nn.Module) -> str:
+    """What to do with a network as a whole."""
+    if type(module) is UNet:
+        return (
+            "use monai_memeff.sparse.SparseUNet with the same arguments, or convert its part: to_sparse(unet.model); "
+        )
+    inner = getattr(module, "model", None)
+    return "convert its part: to_sparse(network.model); " if isinstance(inner, nn.Module) else ""
 
 
 def _check_convolution(name: str, layer: nn.Conv3d | nn.ConvTranspose3d) -> None:
@@ -123,9 +135,16 @@ def _check_convolution(name: str, layer: nn.Conv3d | nn.ConvTranspose3d) -> None
     if layer.padding == "same":
         return
     paddings = (0, 0, 0) if layer.padding == "valid" else layer.padding
-    for kernel, stride, dilation, padding in zip(
-        layer.kernel_size, layer.stride, layer.dilation, paddings, strict=True
+    for kernel, stride, dilation, padding, end in zip(
+        layer.kernel_size, layer.stride, layer.dilation, paddings, layer.output_padding, strict=True
     ):
+        reach = dilation * (kernel - 1) - 2 * int(padding) + int(end)
+        if stride > 1 and type(layer) in (nn.Conv3d, nn.ConvTranspose3d) and not 0 <= reach < stride:
+            raise ValueError(
+                f"{name}: a sparse convolution of stride {stride} goes between n voxels and ceil(n / {stride}) cells, "
+                f"which kernel {kernel} with padding {padding}, dilation {dilation} and output padding {end} does not; "
+                f"use padding {dilation * (kernel - 1) // 2}."
+            )
         if stride == 1 and 2 * int(padding) != dilation * (kernel - 1):
             raise ValueError(
                 f"{name}: a stride-1 sparse convolution keeps its voxels, so padding must be "

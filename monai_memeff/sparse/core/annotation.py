@@ -1,0 +1,46 @@
+"""The annotated part of a target: which voxels are foreground, and which cells nobody has judged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from monai_memeff.geometry import voxels
+from monai_memeff.sparse.core.tensor import SparseTensor, nonzero_voxels
+from monai_memeff.sparse.core.voxel_set import VoxelSet
+
+
+def check_ignore_index(ignore_index: int | None) -> int | None:
+    """The label as it is; ValueError for 0, which sparse targets do not list."""
+    if ignore_index == 0:
+        raise ValueError("ignore_index must not be 0, the background of sparse targets; give ignored voxels a label.")
+    return ignore_index
+
+
+def foreground_and_ignored(
+    target: SparseTensor | Tensor, ignore_index: int | None
+) -> tuple[SparseTensor, VoxelSet | None]:
+    """The structure and the ignored voxels of a target.
+
+    Args:
+        target: sparse, or dense (B, 1, H, W, D); voxels that are neither zero nor ``ignore_index`` are foreground.
+        ignore_index: label of voxels without annotation; None: there are none.
+    """
+    found = nonzero_voxels(target)
+    if ignore_index is None:
+        return found, None
+    ignored = found.features[:, 0] == ignore_index
+    return found.prune(~ignored), found.voxels.select(ignored)
+
+
+def filled_cells(fine: VoxelSet, stride: tuple[int, int, int]) -> VoxelSet:
+    """The cells of size ``stride`` all of whose voxels are in the set; the last cell of an axis may be cut off."""
+    if stride == (1, 1, 1):
+        return fine
+    cells = fine.coarsened(stride)
+    parents = voxels.regrid(fine.keys, fine.spatial_shape, cells.spatial_shape, stride, shrink=True)
+    counts = torch.bincount(torch.searchsorted(cells.keys, parents), minlength=len(cells))
+    first = cells.coordinates[:, 1:] * torch.tensor(stride, device=fine.device)
+    ends = torch.tensor(fine.spatial_shape, device=fine.device)
+    sizes = torch.minimum(ends - first, torch.tensor(stride, device=fine.device)).prod(1)
+    return cells.select(counts == sizes)
