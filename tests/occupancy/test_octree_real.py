@@ -13,6 +13,7 @@ from torch import Tensor
 
 from monai_memeff.occupancy import OccupancyLoss, OccupancyNet, OctreeInferer
 from monai_memeff.occupancy.engine import draw_batch
+from monai_memeff.occupancy.evaluator import PointEvaluator, labels_of
 
 MIDDLE = (slice(34, 95), slice(30, 101), slice(20, 73))  # 61 x 71 x 53 voxels, none divisible by a stride
 
@@ -67,13 +68,22 @@ def numbered(mask: Tensor) -> Tensor:
     return rank[found]
 
 
+def coarse_labels(network: OccupancyNet, volume: Tensor) -> Tensor:
+    """What the network's coarse prediction says of every voxel, (H, W, D)."""
+    evaluator, shape = PointEvaluator(network, volume), tuple(volume.shape[2:])
+    voxels = torch.cartesian_prod(*(torch.arange(extent) for extent in shape))
+    return labels_of(evaluator.coarse_logits(voxels)).view(shape)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("initial", ["grid", "network"])
 def test_same_as_dense_on_a_real_ct(trained: tuple[OccupancyNet, Tensor], initial: str) -> None:
     """The largest piece of every organ is that of dense evaluation, voxel for voxel.
 
-    A network trained so briefly sprinkles its answer with islands. Those that hold no node may be missed; each that is
-    missed is a whole piece of the dense answer, and the report counts them.
+    A network trained so briefly sprinkles its answer with islands. Those that hold no node may be missed, and with
+    ``initial="network"`` those whose nodes the coarse prediction has wrong; each that is missed is a whole piece of the
+    dense answer, and the report counts them. How many there are depends on the training, so on the processor's
+    arithmetic; they are few beside the errors of the coarse prediction.
     """
     network, volume = trained
     expected = network(volume)[0].argmax(0)
@@ -83,7 +93,12 @@ def test_same_as_dense_on_a_real_ct(trained: tuple[OccupancyNet, Tensor], initia
         assert torch.equal(numbered(labels == organ) == 1, numbered(expected == organ) == 1), organ
     wrong = labels != expected
     islands = numbered(wrong)
-    assert initial == "network" or not wrong[::4, ::4, ::4].any()
+    coarse = coarse_labels(network, volume)
+    nodes = torch.zeros_like(wrong)
+    nodes[
+        torch.meshgrid(*(torch.tensor([*range(0, extent - 1, 4), extent - 1]) for extent in wrong.shape), indexing="ij")
+    ] = True
+    assert not (wrong & nodes & ((coarse == expected) | (initial == "grid"))).any()
     for number in range(1, int(islands.max()) + 1):
         piece = islands == number
         (assumed,) = labels[piece].unique()
@@ -92,5 +107,5 @@ def test_same_as_dense_on_a_real_ct(trained: tuple[OccupancyNet, Tensor], initia
     report = inferer.last_report
     assert report is not None
     assert report.initial == initial
-    assert report.disagreement == int(wrong.sum()) < 0.002 * wrong.numel()
+    assert report.disagreement == int(wrong.sum()) < 0.25 * int((coarse != expected).sum())
     assert report.fraction < 0.1
