@@ -1,4 +1,4 @@
-"""nnU-Net plugins of monai-memeff: trainers that nnU-Net finds by name; nothing is imported before it is asked for."""
+"""nnU-Net plugins of monai-memeff: trainers by name, and lean prediction; imported only when asked for."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ TRAINERS = {
     "SparseTrainer": "nnunet_plugins.sparse_trainer",
 }
 
-__all__ = ["TRAINERS", *TRAINERS]
+# anything else that is handed out by name -> its module
+OTHERS = {"lean_prediction": "nnunet_plugins.lean.switch"}
+
+__all__ = ["TRAINERS", "lean_prediction", *TRAINERS]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the trainer's module on first use.
+    """Import the module of a trainer, or of lean prediction, on first use.
 
     Raises:
         ImportError: in one line, when nnunetv2 or something else that the trainer needs is missing.
         AttributeError: for a name that is no trainer.
     """
+    if name in OTHERS:
+        return getattr(import_module(OTHERS[name]), name)
     if name not in TRAINERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its trainers are {', '.join(TRAINERS)}")
     try:
@@ -34,4 +39,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Name the trainers too, so that completion shows them before they are loaded."""
-    return sorted({*globals(), *TRAINERS})
+    return sorted({*globals(), *OTHERS, *TRAINERS})

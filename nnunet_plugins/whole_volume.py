@@ -10,6 +10,8 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
+from nnunet_plugins.networks import unwrapped
+
 
 def install() -> None:
     """Let nnUNetPredictor hand whole images to networks that have ``predict_volume``; others run as ever.
@@ -23,11 +25,9 @@ def install() -> None:
 
     @functools.wraps(stock)
     def predict(self: Any, input_image: Tensor) -> Any:
-        network = self.network
-        for name in ("_orig_mod", "module"):  # torch.compile's and DDP's wrappers
-            network = getattr(network, name, network)
+        network = unwrapped(self.network)
         if not hasattr(network, "predict_volume"):
-            return stock(self, input_image)
+            return predict.__wrapped__(self, input_image)  # stock, or lean prediction
         network.to(self.device).eval()
         axes = self.allowed_mirroring_axes if self.use_mirroring else None
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=self.device.type == "cuda"):

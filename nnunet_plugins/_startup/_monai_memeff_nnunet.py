@@ -1,4 +1,4 @@
-"""Runs when Python starts: tells nnU-Net where monai-memeff keeps its trainers (docs/howto/nnunet.md says why)."""
+"""Runs when Python starts: tells nnU-Net of monai-memeff's trainers and switches (docs/howto/nnunet.md says why)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 
 VARIABLE = "nnUNet_extTrainer"  # nnU-Net >= 2.8 looks for trainers in the folders listed here
 OPT_OUT = "MEMEFF_NO_NNUNET"  # set to anything but 0: nothing is touched
+SWITCH = "MEMEFF_NNUNET"  # lean: stock models are predicted in less memory; unset, empty, 0 or off: as ever
+SWITCHED = ("nnunetv2.inference.export_prediction", "nnunetv2.inference.predict_from_raw_data")
 
 
 def ext_folder() -> str | None:
@@ -28,6 +30,42 @@ def with_folder(value: str | None, folder: str) -> str:
     return os.pathsep.join([*listed, folder])
 
 
+class SwitchFinder:
+    """Watches for two modules of nnU-Net, and has them switched right after they are imported, before anybody else."""
+
+    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        """Return the module's own spec with a loader that switches it afterwards; None for any other module."""
+        if name not in SWITCHED:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find and finder is not self else None
+            if spec is not None and spec.loader is not None:
+                return _switched(spec, name)
+        return None
+
+
+def _switched(spec, name):  # type: ignore[no-untyped-def]
+    """Let the module's loader switch it when it has run it."""
+    execute = spec.loader.exec_module
+
+    def exec_module(module) -> None:  # type: ignore[no-untyped-def]
+        execute(module)
+        from nnunet_plugins.lean import switch
+
+        switch.on_import(name)
+
+    spec.loader.exec_module = exec_module
+    return spec
+
+
+def watch() -> None:
+    """Watch for nnU-Net's modules if the switch is set, once."""
+    value = os.environ.get(SWITCH, "").strip().lower()
+    if value not in ("", "0", "off") and not any(type(f).__name__ == "SwitchFinder" for f in sys.meta_path):
+        sys.meta_path.insert(0, SwitchFinder())
+
+
 def register() -> None:
     """Append the shim's folder to the variable; imports no package and never raises, whatever the environment."""
     try:
@@ -35,5 +73,6 @@ def register() -> None:
             folder = ext_folder()
             if folder is not None:
                 os.environ[VARIABLE] = with_folder(os.environ.get(VARIABLE), folder)
+            watch()
     except Exception:  # a start-up hook must never stop Python
         return

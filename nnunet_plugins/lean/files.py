@@ -1,0 +1,125 @@
+"""Scratch files: space on a disk, reserved at once, that vanishes with the process that uses it, even when killed."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER_VARIABLE = "MEMEFF_NNUNET_TMP"
+SPARE = 64 * 2**20
+"""Bytes that stay free on a disk whose room is counted."""
+
+
+class NoRoomError(OSError):
+    """No folder has room for a scratch file."""
+
+
+class ScratchFile:
+    """Bytes on disk without a name: the system frees them when the last process that holds the file ends.
+
+    Args:
+        size: Number of bytes, reserved now, so that a full disk is met before work starts.
+        descriptor: Of an open scratch file, which this object then owns; None makes a new one.
+
+    Raises:
+        NoRoomError: in one line, with the folders tried and the way out.
+    """
+
+    def __init__(self, size: int, descriptor: int | None = None) -> None:
+        self.size = size
+        self.descriptor = reserve(size) if descriptor is None else descriptor
+
+    def __del__(self) -> None:
+        if getattr(self, "descriptor", None) is not None:
+            os.close(self.descriptor)
+
+    def write(self, offset: int, values: np.ndarray) -> None:
+        """Write a contiguous array at an offset in bytes."""
+        view = memoryview(np.ascontiguousarray(values)).cast("B")
+        while view:
+            done = os.pwrite(self.descriptor, view, offset)
+            view, offset = view[done:], offset + done
+
+    def read(self, offset: int, out: np.ndarray) -> np.ndarray:
+        """Fill a contiguous array from an offset in bytes; returns it."""
+        view = memoryview(out).cast("B")
+        while view:
+            done = os.preadv(self.descriptor, [view], offset)
+            if done == 0:
+                raise OSError("a scratch file of lean prediction ended too early.")
+            view, offset = view[done:], offset + done
+        return out
+
+    def map(self) -> mmap.mmap:
+        """The bytes as shared memory; what is written there is in the file at once."""
+        return mmap.mmap(self.descriptor, self.size)
+
+
+def reserve(size: int) -> int:
+    """Open a nameless file of ``size`` bytes in the first folder with room; returns its descriptor."""
+    tried = []
+    for folder in folders():
+        try:
+            free = shutil.disk_usage(folder).free - SPARE
+            if free >= size:
+                return _reserved_in(folder, size)
+            tried.append(f"{folder} has {max(free, 0) / 2**30:.1f} GiB free")
+        except OSError as error:
+            tried.append(f"{folder}: {error.strerror or error}")
+    raise NoRoomError(
+        f"lean prediction needs {size / 2**30:.2f} GiB of disk for logits, and {'; '.join(tried) or 'no folder'}: "
+        f"free some, or set {FOLDER_VARIABLE} to a folder with room."
+    )
+
+
+def _reserved_in(folder: str, size: int) -> int:
+    descriptor, name = tempfile.mkstemp(prefix="memeff-", dir=folder)
+    try:
+        os.unlink(name)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, max(size, 1))
+        else:
+            os.truncate(descriptor, size)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def folders() -> list[str]:
+    """Where scratch files may go, best first: the user's choice alone, or disks before file systems in memory."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    if chosen:
+        return [chosen]
+    candidates = list(dict.fromkeys([tempfile.gettempdir(), "/var/tmp", os.getcwd()]))
+    memory = _memory_mounts()
+    return sorted((c for c in candidates if os.path.isdir(c)), key=lambda c: _mount_of(c) in memory)
+
+
+def _memory_mounts() -> set[str]:
+    try:
+        rows = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:  # not Linux
+        return set()
+    return {row[1] for row in rows if len(row) > 2 and row[2] in ("tmpfs", "ramfs")}
+
+
+def _mount_of(folder: str) -> str:
+    path = os.path.realpath(folder)
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def supported() -> str | None:
+    """Say why this system has no such files; None when it has."""
+    needed: tuple[Any, ...] = tuple(getattr(os, name, None) for name in ("pwrite", "preadv"))
+    if os.name != "posix" or None in needed:
+        return "lean prediction needs files that can be used after their name is removed, which this system has not"
+    return None

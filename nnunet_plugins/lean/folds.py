@@ -1,0 +1,91 @@
+"""The sum of the folds' logits as nnU-Net takes it, made in the file that holds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from nnunetv2.configuration import default_num_processes
+from torch import Tensor
+from torch._dynamo import OptimizedModule
+
+from nnunet_plugins.lean.logits import LogitsFile, StoredLogits
+from nnunet_plugins.lean.previous_stage import WithPreviousStage
+from nnunet_plugins.lean.sliding import predict_sliding_window_return_logits, stream
+from nnunet_plugins.networks import unwrapped
+
+METHOD = "predict_sliding_window_return_logits"
+
+
+@torch.inference_mode()
+def predict_logits_from_preprocessed_data(self: Any, data: Any) -> Tensor:
+    """The mean logits (C, X, Y, Z) over the folds, on disk; in the place of nnU-Net's method of this name."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(default_num_processes, threads))
+    try:
+        return _mean(self, data)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _mean(predictor: Any, data: Any) -> Tensor:
+    folds = predictor.list_of_parameters
+    tiled = by_tiles(predictor)
+    if isinstance(data, WithPreviousStage) and not tiled:
+        data = data.whole()
+    if not tiled and len(folds) == 1:
+        _load(predictor, folds[0])
+        whole: Tensor = predictor.predict_sliding_window_return_logits(data).to("cpu")
+        return on_disk(whole) if whole.dtype == torch.half else whole
+    logits = LogitsFile((predictor.label_manager.num_segmentation_heads, *data.shape[1:]))
+    for number, parameters in enumerate(folds):
+        _load(predictor, parameters)
+        sink = FoldSink(logits, number, len(folds))
+        if tiled:
+            stream(predictor, data, sink)
+            continue
+        whole = predictor.predict_sliding_window_return_logits(data).to("cpu")
+        for row in range(whole.shape[1]):
+            sink(row, 0, whole[:, row])
+    return logits.tensor()
+
+
+def on_disk(whole: Tensor) -> Tensor:
+    """The same logits in a scratch file."""
+    if isinstance(whole, StoredLogits):
+        return whole
+    logits = LogitsFile(whole.shape)
+    for row in range(whole.shape[1]):
+        logits.write(row, 0, whole[:, row])
+    return logits.tensor()
+
+
+class FoldSink:
+    """Adds the logits of a fold to those of the folds before it, and divides by their number after the last."""
+
+    def __init__(self, logits: LogitsFile, number: int, folds: int) -> None:
+        self.logits, self.number, self.folds = logits, number, folds
+
+    def __call__(self, row: int, first_class: int, planes: Tensor) -> None:
+        """Take planes (classes, Y, Z) of a row."""
+        if self.number:
+            sums = self.logits.read(row, first_class, len(planes))
+            sums += planes
+            planes = sums
+            if self.number == self.folds - 1:
+                planes /= self.folds
+        self.logits.write(row, first_class, planes.to(torch.half))
+
+
+def by_tiles(predictor: Any) -> bool:
+    """Whether this predictor runs our sliding window: neither its class nor its network has a way of its own."""
+    method = getattr(type(predictor), METHOD)
+    if method is predict_sliding_window_return_logits:
+        return True
+    inner = method.__wrapped__ if getattr(method, "whole_volume", False) else None
+    return inner is predict_sliding_window_return_logits and not hasattr(unwrapped(predictor.network), "predict_volume")
+
+
+def _load(predictor: Any, parameters: dict) -> None:
+    network = predictor.network
+    (network._orig_mod if isinstance(network, OptimizedModule) else network).load_state_dict(parameters)

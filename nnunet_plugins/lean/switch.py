@@ -1,0 +1,164 @@
+"""Turns lean prediction on and off: by the variable when nnU-Net's modules are imported, or around a block of code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from nnunet_plugins.lean import files, fingerprint
+from nnunet_plugins.lean.stock import EXPORT, PREDICTOR, REPLACED
+
+VARIABLE = "MEMEFF_NNUNET"
+
+_OURS = "nnunet_plugins.lean."
+
+# nnU-Net's module -> (class or "", name, our module with a function of that name)
+TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
+    EXPORT: (
+        ("", "convert_predicted_logits_to_segmentation_with_correct_shape", "export"),
+        ("", "export_prediction_from_logits", "export"),
+        ("", "resample_and_save", "export"),
+    ),
+    PREDICTOR: (
+        ("nnUNetPredictor", "_internal_maybe_mirror_and_predict", "sliding"),
+        ("nnUNetPredictor", "predict_sliding_window_return_logits", "sliding"),
+        ("nnUNetPredictor", "predict_logits_from_preprocessed_data", "folds"),
+        ("nnUNetPredictor", "_internal_get_data_iterator_from_lists_of_filenames", "preprocessing"),
+        ("nnUNetPredictor", "predict_from_data_iterator", "cases"),
+        ("nnUNetPredictor", "predict_from_files_sequential", "cases"),
+        ("", "predict_entry_point", "cases"),
+        ("", "predict_entry_point_modelfolder", "cases"),
+    ),
+}
+
+_lock = threading.RLock()
+
+
+def refusal() -> str | None:
+    """Say why lean prediction cannot be used here; None when it can."""
+    return files.supported() or fingerprint.refusal()
+
+
+def on_import(name: str) -> None:
+    """Replace functions of an nnU-Net module that was just imported; called by the start-up file's import hook.
+
+    ``MEMEFF_NNUNET=whole`` and unknown values end the process in one line before anything is predicted; an nnU-Net that
+    is not known keeps its own functions, with a warning.
+    """
+    value = os.environ.get(VARIABLE, "").strip().lower()
+    if value in ("", "0", "off"):
+        return
+    if value != "lean":
+        _refuse(value)
+    reason = refusal()
+    if reason is not None:
+        if name == PREDICTOR:
+            print(f"WARNING: {VARIABLE}=lean has no effect: {reason}. Stock prediction is used.", file=sys.stderr)
+        return
+    _replace(name)
+
+
+def _refuse(value: str) -> None:
+    if value == "whole":
+        print(f"{VARIABLE}=whole is not available in this version: set it to lean, or unset it.", file=sys.stderr)
+    else:
+        print(f"{VARIABLE} must be lean or off, got {value!r}.", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def lean_prediction() -> Iterator[None]:
+    """Predict leanly inside the block, in this process and in the workers that nnU-Net starts from it.
+
+    Raises:
+        RuntimeError: this nnU-Net, or this system, is not supported.
+
+    Example::
+
+        from nnunet_plugins import lean_prediction
+
+        with lean_prediction():
+            predictor.predict_from_files("images", "out")
+    """
+    reason = refusal()
+    if reason is not None:
+        raise RuntimeError(f"lean prediction is not possible: {reason}.")
+    with _lock:
+        for name in TABLE:
+            import_module(name)
+        if not is_on():
+            _Blocks.switched = True
+            for name in TABLE:
+                _replace(name)
+        _Blocks.open += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _Blocks.open -= 1
+            if _Blocks.switched and not _Blocks.open:
+                _Blocks.switched = False
+                _restore()
+
+
+class _Blocks:
+    """How many blocks are open now, in all threads, and whether one of them did the switching."""
+
+    open = 0
+    switched = False
+
+
+def is_on() -> bool:
+    """Whether lean functions stand in nnU-Net's modules now."""
+    return bool(REPLACED)
+
+
+def _replace(name: str) -> None:
+    """Put our functions into a module of nnU-Net and wherever else its own were imported to."""
+    module = sys.modules[name]
+    for owner_name, attribute, ours in TABLE[name]:
+        owner = getattr(module, owner_name) if owner_name else module
+        key = (f"{name}.{owner_name}" if owner_name else name, attribute)
+        if key in REPLACED:
+            continue
+        new = getattr(import_module(_OURS + ours), attribute)
+        REPLACED[key] = _put(owner, attribute, new)
+        if not owner_name:
+            _everywhere(REPLACED[key], new)
+
+
+def _put(owner: Any, attribute: str, new: Any) -> Any:
+    """Set an attribute, behind the wrapper for whole-volume networks where there is one; returns what it replaces."""
+    old = getattr(owner, attribute)
+    if getattr(old, "whole_volume", False):
+        inner, old.__wrapped__ = old.__wrapped__, new
+        return inner
+    setattr(owner, attribute, new)
+    return old
+
+
+def _restore() -> None:
+    """Give nnU-Net its own functions back."""
+    for name, rows in TABLE.items():
+        for owner_name, attribute, _ in rows:
+            module = sys.modules[name]
+            owner = getattr(module, owner_name) if owner_name else module
+            old = REPLACED.pop((f"{name}.{owner_name}" if owner_name else name, attribute))
+            new = _put(owner, attribute, old)
+            if not owner_name:
+                _everywhere(new, old)
+
+
+def _everywhere(old: Any, new: Any) -> None:
+    """Replace a function in all modules that imported it by name."""
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and not module.__name__.startswith(_OURS):
+            for attribute, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, attribute, new)

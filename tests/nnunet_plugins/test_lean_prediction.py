@@ -1,0 +1,252 @@
+"""Lean prediction against stock nnU-Net, voxel for voxel, over plans, images and settings that nnU-Net could have."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
+
+from nnunet_plugins import lean_prediction
+from nnunet_plugins.lean import switch, window
+from nnunet_plugins.lean.files import FOLDER_VARIABLE, NoRoomError, ScratchFile
+from nnunet_plugins.lean.labels import RunningArgmax
+from nnunet_plugins.lean.logits import LogitsFile, StoredArray, StoredLogits
+from nnunet_plugins.lean.trial import TrialModel, predictor_of
+
+SMALL = {"max_examples": 15, "deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+
+def exclusive(classes: int, ignore: bool = False) -> dict[str, Any]:
+    """Labels 0 ... classes - 1, and the ignore label."""
+    labels = {"background": 0, **{f"label{number}": number for number in range(1, classes)}}
+    return {**labels, "ignore": classes} if ignore else labels
+
+
+REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "spot": 3}
+
+
+@st.composite
+def models(draw: Any) -> TrialModel:
+    """Small models of every kind that plans can describe."""
+    flat = draw(st.booleans())
+    axes = 2 if flat else 3
+    regions = draw(st.booleans())
+    return TrialModel(
+        REGIONS if regions else exclusive(draw(st.integers(1, 5)), draw(st.booleans())),
+        draw(st.permutations([1, 2, 3])) if regions else None,
+        patch=[draw(st.sampled_from([4, 6, 8])) for _ in range(axes)],
+        spacing=[draw(st.sampled_from([0.7, 1.0, 1.3, 4.0])) for _ in range(axes)],
+        folds=draw(st.integers(1, 2)),
+        mirroring=draw(st.sampled_from([None, (0,), (0, 1), tuple(range(axes))])),
+        transpose=draw(st.permutations([0, 1, 2])),
+        resampling={
+            "is_seg": False,
+            "order": draw(st.sampled_from([0, 1, 3])),
+            "order_z": draw(st.sampled_from([0, 1, 3])),
+            "force_separate_z": draw(st.sampled_from([None, None, False, True])),
+        },
+        features=(3, 4),
+    )
+
+
+def predicted(predictor: Any, image: np.ndarray, spacing: Any, probabilities: bool, previous: Any = None) -> Any:
+    """Labels, or labels and probabilities, or what nnU-Net raises."""
+    properties = {"spacing": list(spacing)}
+    try:
+        return predictor.predict_single_npy_array(image[None], properties, previous, None, probabilities)
+    except Exception as error:
+        return type(error), str(error)
+
+
+def same(stock: Any, lean: Any) -> bool:
+    """Whether two predictions are the same in every bit and type."""
+    if isinstance(stock, tuple):
+        return all(same(a, b) for a, b in zip(stock, lean, strict=True))
+    if isinstance(stock, np.ndarray):
+        return stock.dtype == lean.dtype and np.array_equal(stock, lean, equal_nan=stock.dtype.kind == "f")
+    return stock == lean
+
+
+def compare(predictor: Any, image: np.ndarray, spacing: Any, probabilities: bool = False, previous: Any = None) -> Any:
+    """Predict both ways; returns the stock result, after both were found to be the same."""
+    stock = predicted(predictor, image, spacing, probabilities, previous)
+    with lean_prediction():
+        lean = predicted(predictor, image, spacing, probabilities, previous)
+    assert same(stock, lean)
+    return stock
+
+
+def noise(shape: Any, margin: int = 0, seed: int = 0) -> np.ndarray:
+    """An image with zeros at the lower ends, which nnU-Net crops."""
+    image = np.random.default_rng(seed).normal(0, 1, shape).astype(np.float32)
+    for axis in range(3):
+        image[(slice(None),) * axis + (slice(0, margin),)] = 0
+    return image
+
+
+def test_every_voxel_is_stocks(tmp_path_factory) -> None:
+    predicted_by_stock = []
+
+    @settings(**SMALL)
+    @given(
+        model=models(),
+        shape=st.tuples(*[st.integers(3, 12)] * 3),
+        spacing=st.tuples(*[st.sampled_from([0.7, 1.0, 1.5, 4.0])] * 3),
+        margin=st.integers(0, 2),
+        probabilities=st.booleans(),
+        step=st.sampled_from([0.4, 0.5, 1.0]),
+        gaussian=st.booleans(),
+        tiny_blocks=st.booleans(),
+    )
+    def check(model, shape, spacing, margin, probabilities, step, gaussian, tiny_blocks) -> None:
+        folder = model.write(tmp_path_factory.mktemp("model"))
+        predictor = predictor_of(folder, tile_step_size=step, use_gaussian=gaussian)
+        with pytest.MonkeyPatch.context() as changed:
+            if tiny_blocks:  # accumulators on disk, a class at a time
+                changed.setattr(window, "IN_MEMORY", 0)
+                changed.setattr(window, "BLOCK", 64)
+            result = compare(predictor, noise(shape, min(margin, min(shape) - 1)), spacing, probabilities)
+        predicted_by_stock.append(not isinstance(result, tuple) or isinstance(result[0], np.ndarray))
+
+    check()
+    assert np.mean(predicted_by_stock) > 0.8  # the others are refused by stock, and by us in the same words
+
+
+@pytest.mark.parametrize("classes", [255, 256, 300])
+def test_many_classes(tmp_path: Path, classes: int) -> None:
+    model = TrialModel(exclusive(classes), patch=(4, 6, 4), features=(2, 3), folds=2)
+    labels = compare(predictor_of(model.write(tmp_path)), noise((7, 8, 6)), (1.0, 2.0, 1.0))
+    assert labels.dtype == (np.uint8 if classes <= 255 else np.uint16)
+    assert len(np.unique(labels)) > 10
+
+
+@pytest.mark.parametrize("function", ["no_resampling_hack", "resample_torch_fornnunet"])
+@pytest.mark.parametrize("regions", [False, True])
+def test_other_resampling_functions(tmp_path: Path, function: str, regions: bool) -> None:
+    settings_ = {} if function == "no_resampling_hack" else {"is_seg": False, "force_separate_z": None}
+    labels = (REGIONS, (3, 1, 2)) if regions else (exclusive(4), None)
+    model = TrialModel(*labels, patch=(6, 6, 6), resampling_function=function, resampling=settings_)
+    spacing = (1.0, 1.0, 1.0) if function == "no_resampling_hack" else (1.0, 2.0, 1.0)
+    for probabilities in (False, True):
+        compare(predictor_of(model.write(tmp_path)), noise((9, 8, 10)), spacing, probabilities)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_cascade(tmp_path: Path, flat: bool) -> None:
+    model = TrialModel(exclusive(4), patch=(6, 6) if flat else (6, 6, 6), cascade=not flat, folds=2)
+    previous = None if flat else np.random.default_rng(1).integers(0, 4, (1, 9, 8, 10)).astype(np.int8)
+    compare(predictor_of(model.write(tmp_path)), noise((9, 8, 10), 1), (1.0, 1.5, 1.0), previous=previous)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e9])
+def test_what_is_not_finite_is_as_in_stock(tmp_path: Path, value: float) -> None:
+    model = TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3))
+    predictor = predictor_of(model.write(tmp_path))
+    for parameters in predictor.list_of_parameters:
+        for name in parameters:
+            if "seg_layers" in name and name.endswith("bias"):
+                parameters[name][1] = value
+    result = compare(predictor, noise((9, 8, 10)), (1.0, 1.5, 1.0))
+    if value > 0:
+        assert result[0] is RuntimeError
+        assert "Encountered inf" in result[1]
+    else:
+        assert set(np.unique(result)) == {1}
+
+
+def test_the_first_of_equals_and_the_first_nan_win() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.choice(np.array([-0.0, 0.0, 1.0, np.nan, np.inf, -np.inf], np.float16), (7, 20, 20, 20))
+    running = RunningArgmax(values.shape[1:], np.uint8)
+    for number, value in enumerate(values):
+        running.add(number, value)
+    np.testing.assert_array_equal(running.labels, values.argmax(0))
+
+
+def test_off_means_untouched(tmp_path: Path) -> None:
+    from nnunetv2.inference import export_prediction, predict_from_raw_data
+    from nnunetv2.training.nnUNetTrainer import nnUNetTrainer
+
+    owners = (export_prediction, predict_from_raw_data, nnUNetTrainer, predict_from_raw_data.nnUNetPredictor)
+    before = [dict(vars(owner)) for owner in owners]
+    with lean_prediction():
+        assert switch.is_on()
+        assert nnUNetTrainer.export_prediction_from_logits.__module__ == "nnunet_plugins.lean.export"
+        with lean_prediction():
+            assert switch.is_on()
+        assert switch.is_on()
+    assert not switch.is_on()
+    assert [dict(vars(owner)) for owner in owners] == before
+
+
+def test_predictors_of_others_keep_their_ways(tmp_path: Path) -> None:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    class Own(nnUNetPredictor):
+        def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
+            return torch.arange(3.0)[:, None, None, None].half() * input_image.half()
+
+    model = TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3), folds=3).write(tmp_path)
+    predictor = Own(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0, 1, 2))
+    labels = compare(predictor, noise((9, 8, 10)), (1.0, 1.0, 1.5))
+    assert set(np.unique(labels)) == {0, 2}
+
+
+# Logits on disk
+
+
+def stored() -> tuple[StoredLogits, torch.Tensor]:
+    values = torch.randn(3, 4, 5, 6).half()
+    file = LogitsFile(values.shape)
+    for row in range(4):
+        file.write(row, 0, values[:, row])
+    return file.tensor(), values
+
+
+def test_logits_on_disk_are_a_tensor_for_everybody_else() -> None:
+    logits, values = stored()
+    assert torch.equal(logits, values)
+    assert logits.cpu() is logits
+    assert logits.detach().to("cpu") is logits
+    assert type(logits + 1) is torch.Tensor
+    assert torch.equal(logits.to(torch.float32), values.float())
+    array = logits.cpu().detach().numpy()
+    assert isinstance(array, StoredArray)
+    np.testing.assert_array_equal(array.argmax(0), values.numpy().argmax(0))
+    logits += 1
+    assert torch.equal(torch.from_numpy(logits.file.class_volumes(1, 3)), values[1:] + 1)
+
+
+def test_another_process_gets_the_file_and_a_pickle_the_values() -> None:
+    logits, values = stored()
+    for sent in (logits, logits.numpy()):
+        received = ForkingPickler.loads(ForkingPickler.dumps(sent))
+        assert received.file.shape == (3, 4, 5, 6)
+        np.testing.assert_array_equal(np.asarray(received), values.numpy())
+        assert len(bytes(ForkingPickler.dumps(sent))) < 1000
+        np.testing.assert_array_equal(np.asarray(pickle.loads(pickle.dumps(sent))), values.numpy())
+    assert torch.equal(copy.deepcopy(logits), values)
+
+
+def test_scratch_files_have_no_name_and_are_refused_in_a_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    file = ScratchFile(1000)
+    assert not list(tmp_path.iterdir())
+    assert file.read(10, np.empty(5, np.int16)).tolist() == [0] * 5
+    with pytest.raises(NoRoomError, match=rf"needs 1048576.00 GiB .* {tmp_path} has .* set {FOLDER_VARIABLE}") as error:
+        ScratchFile(2**50)
+    assert "\n" not in str(error.value)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "missing"))
+    with pytest.raises(NoRoomError, match="No such file"):
+        ScratchFile(10)
