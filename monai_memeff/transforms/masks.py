@@ -1,0 +1,219 @@
+"""Binary masks: of one label, of a network's logits, dilated, opened."""
+
+from __future__ import annotations
+
+import torch
+from monai.config import KeysCollection
+from monai.networks.utils import eval_mode
+from monai.transforms import Transform
+from monai.transforms.utils_morphological_ops import dilate, erode
+from monai.utils import TransformBackends
+from torch import Tensor, nn
+
+from monai_memeff.errors import InputError
+from monai_memeff.transforms.each_key import EachKey, name_of
+
+__all__ = [
+    "DilateMask",
+    "DilateMaskD",
+    "DilateMaskDict",
+    "DilateMaskd",
+    "OpenMask",
+    "OpenMaskD",
+    "OpenMaskDict",
+    "OpenMaskd",
+    "PredictMask",
+    "PredictMaskD",
+    "PredictMaskDict",
+    "PredictMaskd",
+    "SelectLabel",
+    "SelectLabelD",
+    "SelectLabelDict",
+    "SelectLabeld",
+]
+
+
+class SelectLabel(Transform):
+    """Make the binary mask of one label, or of all labels but 0.
+
+    Args:
+        label: Value of the structure; None takes everything that is not zero.
+        allow_empty: Whether a volume without the structure passes.
+
+    Example::
+
+        SelectLabel(2)(torch.tensor([[0, 1, 2, 2]]))  # [[0, 0, 1, 1]]
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(self, label: float | None = None, allow_empty: bool = True) -> None:
+        self.label, self.allow_empty = label, allow_empty
+
+    def __call__(self, img: Tensor) -> Tensor:
+        """Return the mask, uint8 of 0 and 1, with the shape and the metadata of ``img``.
+
+        Raises:
+            InputError: the mask is empty, and must not be.
+        """
+        mask = (img != 0 if self.label is None else img == self.label).to(torch.uint8)
+        if not self.allow_empty and not bool(mask.any()):
+            wanted = "all are 0" if self.label is None else f"label {self.label:g}"
+            raise InputError(
+                f"{name_of(img)} holds no voxel of the structure: {wanted}; set --label, or leave the file out"
+            )
+        return mask
+
+
+class PredictMask(Transform):
+    """Make a binary mask with a network, one volume at a time, in evaluation mode and without gradients.
+
+    Args:
+        network: Maps (1, C, H, W, D) to logits (1, C', H, W, D).
+        threshold: Logits above it are 1.
+        device: Where the network is; None: the device of the volume.
+
+    Example::
+
+        PredictMask(torch.nn.Conv3d(1, 1, 3, padding=1))(torch.randn(1, 8, 8, 8))
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(
+        self, network: nn.Module, threshold: float = 0.0, device: torch.device | str | None = None
+    ) -> None:
+        self.network, self.threshold, self.device = network, threshold, device
+
+    def __call__(self, img: Tensor) -> Tensor:
+        """Return the mask (C', H, W, D) of (C, H, W, D), uint8 of 0 and 1, on the device and with the metadata of it."""
+        with eval_mode(self.network):
+            logits = self.network(img[None].to(img.device if self.device is None else self.device))[0]
+        return (logits > self.threshold).to(torch.uint8).to(img.device)
+
+
+class DilateMask(Transform):
+    """Grow a mask by a cube.
+
+    Args:
+        size: Edge of the cube in voxels, odd; 1 changes nothing.
+
+    Raises:
+        ValueError: ``size`` is even or less than 1.
+
+    Example::
+
+        DilateMask(3)(torch.nn.functional.one_hot(torch.tensor([[[2]]]), 5))
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(self, size: int = 3) -> None:
+        if size < 1 or size % 2 == 0:
+            raise ValueError(f"size must be odd and at least 1, got {size}.")
+        self.size = size
+
+    def __call__(self, img: Tensor) -> Tensor:
+        """Return the mask (C, H, W, D) with the dtype and the metadata of ``img``: the largest value in the cube."""
+        grown = torch.nn.functional.max_pool3d(img.float(), self.size, 1, self.size // 2)
+        return grown.to(img.dtype)
+
+
+class OpenMask(Transform):
+    """Open a mask by a cube: remove what the cube does not fit into, and keep the rest as it is.
+
+    Args:
+        size: Edge of the cube in voxels, odd.
+
+    Raises:
+        ValueError: ``size`` is even or less than 1.
+
+    Example::
+
+        OpenMask(3)(torch.ones(1, 5, 5, 5))
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(self, size: int = 3) -> None:
+        if size < 1 or size % 2 == 0:
+            raise ValueError(f"size must be odd and at least 1, got {size}.")
+        self.size = size
+
+    def __call__(self, img: Tensor) -> Tensor:
+        """Return the opened mask (C, H, W, D) with the metadata of ``img``; outside of the volume counts as mask."""
+        return dilate(erode(img[None], self.size), self.size)[0]
+
+
+class SelectLabeld(EachKey):
+    """Dictionary version of :class:`SelectLabel`.
+
+    Args:
+        keys: Label volumes that become masks.
+        label: See :class:`SelectLabel`.
+        allow_empty: See :class:`SelectLabel`.
+        allow_missing_keys: Whether a dictionary without a key passes.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        label: float | None = None,
+        allow_empty: bool = True,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, SelectLabel(label, allow_empty), allow_missing_keys)
+
+
+class PredictMaskd(EachKey):
+    """Dictionary version of :class:`PredictMask`.
+
+    Args:
+        keys: Volumes that become masks.
+        network: See :class:`PredictMask`.
+        threshold: See :class:`PredictMask`.
+        device: See :class:`PredictMask`.
+        allow_missing_keys: Whether a dictionary without a key passes.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        network: nn.Module,
+        threshold: float = 0.0,
+        device: torch.device | str | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, PredictMask(network, threshold, device), allow_missing_keys)
+
+
+class DilateMaskd(EachKey):
+    """Dictionary version of :class:`DilateMask`.
+
+    Args:
+        keys: Masks to grow.
+        size: See :class:`DilateMask`.
+        allow_missing_keys: Whether a dictionary without a key passes.
+    """
+
+    def __init__(self, keys: KeysCollection, size: int = 3, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, DilateMask(size), allow_missing_keys)
+
+
+class OpenMaskd(EachKey):
+    """Dictionary version of :class:`OpenMask`.
+
+    Args:
+        keys: Masks to open.
+        size: See :class:`OpenMask`.
+        allow_missing_keys: Whether a dictionary without a key passes.
+    """
+
+    def __init__(self, keys: KeysCollection, size: int = 3, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, OpenMask(size), allow_missing_keys)
+
+
+SelectLabelD = SelectLabelDict = SelectLabeld
+PredictMaskD = PredictMaskDict = PredictMaskd
+DilateMaskD = DilateMaskDict = DilateMaskd
+OpenMaskD = OpenMaskDict = OpenMaskd
