@@ -21,7 +21,7 @@ import monai_memeff
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("monai_memeff", "nnunet_plugins")
-ROOMS = ("geometry", "data", "memory", "sparse", "occupancy", "clstm", "halo")
+ROOMS = ("geometry", "data", "memory", "transforms", "sparse", "occupancy", "clstm", "halo")
 OPTIONAL = (
     "spconv",
     "MinkowskiEngine",

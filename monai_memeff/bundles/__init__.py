@@ -9,9 +9,28 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from monai_memeff.bundles.inputs import (
+    newest_file,
+    pair_by_name,
+    require_checkpoint,
+    require_files,
+    require_named,
+    require_pairs,
+)
 from monai_memeff.errors import InputError
 
-__all__ = ["bundle_names", "bundle_path", "bundle_task", "copy_bundle"]
+__all__ = [
+    "bundle_names",
+    "bundle_path",
+    "bundle_task",
+    "copy_bundle",
+    "newest_file",
+    "pair_by_name",
+    "require_checkpoint",
+    "require_files",
+    "require_named",
+    "require_pairs",
+]
 
 METADATA = Path("configs", "metadata.json")
 HERE = Path(__file__).parent

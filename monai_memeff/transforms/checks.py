@@ -57,7 +57,7 @@ class CheckForeground(Transform):
     """Pass a volume in which a part of the voxels is not zero, and refuse nothing and too much.
 
     Args:
-        max_fraction: Fraction of foreground voxels that is too much, in (0, 1].
+        max_fraction: Fraction of foreground voxels that is too much, in (0, 1]; 1 takes a full volume too.
         name: What the foreground is called in the message.
         threshold: The threshold that made the foreground, for the message.
         option: What the user may change, for the message.
@@ -91,12 +91,14 @@ class CheckForeground(Transform):
         """
         mask = torch.as_tensor(img) != 0
         count = int(mask.sum())
-        if not 0 < count < self.max_fraction * mask.numel() and not (self.max_fraction == 1 and count):
+        most = self.max_fraction * mask.numel() if self.max_fraction < 1 else mask.numel() + 1
+        if not 0 < count < most:
             made = "" if self.threshold is None else f" at the threshold {self.threshold}"
+            limit = "" if self.max_fraction == 1 else f" and less than {self.max_fraction:.0%}"
             way_out = "leave the file out" if self.option is None else f"change {self.option}"
             raise InputError(
                 f"{name_of(img)}: {count / max(mask.numel(), 1):.1%} of the voxels are {self.name}{made},"
-                f" more than 0 and less than {self.max_fraction:.0%} must be; {way_out}"
+                f" more than 0{limit} must be; {way_out}"
             )
         return img
 
@@ -106,6 +108,7 @@ class CheckLabels(Transform):
 
     Args:
         names: Names of the labels 1, 2, ...; 0 is background.
+        option: What the user may set, for the message.
 
     Raises:
         ValueError: there is no name.
@@ -117,10 +120,10 @@ class CheckLabels(Transform):
 
     backend = [TransformBackends.TORCH]
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], option: str | None = None) -> None:
         if isinstance(names, str) or not names:
             raise ValueError(f"names must list at least one label, got {names!r}.")
-        self.names = list(names)
+        self.names, self.option = list(names), option
 
     def __call__(self, img: NdarrayOrTensor) -> NdarrayOrTensor:
         """Return ``img`` itself, of any shape.
@@ -133,9 +136,8 @@ class CheckLabels(Transform):
             return img
         low, high, last = float(values.min()), float(values.max()), len(self.names)
         if not (low >= 0 and high <= last):
-            raise InputError(
-                f"{name_of(img)} has labels from {low:g} to {high:g}, 0 to {last} are named; set --organs"
-            )
+            way_out = "name them all" if self.option is None else f"set {self.option}"
+            raise InputError(f"{name_of(img)} has labels from {low:g} to {high:g}, 0 to {last} are named; {way_out}")
         if values.is_floating_point() and bool((values != values.round()).any()):
             raise InputError(f"{name_of(img)} has values that are no labels, such as fractions; give a label file")
         return img
@@ -183,11 +185,18 @@ class CheckLabelsd(EachKey):
     Args:
         keys: Label volumes to check.
         names: See :class:`CheckLabels`.
+        option: See :class:`CheckLabels`.
         allow_missing_keys: Whether a dictionary without a key passes.
     """
 
-    def __init__(self, keys: KeysCollection, names: Sequence[str], allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, CheckLabels(names), allow_missing_keys)
+    def __init__(
+        self,
+        keys: KeysCollection,
+        names: Sequence[str],
+        option: str | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, CheckLabels(names, option), allow_missing_keys)
 
 
 CheckVolumeD = CheckVolumeDict = CheckVolumed

@@ -80,13 +80,11 @@ class PredictMask(Transform):
 
     backend = [TransformBackends.TORCH]
 
-    def __init__(
-        self, network: nn.Module, threshold: float = 0.0, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, network: nn.Module, threshold: float = 0.0, device: torch.device | str | None = None) -> None:
         self.network, self.threshold, self.device = network, threshold, device
 
     def __call__(self, img: Tensor) -> Tensor:
-        """Return the mask (C', H, W, D) of (C, H, W, D), uint8 of 0 and 1, on the device and with the metadata of it."""
+        """Return the mask (C', H, W, D) of (C, H, W, D): uint8 of 0 and 1, on the device of ``img``."""
         with eval_mode(self.network):
             logits = self.network(img[None].to(img.device if self.device is None else self.device))[0]
         return (logits > self.threshold).to(torch.uint8).to(img.device)
@@ -141,8 +139,9 @@ class OpenMask(Transform):
         self.size = size
 
     def __call__(self, img: Tensor) -> Tensor:
-        """Return the opened mask (C, H, W, D) with the metadata of ``img``; outside of the volume counts as mask."""
-        return dilate(erode(img[None], self.size), self.size)[0]
+        """Return the opened mask (C, H, W, D), dtype and metadata of ``img``; beyond its edges counts as mask."""
+        mask = (img != 0).to(img.dtype)[:, None]  # MONAI's operations mix channels, so channels become a batch
+        return dilate(erode(mask, self.size), self.size)[:, 0]
 
 
 class SelectLabeld(EachKey):

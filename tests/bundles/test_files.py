@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pydoc
+import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,34 @@ def test_targets_are_full_paths(bundle: Path) -> None:
         names = set(targets(json.loads(path.read_text())))
         assert names or path.stem in ("metadata", "statistics")
         assert not [name for name in names if "." not in name or pydoc.locate(name) is None], path.name
+
+
+def expressions(node: Any) -> Iterator[str]:
+    """Every string of a configuration that MONAI evaluates."""
+    if isinstance(node, str) and node.startswith("$"):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else []:
+        yield from expressions(child)
+
+
+@every_bundle
+def test_our_targets_are_public(bundle: Path) -> None:
+    """A module inside the package may move; what a subpackage exports stays."""
+    for path in (bundle / "configs").glob("*.json"):
+        for target in targets(json.loads(path.read_text())):
+            module, _, name = target.rpartition(".")
+            if module.startswith("monai_memeff"):
+                found = import_module(module)
+                assert hasattr(found, "__path__"), target
+                assert name in found.__all__, target
+
+
+@every_bundle
+def test_expressions_are_short_and_raise_nothing(bundle: Path) -> None:
+    for path in (bundle / "configs").glob("*.json"):
+        for expression in expressions(json.loads(path.read_text())):
+            assert len(expression) <= 92, expression
+            assert not re.search(r"throw|sys\.exit|raise ", expression), expression
 
 
 @every_bundle
