@@ -1,0 +1,113 @@
+"""What the bundles' configurations ask of a data folder: files in pairs, or an end in one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+
+def require_files(files: Sequence[Any], what: str, folder: str, pattern: str | None = None) -> None:
+    """End the program where no file was found.
+
+    Args:
+        files: What was found.
+        what: What a file shows.
+        folder: Where it was looked for.
+        pattern: Which names were looked for; None: all in the folder.
+
+    Raises:
+        SystemExit: there is no file; with one line that names the folder and the options to set.
+
+    Example::
+
+        require_files(["head.nii.gz"], "skull", "/data", "*.nii.gz")
+    """
+    if files:
+        return
+    if pattern is None:
+        raise SystemExit(f"no {what}: nothing in {folder}; set --dataset_dir")
+    raise SystemExit(f"no {what}: nothing matches {os.path.join(folder, pattern)}; set --dataset_dir and --pattern")
+
+
+def require_pairs(images: Sequence[str], labels: Sequence[str], folder: str) -> None:
+    """End the program where images and labels do not come in pairs.
+
+    Args:
+        images: Files of ``imagesTr``.
+        labels: Files of ``labelsTr``.
+        folder: The folder of both.
+
+    Raises:
+        SystemExit: their numbers differ, or there are none.
+    """
+    if not 0 < len(images) == len(labels):
+        raise SystemExit(
+            f"images and labels must come in pairs, found {len(images)} in imagesTr and {len(labels)} in labelsTr"
+            f" of {folder}; set --dataset_dir"
+        )
+
+
+def pair_by_name(images: Sequence[str], folder: str | None, key: str) -> list[dict[str, str]]:
+    """Cases for a dataset: every image, with the file of the same name in another folder.
+
+    Args:
+        images: Files under the key ``image``.
+        folder: Where the other files are; None leaves them out.
+        key: Key of the other files.
+
+    Returns:
+        One dictionary per image.
+    """
+    if folder is None:
+        return [{"image": image} for image in images]
+    return [{"image": image, key: os.path.join(folder, os.path.basename(image))} for image in images]
+
+
+def require_named(images: Sequence[str], folder: str | None, what: str, option: str) -> None:
+    """End the program where a folder lacks files of the images' names.
+
+    Args:
+        images: Image files.
+        folder: Where files of the same names should be; None asks for none.
+        what: What those show.
+        option: The option that gives the folder.
+
+    Raises:
+        SystemExit: some are missing; with one line that names the first and their number.
+    """
+    cases = pair_by_name(images, folder, "other")
+    missing = [case["other"] for case in cases if "other" in case and not os.path.exists(case["other"])]
+    if missing:
+        raise SystemExit(
+            f"no {what} of the name {os.path.basename(missing[0])} in {folder}, {len(missing)} of {len(images)} images"
+            f" have none; set {option}"
+        )
+
+
+def newest_file(folder: str, pattern: str) -> str | None:
+    """The file of a folder that was written last, or None.
+
+    Args:
+        folder: Where to look.
+        pattern: Which names, as ``glob`` takes them.
+    """
+    return max(glob(os.path.join(folder, pattern)), key=os.path.getmtime, default=None)
+
+
+def require_checkpoint(file: str | Path | None, folder: str, pattern: str, resume: bool = True) -> None:
+    """End the program where a training is to be resumed and there is no checkpoint.
+
+    Args:
+        file: The newest checkpoint, or None.
+        folder: Where it was looked for.
+        pattern: Which names were looked for.
+        resume: Whether one is needed.
+
+    Raises:
+        SystemExit: it is needed and not there.
+    """
+    if resume and not file:
+        raise SystemExit(f"nothing to resume: no {pattern} in {folder}; start without --resume")

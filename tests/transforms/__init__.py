@@ -1,0 +1,1 @@
+"""Tests of the transforms that belong to no engine."""
