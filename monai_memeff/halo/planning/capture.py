@@ -1,0 +1,151 @@
+"""The network captured once at the whole volume's shape: no Python is left, every size is the whole's."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # read in torch 2.6 to 2.14
+
+from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.planning.lower import lower
+from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """The network itself, out of the wrappers of DistributedDataParallel, DataParallel and torch.compile."""
+    wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(network, wrapped):
+            network = network.module
+        elif hasattr(network, "_orig_mod") and isinstance(network._orig_mod, nn.Module):
+            network = network._orig_mod
+        else:
+            return network
+
+
+def home(network: nn.Module) -> torch.device:
+    """The device of the network's first parameter or buffer; the CPU if it has none."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _fake(leaf: Any, mode: FakeTensorMode, device: torch.device) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    with mode:
+        if leaf.dim() == 0 and leaf.device.type != "meta":
+            device = leaf.device
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    if len(lines) > 1 and text.endswith(":"):
+        text = f"{text} {lines[1]}"
+    return f"{type(error).__name__}: {text}"[:400]
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line of the traceback that is not torch's own."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in name and "monai_memeff/halo" not in name and not name.startswith("<"):
+            found = f"{name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
+
+
+@contextlib.contextmanager
+def _no_hidden_draws() -> Iterator[None]:
+    """Refuse a network that draws numbers in Python: the graph would keep one draw for ever.
+
+    torch's own generators are put back as they were.
+    """
+    python, numpy_state = random.getstate(), np.random.get_state()[1].tobytes()
+    numpy_position = np.random.get_state()[2]
+    with torch.random.fork_rng(devices=[]):
+        yield
+    after = np.random.get_state()
+    if random.getstate() != python or after[1].tobytes() != numpy_state or after[2] != numpy_position:
+        random.setstate(python)
+        raise NotPartitionableError(
+            "the network draws random numbers with Python's random or numpy.random in forward: these cannot be "
+            "repeated part by part; draw with torch, or call eval()"
+        )
+
+
+def _check_modules(network: nn.Module) -> None:
+    for path, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotPartitionableError(
+                f"{path or 'the network'} ({type(module).__name__}): a torch.jit module cannot be captured; "
+                "pass the module it was scripted from"
+            )
+
+
+@contextlib.contextmanager
+def _eager(network: nn.Module) -> Iterator[None]:
+    """Compiled submodules run their plain code while the block lasts."""
+    compiled = [m for m in network.modules() if getattr(m, "_compiled_call_impl", None) is not None]
+    kept = [m._compiled_call_impl for m in compiled]
+    try:
+        for m in compiled:
+            m._compiled_call_impl = None
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for m, call in zip(compiled, kept, strict=True):
+            m._compiled_call_impl = call
+
+
+def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Program:
+    """Capture a network at the shapes of its arguments.
+
+    Nothing is allocated and nothing of the network changes. Gradient mode, autocast and training flags are the
+    caller's; hooks, parametrizations and caches act as in a plain call.
+
+    Args:
+        network: any nn.Module.
+        args: example arguments; tensors of any device, meta included, of the whole shape.
+        kwargs: example keyword arguments.
+
+    Raises:
+        NotPartitionableError: what cannot be captured, with the reason of `torch.export` in one sentence.
+    """
+    network = bare(network)
+    _check_modules(network)
+    flat, spec = flatten_call(tuple(args), dict(kwargs or {}))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    device = home(network)
+    fake_args, fake_kwargs = unflatten([_fake(leaf, mode, device) for leaf in flat], spec)
+    saved = [(m, dict(m.__dict__)) for m in network.modules()]
+    try:
+        with torch.no_grad(), _no_hidden_draws(), _eager(network):
+            exported = torch.export.export(network, fake_args, fake_kwargs, strict=False)
+            exported = exported.run_decompositions({})
+    except NotPartitionableError:
+        raise
+    except Exception as error:
+        line = _user_line(error)
+        raise NotPartitionableError(
+            f"{type(network).__name__} cannot be captured at this shape: {_reason(error)}"
+            + (f" ({line})" if line else "")
+        ) from error
+    finally:
+        for m, attributes in saved:
+            if m.__dict__.keys() != attributes.keys() or any(m.__dict__[k] is not v for k, v in attributes.items()):
+                m.__dict__.clear()
+                m.__dict__.update(attributes)
+    program = lower(exported, network, flat)
+    program.call_spec = copy.copy(spec)
+    return program

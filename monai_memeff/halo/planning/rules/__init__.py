@@ -1,0 +1,52 @@
+"""One rule per operator: which input rows its output rows need, and how they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from monai_memeff.halo.planning.errors import NoTileError, NotPartitionableError
+from monai_memeff.halo.planning.layout import Layout
+from monai_memeff.halo.planning.program import Value
+from monai_memeff.halo.planning.rules import convolution, norm, pointwise, reduction
+from monai_memeff.halo.planning.rules.base import Context, Env, Read, Reduction, Step, Whole, whole_step
+from monai_memeff.halo.planning.rules.table import RULES, Rule
+
+
+def bind(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
+    """The step of a value whose inputs have these layouts.
+
+    Raises:
+        NotPartitionableError: if the operator draws random numbers, has a side effect or a shape that depends on the
+            data, and no rule knows it.
+    """
+    row = RULES.get(value.target)
+    if row is None and pointwise.is_pointwise(value.target):
+        row = Rule(pointwise.bind_pointwise, "pointwise", "")
+    if row is not None:
+        try:
+            return row.bind(value, natives, ctx)
+        except NoTileError:
+            pass
+    _check(value)
+    return whole_step(value, natives, ctx)
+
+
+def _check(value: Value) -> None:
+    """Refuse what cannot even be run whole."""
+    target = value.target
+    if isinstance(target, str):
+        return
+    why = None
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        why = "draws random numbers"
+    elif torch.Tag.dynamic_output_shape in target.tags or torch.Tag.data_dependent_output in target.tags:
+        why = "has a result whose size depends on the data"
+    elif target._schema.is_mutable:
+        why = "has a side effect"
+    if why is not None:
+        raise NotPartitionableError(f"{value.where}: {target} {why}, which no part can repeat")
+
+
+__all__ = ["Context", "Env", "Layout", "Read", "Reduction", "Step", "Whole", "bind", "convolution", "norm", "reduction"]

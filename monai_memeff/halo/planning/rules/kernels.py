@@ -1,0 +1,42 @@
+"""The convolution kernels that parts are computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _direct(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN is to be called directly: torch's own choice falls to a slow kernel for thin float32 tiles."""
+    if x.device.type != "cpu" or weight.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != x.dtype:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        return False
+    return x.dim() == weight.dim() and weight.dim() in (4, 5) and x.numel() > 0
+
+
+def convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """The convolution, by oneDNN for float32 on a CPU without gradients.
+
+    `torch.ops.aten.mkldnn_convolution` is private; its arguments were read in torch 2.6, 2.11 and 2.14. Where it is
+    missing torch's own choice is used.
+    """
+    kernel = getattr(torch.ops.aten, "mkldnn_convolution", None)
+    if kernel is not None and torch.backends.mkldnn.enabled and _direct(x, weight):
+        result: torch.Tensor = kernel(x.contiguous(), weight, bias, padding, stride, dilation, groups)
+        return result
+    return CONV[weight.dim() - 2](x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)

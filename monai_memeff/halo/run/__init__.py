@@ -1,0 +1,1 @@
+"""Streaming a plan through one device; running it on many ranks."""
