@@ -1,4 +1,4 @@
-"""From labels or logits to a closed surface in millimeters, written as STL or PLY."""
+"""From labels or logits to a closed surface in millimeters, written as STL."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.transforms.utils import generate_spatial_bounding_box
 from torch import Tensor
 
 from monai_memeff.data.atomic import atomic_write
@@ -87,10 +88,10 @@ def logits_to_mesh(logits: Tensor, affine: Tensor | np.ndarray | None = None, la
 
 
 def write_mesh(path: str | Path, mesh: SurfaceMesh, space: str = "LPS") -> None:
-    """Write a binary STL or PLY in millimeters, by the file's suffix.
+    """Write a binary STL in millimeters.
 
     Args:
-        path: ends in .stl or .ply; its folder exists.
+        path: Ends in .stl; its folder exists.
         mesh: in RAS+ millimeters.
         space: "LPS", as DICOM and 3D Slicer take files (the header says so), or "RAS", as it is.
 
@@ -98,15 +99,14 @@ def write_mesh(path: str | Path, mesh: SurfaceMesh, space: str = "LPS") -> None:
         ValueError: another suffix or space, or a mesh without faces.
     """
     path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in (".stl", ".ply"):
-        raise ValueError(f"a mesh is written as .stl or .ply, got {path.name!r}.")
+    if path.suffix.lower() != ".stl":
+        raise ValueError(f"a mesh is written as .stl, got {path.name!r}; other formats by meshio or trimesh.")
     if space not in ("LPS", "RAS"):
         raise ValueError(f"space must be 'LPS' or 'RAS', got {space!r}.")
     if not len(mesh.faces):
         raise ValueError("a mesh without faces cannot be written.")
     points = (mesh.vertices * ([-1.0, -1.0, 1.0] if space == "LPS" else 1.0)).astype("<f4")
-    content = _stl(points, mesh.faces, space) if kind == ".stl" else _ply(points, mesh.faces, space)
+    content = _stl(points, mesh.faces, space)
     with atomic_write(path) as work:
         work.write_bytes(content)
 
@@ -119,17 +119,6 @@ def _stl(points: np.ndarray, faces: np.ndarray, space: str) -> bytes:
     record["normal"], record["corners"] = normals, corners
     header = f"monai-memeff; UNIT=mm; SPACE={space}".encode().ljust(80)
     return header + struct.pack("<I", len(faces)) + record.tobytes()
-
-
-def _ply(points: np.ndarray, faces: np.ndarray, space: str) -> bytes:
-    record = np.zeros(len(faces), dtype=[("count", "u1"), ("corners", "<i4", 3)])
-    record["count"], record["corners"] = 3, faces
-    header = (
-        f"ply\nformat binary_little_endian 1.0\ncomment monai-memeff; UNIT=mm; SPACE={space}\n"
-        f"element vertex {len(points)}\nproperty float x\nproperty float y\nproperty float z\n"
-        f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
-    )
-    return header.encode() + points.tobytes() + record.tobytes()
 
 
 def _surface(field: np.ndarray, box: tuple[slice, ...], affine: np.ndarray) -> SurfaceMesh:
@@ -149,11 +138,7 @@ def _surface(field: np.ndarray, box: tuple[slice, ...], affine: np.ndarray) -> S
 
 def _box(inside: np.ndarray) -> tuple[slice, ...]:
     """The smallest box with all of the mask and one voxel more on each side, within the volume."""
-    box = []
-    for axis, extent in enumerate(inside.shape):
-        hit = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
-        box.append(slice(max(int(hit[0]) - 1, 0), min(int(hit[-1]) + 2, extent)))
-    return tuple(box)
+    return tuple(map(slice, *generate_spatial_bounding_box(inside[None], margin=1, allow_smaller=True)))
 
 
 def _affine(volume: Tensor | np.ndarray, affine: Tensor | np.ndarray | None) -> np.ndarray:

@@ -158,7 +158,6 @@ def test_writers_that_fail_leave_what_was_there(tmp_path: Path, monkeypatch: pyt
     picture = np.zeros((4, 4, 4))
     writers = {
         "a.stl": lambda path: write_mesh(path, mesh),
-        "a.ply": lambda path: write_mesh(path, mesh),
         "a.png": lambda path: save_agreement(path, picture, picture > 0, picture > 0),
         "a.nii": lambda path: save_nifti(path, values(), AFFINE),
         "a.nii.gz": lambda path: save_nifti(path, values(), AFFINE),

@@ -11,7 +11,7 @@ import torch
 from monai.data import MetaTensor
 from monai.metrics import CumulativeIterationMetric
 from monai.metrics.utils import do_metric_reduction, get_edge_surface_distance, prepare_spacing
-from monai.transforms.utils import distance_transform_edt
+from monai.transforms.utils import distance_transform_edt, generate_spatial_bounding_box
 
 __all__ = [
     "ImplantMetric",
@@ -103,13 +103,8 @@ def compute_border_dice(
 
 def _box(mask: torch.Tensor, sampling: float | Sequence[float] | None, margin_mm: float) -> tuple[slice, ...]:
     """The smallest box around a mask, grown by a margin; empty for an empty mask."""
-    slices = []
-    for axis, step in enumerate(_steps(mask, sampling)):
-        places = mask.any(dim=[other for other in range(mask.ndim) if other != axis]).nonzero()[:, 0]
-        margin = math.ceil(margin_mm / step)
-        first, last = (int(places[0]) - margin, int(places[-1]) + margin + 1) if len(places) else (0, 0)
-        slices.append(slice(max(first, 0), last))
-    return tuple(slices)
+    margin = [math.ceil(margin_mm / step) for step in _steps(mask, sampling)]
+    return tuple(map(slice, *generate_spatial_bounding_box(mask[None], margin=margin, allow_smaller=True)))
 
 
 def _near(skull: torch.Tensor, sampling: float | Sequence[float] | None, distance_mm: float) -> torch.Tensor:

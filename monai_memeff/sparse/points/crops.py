@@ -199,14 +199,10 @@ def _even_centers(owner: Randomizable, even: GridSampling3D, pos: Tensor, count:
 
 def _rotation(angles: Sequence[float], order: Sequence[int] | np.ndarray = (0, 1, 2)) -> np.ndarray:
     """(3, 3) turns about the axes in radians, one after the other in the given order of axes."""
-    turn = np.eye(3)
-    for axis in order:
-        angle, (one, two) = angles[axis], [a for a in range(3) if a != axis]
-        step = np.eye(3)
-        step[one, one] = step[two, two] = np.cos(angle)
-        step[one, two], step[two, one] = -np.sin(angle), np.sin(angle)
-        turn = step @ turn
-    return turn
+    from scipy.spatial.transform import Rotation
+
+    signs = (1, -1, 1)  # torch-points3d turns about the second axis the other way
+    return Rotation.from_euler("".join("xyz"[a] for a in order), [signs[a] * angles[a] for a in order]).as_matrix()
 
 
 def _positive(name: str, value: float) -> float:

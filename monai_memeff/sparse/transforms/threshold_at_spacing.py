@@ -176,8 +176,7 @@ def _keep_largest(bone: Tensor, components: int) -> None:
     """Empty all but the largest pieces of (C, H, W, D) in place."""
     largest = KeepLargestConnectedComponent(applied_labels=1, is_onehot=False, num_components=components)
     for channel in bone[:, None]:
-        start, stop = generate_spatial_bounding_box(channel, allow_smaller=True)
-        box = (slice(None), *(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True)))
+        box = (slice(None), *map(slice, *generate_spatial_bounding_box(channel, allow_smaller=True)))
         if bool(channel[box].any()):
             channel[box] = largest(channel[box]).as_subclass(Tensor)
 

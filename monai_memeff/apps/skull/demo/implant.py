@@ -6,9 +6,13 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
+from monai.transforms.utils import generate_spatial_bounding_box, get_largest_connected_component_mask
 
-from monai_memeff.apps.skull.demo.volume import HeadVolume, bounding_box, largest_component, resample_to_grid
+from monai_memeff.apps.skull.demo.volume import HeadVolume, resample_to_grid
 from monai_memeff.data.nifti import save_nifti
+from monai_memeff.geometry import crop_affine
+from monai_memeff.occupancy import SurfaceMesh, logits_to_mesh
 
 STEP_MM = 1.0  # the shape is drawn on a grid about this fine
 SMOOTH, SMOOTH_SIDES = 0.75, 0.5  # standard deviations, in cells, of the smoothing of distances
@@ -52,9 +56,9 @@ def implant_field(head: HeadVolume, defective: np.ndarray, implant: np.ndarray) 
     Raises:
         ValueError: when the implant is empty.
     """
-    wide, box = bounding_box(implant, grow=AROUND), bounding_box(implant, grow=2)
-    if wide is None or box is None:
+    if not implant.any():
         raise ValueError("an empty implant has no shape: no cell of it is set")
+    wide, box = _box(implant, AROUND), _box(implant, 2)
     thinned = np.full(implant.shape, -1.0)
     thinned[wide] = _thinned((defective | implant)[wide], head.fill)
     factor = max(2, math.ceil(head.cell_mm / STEP_MM))
@@ -123,11 +127,9 @@ def implant_in_ct(head: HeadVolume, field: np.ndarray, affine: np.ndarray, remai
 
 def _ct_box(
     head: HeadVolume, mask: np.ndarray, affine: np.ndarray | None = None
-) -> tuple[tuple[slice, slice, slice], np.ndarray] | None:
+) -> tuple[tuple[slice, ...], np.ndarray] | None:
     """The box of the CT that holds a mask of another grid, and that box's affine; None when they do not meet."""
-    source = bounding_box(mask, grow=1)
-    if source is None:
-        return None
+    source = _box(mask, 1)
     corners = np.array(np.meshgrid(*((part.start - 0.5, part.stop - 0.5) for part in source))).reshape(3, -1)
     step = np.linalg.inv(head.ct_affine) @ (head.affine if affine is None else affine)
     index = step[:3, :3] @ corners + step[:3, 3:]
@@ -135,38 +137,34 @@ def _ct_box(
     high = np.clip(np.ceil(index.max(axis=1)) + 1, 0, head.bone.shape).astype(int)
     if (high <= low).any():
         return None
-    target = head.ct_affine.copy()
-    target[:3, 3] = head.ct_affine[:3] @ [*low, 1.0]
-    return (slice(low[0], high[0]), slice(low[1], high[1]), slice(low[2], high[2])), target
+    return tuple(map(slice, low, high)), crop_affine(head.ct_affine, low.tolist()).numpy()
 
 
-def implant_mesh(field: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The closed surface of an implant (marching cubes, Lorensen and Cline 1987, in the variant of Lewiner 2003).
+def implant_mesh(field: np.ndarray, affine: np.ndarray) -> SurfaceMesh:
+    """The closed surface of an implant.
 
     Args:
         field: positive inside; its largest connected piece is taken and its cavities are filled.
         affine: (4, 4) index -> millimeters.
 
     Returns:
-        float32 (V, 3) vertices in millimeters and int64 (F, 3) triangles, anticlockwise seen from outside; every edge
-        belongs to exactly two triangles.
+        The surface in millimeters; every edge belongs to exactly two triangles.
 
     Raises:
         ValueError: when nothing is positive.
     """
     from scipy import ndimage
-    from skimage.measure import marching_cubes
 
-    solid = ndimage.binary_fill_holes(largest_component(field > 0))
+    solid = ndimage.binary_fill_holes(get_largest_connected_component_mask(field > 0))
     if not solid.any():
         raise ValueError("an empty implant has no surface: no value of its field is positive")
     away = 0.05  # keeps vertices off the corners, where triangles would degenerate
     values = np.where(solid, np.maximum(field, away), np.minimum(field, -away))
-    values = np.pad(values, 1, constant_values=-1.0)
-    vertices, faces, _, _ = marching_cubes(values, 0.0, allow_degenerate=False)
-    points = (vertices - 1) @ affine[:3, :3].T + affine[:3, 3]
-    volume = np.einsum("ij,ij->i", points[faces[:, 0]], np.cross(points[faces[:, 1]], points[faces[:, 2]])).sum() / 6
-    return points.astype(np.float32), (faces if volume > 0 else faces[:, ::-1]).astype(np.int64)
+    return logits_to_mesh(torch.from_numpy(values)[None], affine)
+
+
+def _box(mask: np.ndarray, margin: int) -> tuple[slice, ...]:
+    return tuple(map(slice, *generate_spatial_bounding_box(mask[None], margin=margin, allow_smaller=True)))
 
 
 def write_mask(path: Path, mask: np.ndarray, affine: np.ndarray) -> None:

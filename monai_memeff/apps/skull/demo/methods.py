@@ -11,10 +11,10 @@ from typing import Protocol
 import numpy as np
 import torch
 from monai.networks.nets.unet import UNet
+from monai.transforms.utils import get_largest_connected_component_mask
 from torch import Tensor, nn
 
 from monai_memeff.apps.skull import RandSkullDefect
-from monai_memeff.apps.skull.demo.volume import largest_component
 from monai_memeff.memory import measure_peak
 from monai_memeff.sparse import SparseCompletionLoss, SparseCompletionNet
 
@@ -184,7 +184,7 @@ def implant(method: CompletionMethod, defective: Tensor) -> np.ndarray:
     """
     defective = defective.as_subclass(Tensor)
     added = method.complete(defective[None])[0, 0] & (defective[0] == 0)
-    return largest_component(added.numpy())
+    return get_largest_connected_component_mask(added.numpy())
 
 
 def peak_bytes(method: CompletionMethod, sampler: DefectSampler) -> tuple[int, int]:

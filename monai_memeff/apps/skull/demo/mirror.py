@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from monai.transforms.utils import get_largest_connected_component_mask
+from nibabel.affines import apply_affine
 
-from monai_memeff.apps.skull.demo.volume import largest_component, resample_to_grid
+from monai_memeff.apps.skull.demo.volume import resample_to_grid
+from monai_memeff.geometry import spacing
 
 if TYPE_CHECKING:
     from scipy.spatial import cKDTree
 
 POINTS = 6000  # surface points that are registered
-KEEP = 0.75  # share of the pairs that a step trusts: the rest may lie on the defect, the jaw or the neck
+KEEP = 0.75  # fraction of the pairs that a step trusts: the rest may lie on the defect, the jaw or the neck
 GAP_MM = 6.0  # mirrored bone farther than this from any bone is missing, not misplaced
 RING_MM = 30.0  # the second registration looks this far around the defect
 SLIDE = 0.2  # weight of a pair's distance along the surface, where its distance across it has 1
@@ -65,7 +68,7 @@ def mirror_implant(defective: np.ndarray, affine: np.ndarray) -> MirrorResult:
     mirrored = _transform_mask(defective, affine, best)
     patch = _missing(mirrored, defective, affine)
     if patch.any():
-        around = _near(surface, best, patch, affine)
+        around = _around(surface, best, patch, affine)
         if len(around.points) >= 50:
             local, _ = _icp(around, surface, tree, best, steps=30, keep=0.85, slide=1.0)
             closer = _missing(_transform_mask(defective, affine, local), defective, affine, patch)
@@ -87,7 +90,7 @@ class _Surface:
     points: np.ndarray
     normals: np.ndarray
 
-    def some(self, index: np.ndarray) -> _Surface:
+    def subset(self, index: np.ndarray) -> _Surface:
         return _Surface(self.points[index], self.normals[index])
 
 
@@ -99,14 +102,14 @@ def _surface(mask: np.ndarray, affine: np.ndarray) -> _Surface:
     slope = np.stack([ndimage.sobel(smooth, axis)[tuple(index.T)] for axis in range(3)], axis=1)
     normals = -slope @ np.linalg.inv(affine)[:3, :3]
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
-    return _Surface(index @ affine[:3, :3].T + affine[:3, 3], normals)
+    return _Surface(apply_affine(affine, index), normals)
 
 
 def _thin(surface: _Surface, count: int) -> _Surface:
     """An even choice of at most ``count`` points, the same every time."""
     if len(surface.points) <= count:
         return surface
-    return surface.some(np.random.default_rng(0).permutation(len(surface.points))[:count])
+    return surface.subset(np.random.default_rng(0).permutation(len(surface.points))[:count])
 
 
 def _reflection(points: np.ndarray, yaw: float, roll: float, shift: float) -> np.ndarray:
@@ -151,7 +154,7 @@ def _icp(
     """
     total, best, least = start.copy(), start.copy(), np.inf
     for _ in range(steps):
-        moved = source.points @ total[:3, :3].T + total[:3, 3]
+        moved = apply_affine(total, source.points)
         turned = source.normals @ total[:3, :3].T
         distance, index = tree.query(moved)
         cost = distance + 1e3 * ((turned * target.normals[index]).sum(axis=1) < 0.5)
@@ -162,7 +165,7 @@ def _icp(
         pairs = trusted & (cost < 1e3)
         if pairs.sum() < 20:
             break
-        step = _point_to_plane_step(moved[pairs], target.some(index[pairs]), slide)
+        step = _point_to_plane_step(moved[pairs], target.subset(index[pairs]), slide)
         total = step @ total
         if np.abs(step - np.eye(4)).max() < 1e-4:
             break
@@ -174,28 +177,20 @@ def _point_to_plane_step(moved: np.ndarray, target: _Surface, slide: float) -> n
 
     The partners themselves pull with a small weight: on a cap of a ball the planes alone let it turn freely.
     """
+    from scipy.spatial.transform import Rotation
+
     middle = moved.mean(axis=0)
     apart = target.points - moved
     system, gap = np.zeros((6, 6)), np.zeros(6)
-    for way, weight in ((target.normals, 1.0), *((axis, slide) for axis in np.eye(3))):
-        rows = np.concatenate(np.broadcast_arrays(np.cross(moved - middle, way), way), axis=1)
+    for direction, weight in ((target.normals, 1.0), *((axis, slide) for axis in np.eye(3))):
+        rows = np.concatenate(np.broadcast_arrays(np.cross(moved - middle, direction), direction), axis=1)
         system += weight * rows.T @ rows
-        gap += weight * rows.T @ (apart * way).sum(axis=1)
+        gap += weight * rows.T @ (apart * direction).sum(axis=1)
     turn = np.linalg.solve(system, gap)
     out = np.eye(4)
-    out[:3, :3] = _rotation(turn[:3])
+    out[:3, :3] = Rotation.from_rotvec(turn[:3]).as_matrix()
     out[:3, 3] = middle - out[:3, :3] @ middle + turn[3:]
     return out
-
-
-def _rotation(vector: np.ndarray) -> np.ndarray:
-    """The rotation about a vector by its length (Rodrigues)."""
-    angle = float(np.linalg.norm(vector))
-    if angle < 1e-12:
-        return np.eye(3)
-    x, y, z = vector / angle
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
 
 
 def _transform_mask(mask: np.ndarray, affine: np.ndarray, transform: np.ndarray) -> np.ndarray:
@@ -209,30 +204,29 @@ def _missing(
     """The piece of mirrored bone that the skull lacks."""
     from scipy import ndimage
 
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    gap = max(GAP_MM, 1.8 * spacing.max())
-    far = ndimage.distance_transform_edt(~defective, sampling=spacing)
+    steps = spacing(affine)
+    gap = max(GAP_MM, 1.8 * max(steps))
+    far = ndimage.distance_transform_edt(~defective, sampling=steps)
     seed = mirrored & (far > gap)
-    seed[:, :, : _floor(defective, spacing)] = False
+    seed[:, :, : _floor(defective, np.array(steps))] = False
     if guess is not None:
         seed &= guess
-    seed = largest_component(seed)
+    seed = get_largest_connected_component_mask(seed)
     if not seed.any():
         return seed
-    reach = ndimage.distance_transform_edt(~seed, sampling=spacing) <= 1.5 * gap
-    return largest_component(mirrored & ~defective & reach)
+    reach = ndimage.distance_transform_edt(~seed, sampling=steps) <= 1.5 * gap
+    return get_largest_connected_component_mask(mirrored & ~defective & reach)
 
 
-def _floor(mask: np.ndarray, spacing: np.ndarray) -> int:
+def _floor(mask: np.ndarray, steps: np.ndarray) -> int:
     """The lowest slice of the vault: 0.55 of the skull's horizontal extent below its top."""
     index = np.argwhere(mask)
-    extent = ((index.max(axis=0) - index.min(axis=0) + 1) * spacing)[:2].max()
-    return max(0, int(index[:, 2].max() - 0.55 * extent / spacing[2]))
+    extent = ((index.max(axis=0) - index.min(axis=0) + 1) * steps)[:2].max()
+    return max(0, int(index[:, 2].max() - 0.55 * extent / steps[2]))
 
 
-def _near(surface: _Surface, transform: np.ndarray, patch: np.ndarray, affine: np.ndarray) -> _Surface:
+def _around(surface: _Surface, transform: np.ndarray, patch: np.ndarray, affine: np.ndarray) -> _Surface:
     """Those points whose mirror image lies in a ring around the patch."""
-    centers = np.argwhere(patch) @ affine[:3, :3].T + affine[:3, 3]
-    distance, _ = _tree(centers).query(surface.points @ transform[:3, :3].T + transform[:3, 3])
-    spacing = float(np.linalg.norm(affine[:3, :3], axis=0).max())
-    return surface.some((distance > 0.5 * spacing) & (distance < RING_MM))
+    centers = apply_affine(affine, np.argwhere(patch))
+    distance, _ = _tree(centers).query(apply_affine(transform, surface.points))
+    return surface.subset((distance > 0.5 * max(spacing(affine))) & (distance < RING_MM))

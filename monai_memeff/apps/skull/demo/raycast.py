@@ -18,14 +18,14 @@ class View:
     """Where the picture is taken from.
 
     Attributes:
-        towards: unit vector of the world from the camera into the scene.
+        forward: unit vector of the world from the camera into the scene.
         right: unit vector of the world that points right in the picture.
         up: unit vector of the world that points up in the picture.
         middle: point of the world in the middle of the picture, in millimeters.
         half_mm: half the edge of the picture in millimeters.
     """
 
-    towards: np.ndarray
+    forward: np.ndarray
     right: np.ndarray
     up: np.ndarray
     middle: np.ndarray
@@ -43,11 +43,11 @@ def look_at(point: np.ndarray, middle: np.ndarray, half_mm: float) -> View:
     Returns:
         The view.
     """
-    way = np.asarray(point, dtype=np.float64) - middle
-    azimuth = np.arctan2(way[1], way[0])
+    direction = np.asarray(point, dtype=np.float64) - middle
+    azimuth = np.arctan2(direction[1], direction[0])
     side = np.arctan2(np.sin(azimuth - np.pi / 2), np.cos(azimuth - np.pi / 2))  # 0 is the front
     azimuth -= np.clip(side, -np.radians(22), np.radians(22)) if abs(side) < 2.6 else 0.0
-    elevation = np.clip(np.arctan2(way[2], np.hypot(way[0], way[1])), np.radians(12), np.radians(45))
+    elevation = np.clip(np.arctan2(direction[2], np.hypot(direction[0], direction[1])), np.radians(12), np.radians(45))
     back = np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
     right = np.cross([0.0, 0.0, 1.0], back)
     right /= np.linalg.norm(right)
@@ -74,10 +74,10 @@ def raycast(
         float32 (pixels, pixels, 3), first row on top, white background.
     """
     volume = torch.from_numpy(np.stack(fields))[None]
-    near, into = _rays(volume.shape[2:], affine, view, pixels)
+    origin, direction = _rays(volume.shape[2:], affine, view, pixels)
     joined = volume.amax(dim=1, keepdim=True)
-    depth, hit = _march(joined, near, into, _first_block(joined, near, into, pixels))
-    points = near[hit] + depth[hit, None] * into
+    depth, hit = _march(joined, origin, direction, _first_block(joined, origin, direction, pixels))
+    points = origin[hit] + depth[hit, None] * direction
     values = _sample(volume, points)
     paint = torch.tensor(colors)[values.argmax(dim=0)]
     slope = _slope(joined, points)
@@ -93,12 +93,12 @@ def _rays(shape: torch.Size, affine: np.ndarray, view: View, pixels: int) -> tup
     place = (np.arange(pixels) + 0.5) / pixels * 2 - 1
     across, down = np.meshgrid(place, -place)
     world = view.middle + view.half_mm * (across[..., None] * view.right + down[..., None] * view.up)
-    world = world.reshape(-1, 3) - 1.8 * view.half_mm * view.towards
+    world = world.reshape(-1, 3) - 1.8 * view.half_mm * view.forward
     inverse = np.linalg.inv(affine)
-    near = world @ inverse[:3, :3].T + inverse[:3, 3]
-    step = inverse[:3, :3] @ view.towards
-    into = step / np.linalg.norm(step) * 0.75
-    return torch.from_numpy(near).float(), torch.from_numpy(into).float()
+    origin = world @ inverse[:3, :3].T + inverse[:3, 3]
+    step = inverse[:3, :3] @ view.forward
+    direction = step / np.linalg.norm(step) * 0.75
+    return torch.from_numpy(origin).float(), torch.from_numpy(direction).float()
 
 
 def _sample(volume: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -108,20 +108,20 @@ def _sample(volume: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(volume + 1, unit, align_corners=False)[0, :, :, 0, 0] - 1
 
 
-def _first_block(joined: torch.Tensor, near: torch.Tensor, into: torch.Tensor, pixels: int) -> torch.Tensor:
+def _first_block(joined: torch.Tensor, origin: torch.Tensor, direction: torch.Tensor, pixels: int) -> torch.Tensor:
     """Steps (P,) before which a ray meets no block of voxels with anything inside; infinite where it meets none."""
     from scipy import ndimage
 
     full = F.max_pool3d(joined, BLOCK, ceil_mode=True)[0, 0] > 0
     centers = torch.nonzero(full).double() * BLOCK + (BLOCK - 1) / 2
-    across, down = near[1] - near[0], near[pixels] - near[0]
-    place = torch.linalg.solve(torch.stack([across, down, into], dim=1).double(), (centers - near[0]).T)
+    across, down = origin[1] - origin[0], origin[pixels] - origin[0]
+    place = torch.linalg.solve(torch.stack([across, down, direction], dim=1).double(), (centers - origin[0]).T)
     reach = BLOCK * 0.9  # half a block's diagonal
     tiles = -(-pixels // BLOCK)
     row, column = ((place[i] / BLOCK).floor().long() for i in (1, 0))
     seen = (row >= 0) & (row < tiles) & (column >= 0) & (column < tiles)
     depth = torch.full((tiles * tiles,), torch.inf, dtype=torch.float64)
-    start = place[2] - reach / float(into.norm())
+    start = place[2] - reach / float(direction.norm())
     depth.scatter_reduce_(0, (row * tiles + column)[seen], start[seen], "amin")
     around = 2 * math.ceil(reach / BLOCK / min(float(across.norm()), float(down.norm()))) + 1
     wide = ndimage.minimum_filter(depth.reshape(tiles, tiles).numpy(), around)
@@ -129,17 +129,18 @@ def _first_block(joined: torch.Tensor, near: torch.Tensor, into: torch.Tensor, p
 
 
 def _march(
-    joined: torch.Tensor, near: torch.Tensor, into: torch.Tensor, start: torch.Tensor
+    joined: torch.Tensor, origin: torch.Tensor, direction: torch.Tensor, start: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Steps to the first crossing of zero on every ray (P,), and which rays cross."""
-    first, last = _span(near, into, joined.shape[2:])
+    first, last = _span(origin, direction, joined.shape[2:])
     first = torch.maximum(first, start)
-    depth, found = torch.zeros(len(near)), torch.zeros(len(near), dtype=torch.bool)
+    depth, found = torch.zeros(len(origin)), torch.zeros(len(origin), dtype=torch.bool)
     alive = torch.nonzero(last > first)[:, 0]
     at, ticks = first.clone(), torch.arange(STEPS + 1).float()
     while len(alive):
         steps = at[alive, None] + ticks
-        values = _sample(joined, (near[alive, None] + steps[..., None] * into).reshape(-1, 3)).reshape(steps.shape)
+        points = origin[alive, None] + steps[..., None] * direction
+        values = _sample(joined, points.reshape(-1, 3)).reshape(steps.shape)
         inside = values > 0
         hit, index = inside.any(dim=1), inside.float().argmax(dim=1)
         before = (index - 1).clamp(min=0)
@@ -152,10 +153,10 @@ def _march(
     return depth, found
 
 
-def _span(near: torch.Tensor, into: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+def _span(origin: torch.Tensor, direction: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
     """The steps at which rays enter and leave the volume."""
-    safe = torch.where(into.abs() < 1e-6, torch.full_like(into, 1e-6), into)
-    faces = torch.stack([(-0.5 - near) / safe, (torch.tensor(shape) - 0.5 - near) / safe])
+    safe = torch.where(direction.abs() < 1e-6, torch.full_like(direction, 1e-6), direction)
+    faces = torch.stack([(-0.5 - origin) / safe, (torch.tensor(shape) - 0.5 - origin) / safe])
     return faces.amin(dim=0).amax(dim=1).clamp(min=0), faces.amax(dim=0).amin(dim=1)
 
 
@@ -173,9 +174,9 @@ def _light(slope: torch.Tensor, affine: np.ndarray, view: View) -> torch.Tensor:
     """Brightness (P,): a lamp above the left shoulder of the camera, a weaker one on it, and an even rest."""
     outwards = -slope.numpy() @ np.linalg.inv(affine)[:3, :3]
     outwards /= np.maximum(np.linalg.norm(outwards, axis=1, keepdims=True), 1e-9)
-    lamp = -view.towards - 0.55 * view.right + 0.75 * view.up
+    lamp = -view.forward - 0.55 * view.right + 0.75 * view.up
     key = np.clip(outwards @ (lamp / np.linalg.norm(lamp)), 0, 1)
-    front = np.clip(outwards @ -view.towards, 0, 1)
+    front = np.clip(outwards @ -view.forward, 0, 1)
     return torch.from_numpy(0.27 + 0.56 * key + 0.26 * front).float()
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from monai.transforms.utils import generate_spatial_bounding_box
+from nibabel.affines import apply_affine
 
 from monai_memeff.apps.skull.demo.raycast import View, look_at, raycast
-from monai_memeff.apps.skull.demo.volume import HeadVolume, bounding_box, resample_to_grid
+from monai_memeff.apps.skull.demo.volume import HeadVolume, resample_to_grid
 from monai_memeff.data.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -70,12 +72,12 @@ def _on_gray(head: HeadVolume, shape: Shape) -> np.ndarray:
     return resample_to_grid(shape[0], shape[1], head.gray_affine, head.gray.shape, outside=-1.0)
 
 
-def _legend(figure: Any, some: bool) -> None:
+def _legend(figure: Any, predicted: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     entries: list[Any] = [Line2D([], [], color=TRUE, lw=2.2, label="bone that was removed (truth)")]
-    label = "predicted implant" if some else "predicted implant (none)"
+    label = "predicted implant" if predicted else "predicted implant (none)"
     entries.append(Patch(facecolor=(*PREDICTED, 0.6), edgecolor=PREDICTED, label=label))
     figure.legend(handles=entries, loc="upper center", bbox_to_anchor=(0.5, 0.962), ncol=2, frameon=False, fontsize=11)
 
@@ -88,7 +90,7 @@ def _slices(
     where = np.argwhere(truth > 0)
     middle = where.mean(axis=0)
     at = where[((where - middle) ** 2).sum(axis=1).argmin()]
-    box = _square(bounding_box(head.gray > -300, grow=3), head.gray.shape[0])
+    box = _square(head.gray > -300)
     marks = {2: ("Axial", "RLAP"), 1: ("Coronal", "RLSI"), 0: ("Sagittal", "APSI")}
     for axis, draw in zip((2, 1, 0), axes, strict=True):
         name, sides = marks[axis]
@@ -104,17 +106,13 @@ def _slices(
         _bar(draw, 50.0 / step, "50 mm")
 
 
-def _square(box: tuple[slice, slice, slice] | None, edge: int) -> tuple[slice, slice, slice]:
-    """Grow a box to a cube inside the volume, so that the three pictures are equally large."""
-    if box is None:
-        return slice(0, edge), slice(0, edge), slice(0, edge)
-    longest = max(part.stop - part.start for part in box)
-    starts = [min(max((part.start + part.stop - longest) // 2, 0), edge - longest) for part in box]
-    return (
-        slice(starts[0], starts[0] + longest),
-        slice(starts[1], starts[1] + longest),
-        slice(starts[2], starts[2] + longest),
-    )
+def _square(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest cube in a cubic volume around a mask, so that the three pictures are equally large."""
+    edge = mask.shape[0]
+    box = generate_spatial_bounding_box(mask[None], margin=3, allow_smaller=True)
+    longest = max(stop - start for start, stop in zip(*box, strict=True)) or edge
+    starts = [min(max((start + stop - longest) // 2, 0), edge - longest) for start, stop in zip(*box, strict=True)]
+    return tuple(slice(start, start + longest) for start in starts)
 
 
 def _slice(draw: Axes, gray: np.ndarray, truth: np.ndarray, predicted: np.ndarray | None) -> None:
@@ -161,7 +159,7 @@ def _views(
 
     bone = ndimage.gaussian_filter(np.clip((gray - head.threshold) / 350, -1, 1), 0.7)
     affine = head.gray_affine
-    points = np.argwhere(truth > 0) @ affine[:3, :3].T + affine[:3, 3]
+    points = apply_affine(affine, np.argwhere(truth > 0))
     half = head.cell_mm * head.size / 2
     middle = head.affine[:3] @ [*(np.full(3, (head.size - 1) / 2)), 1.0]
     view = look_at(points.mean(axis=0), middle, 1.02 * half)
@@ -182,8 +180,8 @@ def _views(
 def _compass(draw: Axes, view: View) -> None:
     """Arrows to the patient's right, front and top, in the lower left corner."""
     drawn: list[tuple[float, float]] = []
-    for letter, way in zip("SAR", np.eye(3)[::-1], strict=True):
-        x, y = 0.075 * float(way @ view.right), 0.075 * float(way @ view.up)
+    for letter, direction in zip("SAR", np.eye(3)[::-1], strict=True):
+        x, y = 0.075 * float(direction @ view.right), 0.075 * float(direction @ view.up)
         if np.hypot(x, y) < 0.03 or any(np.hypot(x - u, y - v) < 0.035 for u, v in drawn):
             continue  # it points at the camera, or would hide another
         drawn.append((x, y))

@@ -19,6 +19,7 @@ import numpy as np
 from monai_memeff.apps.skull.demo.volume import HeadVolume
 from monai_memeff.data.atomic import atomic_write, check_other_file
 from monai_memeff.errors import InputError
+from monai_memeff.geometry import voxel_volume
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -226,7 +227,7 @@ def write_case(
     """
     from monai_memeff.apps.skull.demo import implant as shapes
     from monai_memeff.apps.skull.demo.render import render_png
-    from monai_memeff.occupancy import SurfaceMesh, write_mesh
+    from monai_memeff.occupancy import write_mesh
 
     remaining = shapes.defective_bone(head, defective)
     removed = head.bone & ~remaining
@@ -236,13 +237,13 @@ def write_case(
         shape = shapes.implant_field(head, defective, prediction)
         drawn = shapes.implant_in_ct(head, *shape, remaining)
     if shape is not None and (shape[0] > 0).any():
-        write_mesh(folder / "implant.stl", SurfaceMesh(*shapes.implant_mesh(*shape)))
+        write_mesh(folder / "implant.stl", shapes.implant_mesh(*shape))
     for name, mask in (("implant", drawn), ("removed_bone", removed), ("defective_skull", remaining)):
         shapes.write_mask(folder / f"{name}.nii.gz", mask, head.ct_affine)
     true_shape = shapes.implant_field(head, defective, truth)
     render_png(folder / "figure.png", head, defective, true_shape, shape, f"Skull completion: {head.name}", caption)
     both = int(drawn.sum()) + int(removed.sum())
-    volume = float(abs(np.linalg.det(head.ct_affine[:3, :3]))) * int(drawn.sum()) / 1000
+    volume = voxel_volume(head.ct_affine) * int(drawn.sum()) / 1000
     return {"ct_implant_dice": 2 * int((drawn & removed).sum()) / max(both, 1), "implant_volume_ml": volume}
 
 

@@ -8,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.transforms.utils import get_largest_connected_component_mask
+from nibabel import Nifti1Image
+from nibabel.affines import apply_affine, from_matvec
+from nibabel.processing import resample_from_to
+from skimage.measure import block_reduce
 
 from monai_memeff.apps.skull.demo.io import InputError, check_bone, check_ct, check_size, millimeters, read_ct
-from monai_memeff.geometry import ras_affine
+from monai_memeff.geometry import is_anisotropic, is_oblique, ras_affine, spacing
 
 __all__ = ["HeadVolume", "InputError", "load_head", "prepare_head"]
 
@@ -70,39 +75,6 @@ class HeadVolume:
         return MetaTensor(torch.from_numpy(self.skull[None].astype(np.float32)), affine=torch.from_numpy(self.affine))
 
 
-def largest_component(mask: np.ndarray) -> np.ndarray:
-    """The largest 26-connected piece of a mask.
-
-    Args:
-        mask: bool (H, W, D).
-
-    Returns:
-        bool (H, W, D); all False when the mask is.
-    """
-    from scipy import ndimage
-
-    out = np.zeros_like(mask, dtype=bool)
-    box = bounding_box(mask)
-    if box is None:
-        return out
-    labels, count = ndimage.label(mask[box], np.ones((3, 3, 3), dtype=bool))
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    sizes[0] = 0
-    out[box] = labels == sizes.argmax()
-    return out
-
-
-def bounding_box(mask: np.ndarray, grow: int = 0) -> tuple[slice, slice, slice] | None:
-    """The slices that just hold a 3D mask, grown and clipped; None for an empty mask."""
-    if not mask.any():
-        return None
-    box = []
-    for axis in range(3):
-        hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        box.append(slice(max(int(hit[0]) - grow, 0), min(int(hit[-1]) + 1 + grow, mask.shape[axis])))
-    return box[0], box[1], box[2]
-
-
 def skull_cube(bone: np.ndarray, affine: np.ndarray, name: str = "the image") -> tuple[np.ndarray, float]:
     """The cube in the world that holds the vault and what lies below it to the same depth.
 
@@ -121,7 +93,7 @@ def skull_cube(bone: np.ndarray, affine: np.ndarray, name: str = "the image") ->
         InputError: when the extent is not that of a head (60 to 400 mm).
     """
     points = np.argwhere(bone)
-    points = points[:: max(1, len(points) // 2_000_000)] @ affine[:3, :3].T + affine[:3, 3]
+    points = apply_affine(affine, points[:: max(1, len(points) // 2_000_000)])
     top = float(points[:, 2].max())
     depth = UPPER_MM
     for _ in range(2):
@@ -136,13 +108,6 @@ def skull_cube(bone: np.ndarray, affine: np.ndarray, name: str = "the image") ->
     edge = extent * (1 + 2 * MARGIN)
     corner = np.array([*((low + high) / 2 - edge / 2), top + MARGIN * extent - edge])
     return corner, edge
-
-
-def grid_affine(corner: np.ndarray, step: float) -> np.ndarray:
-    """The affine (4, 4) of an axis-aligned cubic grid: index of a cell -> millimeters of its center."""
-    affine = np.diag([step, step, step, 1.0])
-    affine[:3, 3] = np.asarray(corner) + step / 2
-    return affine
 
 
 def resample_to_grid(
@@ -166,18 +131,8 @@ def resample_to_grid(
     Returns:
         float32 of ``shape``.
     """
-    from scipy import ndimage
-
-    step = np.linalg.inv(source) @ target
-    return ndimage.affine_transform(
-        image, step[:3, :3], step[:3, 3], tuple(shape), output=np.float32, order=order, mode="constant", cval=outside
-    )
-
-
-def any_pool(mask: np.ndarray, factor: int) -> np.ndarray:
-    """Pool a mask whose edges are multiples of ``factor``: a cell is True where any of its voxels is."""
-    h, w, d = (n // factor for n in mask.shape)
-    return mask.reshape(h, factor, w, factor, d, factor).any(axis=(1, 3, 5))
+    moving = Nifti1Image(np.asarray(image, dtype=np.float32), source)
+    return np.asarray(resample_from_to(moving, (shape, target), order=order, cval=outside).dataobj)
 
 
 def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, name: str = "head") -> HeadVolume:
@@ -205,22 +160,24 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
     values = np.array(image[0].as_tensor().cpu().numpy(), dtype=np.float32)
     ct_affine = ras_affine(image).cpu().numpy()
     dense = check_bone(values, threshold, name)
-    bone = largest_component(dense)
+    bone = get_largest_connected_component_mask(dense)
     corner, edge = skull_cube(bone, ct_affine, name)
     notes = _notes(bone, dense, ct_affine)
     values[dense & ~bone] = min(threshold, 0.0)
     factor = _factor(edge / size, ct_affine, size)
-    fine_affine = grid_affine(corner, edge / (size * factor))
+    affine, fine_affine = (
+        from_matvec(np.eye(3) * step, corner + step / 2) for step in (edge / size, edge / size / factor)
+    )
     gray = resample_to_grid(values, ct_affine, fine_affine, (size * factor,) * 3, outside=-1024.0)
     fine = gray > threshold
-    skull = any_pool(fine, factor)
+    skull = block_reduce(fine, factor, np.any)
     if not skull.any() or skull.mean() >= GRID_FULL:
         raise InputError(
             f"bone fills {skull.mean():.0%} of the grid of {size}^3 cells in {name}, and more than 0 % and less than"
             f" {GRID_FULL:.0%} is needed: change --threshold (now {threshold:g} HU)"
         )
     return HeadVolume(
-        skull=skull, affine=grid_affine(corner, edge / size), gray=np.clip(gray, -1024, 3071).astype(np.int16),
+        skull=skull, affine=affine, gray=np.clip(gray, -1024, 3071).astype(np.int16),
         gray_affine=fine_affine, bone=bone, ct_affine=ct_affine, fill=float(fine.mean() / skull.mean()),
         threshold=threshold, name=name, notes=notes,
     )  # fmt: skip
@@ -228,20 +185,18 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
 
 def _factor(cell: float, affine: np.ndarray, size: int) -> int:
     """Voxels of the finer grid along an edge of a cell: about the image's own, at least two, within reason."""
-    spacing = float(np.linalg.norm(affine[:3, :3], axis=0).min())
-    return min(max(round(cell / spacing), 2), max(1, FINEST // size))
+    return min(max(round(cell / min(spacing(affine))), 2), max(1, FINEST // size))
 
 
 def _notes(bone: np.ndarray, dense: np.ndarray, affine: np.ndarray) -> tuple[str, ...]:
     notes = []
-    linear = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if spacing.max() / spacing.min() > 1.05:
-        notes.append(f"anisotropic voxels ({millimeters(spacing)}) were resampled to cubes")
-    if np.abs(linear).max(axis=0).min() < 0.999:
+    if is_anisotropic(affine, 0.05):
+        notes.append(f"anisotropic voxels ({millimeters(np.array(spacing(affine)))}) were resampled to cubes")
+    if is_oblique(affine, 0.04):
         notes.append("oblique axes were resampled to the axes of the body")
-    axis = int(np.abs(linear[2]).argmax())
-    end = bone.shape[axis] - 1 if linear[2, axis] > 0 else 0
+    upwards = affine[2, :3] / spacing(affine)
+    axis = int(np.abs(upwards).argmax())
+    end = bone.shape[axis] - 1 if upwards[axis] > 0 else 0
     if bone.take(end, axis=axis).any():
         notes.append("the skull touches the upper end of the image: its vault may be cut off")
     removed = int(dense.sum()) - int(bone.sum())

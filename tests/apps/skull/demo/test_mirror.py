@@ -79,7 +79,8 @@ def test_one_step_towards_planes_is_a_rotation() -> None:
     step = mirror._point_to_plane_step(points, mirror._Surface(points @ small[:3, :3].T + small[:3, 3], normals), 0.2)
     np.testing.assert_allclose(step, small, atol=0.02)
     np.testing.assert_allclose(step[:3, :3] @ step[:3, :3].T, np.eye(3), atol=1e-12)
-    assert np.array_equal(mirror._rotation(np.zeros(3)), np.eye(3))
+    still = mirror._point_to_plane_step(points, mirror._Surface(points, normals), 0.2)
+    np.testing.assert_allclose(still, np.eye(4), atol=1e-12)
 
 
 def test_reflection_keeps_its_plane() -> None:

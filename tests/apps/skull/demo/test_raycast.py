@@ -52,14 +52,14 @@ def test_depth_is_where_the_surface_is() -> None:
     affine = np.eye(4)
     volume = torch.from_numpy(_ball((20, 20, 20), 9))[None, None]
     view = _front(affine)
-    near, into = module._rays(volume.shape[2:], affine, view, 64)
-    start = module._first_block(volume, near, into, 64)
-    depth, hit = module._march(volume, near, into, start)
-    place = near[hit] + depth[hit, None] * into
+    origin, direction = module._rays(volume.shape[2:], affine, view, 64)
+    start = module._first_block(volume, origin, direction, 64)
+    depth, hit = module._march(volume, origin, direction, start)
+    place = origin[hit] + depth[hit, None] * direction
     radius = (place - 20).norm(dim=1)
     np.testing.assert_allclose(radius[radius < 9.5], 9, atol=0.25)
     assert (place[:, 1] > 19).all(), "the side towards the camera"
-    plain, plain_hit = module._march(volume, near, into, torch.zeros_like(start))
+    plain, plain_hit = module._march(volume, origin, direction, torch.zeros_like(start))
     assert (plain_hit == hit).float().mean() > 0.995
     both = hit & plain_hit
     assert (depth - plain)[both].abs().median() < 0.1
@@ -80,9 +80,9 @@ def test_nothing_to_see_is_white() -> None:
 @pytest.mark.parametrize("point", [(80, 0, 20), (-80, 10, 20), (5, 80, 30), (0, -80, 10), (0, 0, 90), (-3, -2, -90)])
 def test_a_view_is_a_right_handed_frame_that_sees_the_point(point: tuple[float, float, float]) -> None:
     view = look_at(np.array(point, float), np.zeros(3), 100.0)
-    frame = np.stack([view.right, view.up, -view.towards])
+    frame = np.stack([view.right, view.up, -view.forward])
     np.testing.assert_allclose(frame @ frame.T, np.eye(3), atol=1e-12)
     assert np.linalg.det(frame) == pytest.approx(1.0)
     assert view.up[2] > 0.5
     if point[2] > -50:
-        assert np.array(point) @ -view.towards > 0.4 * np.linalg.norm(point)
+        assert np.array(point) @ -view.forward > 0.4 * np.linalg.norm(point)

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from nibabel.affines import from_matvec
+from skimage.measure import block_reduce
 
 from monai_memeff.apps.skull.demo.volume import (
     HeadVolume,
-    any_pool,
-    bounding_box,
-    grid_affine,
-    largest_component,
     load_head,
     prepare_head,
     resample_to_grid,
@@ -112,7 +110,7 @@ def test_a_finer_grid_has_thinner_bone(ct: MetaTensor, head: HeadVolume) -> None
     assert fine.skull.shape == (128, 128, 128)
     assert fine.fill > head.fill
     assert fine.occupancy < head.occupancy
-    assert _dice(any_pool(fine.skull, 2), head.skull) > 0.9
+    assert _dice(block_reduce(fine.skull, 2, np.any), head.skull) > 0.9
 
 
 def test_a_generated_head_is_the_default() -> None:
@@ -134,41 +132,12 @@ def test_real_heads(data_dir: Path) -> None:
 # The small tools
 
 
-def test_largest_component_against_counting() -> None:
-    mask = np.zeros((9, 8, 7), bool)
-    mask[0, 0, 0] = True
-    mask[2:4, 2:4, 2:4] = True
-    mask[4, 4, 4] = True  # touches by a corner
-    mask[7:, 6:, 5:] = True
-    mask[8, 7, 6] = False
-    expected = np.zeros_like(mask)
-    expected[2:4, 2:4, 2:4] = expected[4, 4, 4] = True
-    np.testing.assert_array_equal(largest_component(mask), expected)
-    assert not largest_component(np.zeros((3, 3, 3), bool)).any()
-    assert largest_component(np.ones((3, 4, 5), bool)).all()
-
-
-def test_bounding_box_grows_and_clips() -> None:
-    mask = np.zeros((6, 7, 8), bool)
-    assert bounding_box(mask) is None
-    mask[2, 3:5, 7] = True
-    assert bounding_box(mask) == (slice(2, 3), slice(3, 5), slice(7, 8))
-    assert bounding_box(mask, grow=2) == (slice(0, 5), slice(1, 7), slice(5, 8))
-
-
-def test_any_pool_against_loops() -> None:
-    mask = np.random.default_rng(0).random((6, 9, 3)) < 0.1
-    pooled = any_pool(mask, 3)
-    for i, j, k in np.ndindex(2, 3, 1):
-        assert pooled[i, j, k] == mask[3 * i : 3 * i + 3, 3 * j : 3 * j + 3, 3 * k : 3 * k + 3].any()
-
-
 def test_resample_reads_a_linear_ramp_anywhere(skewed: np.ndarray) -> None:
     index = np.stack(np.meshgrid(*(np.arange(n) for n in (40, 42, 44)), indexing="ij"), axis=-1)
     world = index @ skewed[:3, :3].T + skewed[:3, 3]
     ramp = (world @ np.array([0.3, -0.2, 0.5])).astype(np.float32)
     middle = skewed[:3, :3] @ [19.5, 20.5, 21.5] + skewed[:3, 3]
-    target = grid_affine(middle - 8, 1.6)
+    target = from_matvec(np.eye(3) * 1.6, middle - 7.2)
     got = resample_to_grid(ramp, skewed, target, (10, 10, 10))
     cells = np.stack(np.meshgrid(*(np.arange(10),) * 3, indexing="ij"), axis=-1) @ target[:3, :3].T + target[:3, 3]
     np.testing.assert_allclose(got, cells @ np.array([0.3, -0.2, 0.5]), atol=1e-3)
