@@ -75,6 +75,12 @@ class Stencil:
         """Distance between the first and the last element of the kernel."""
         return self.dilation * (self.kernel - 1)
 
+    def output_size(self, size: int) -> int:
+        """Voxels after the layer for ``size`` voxels before it, as torch computes it; 0 if none."""
+        if self.transposed:
+            return max(0, (size - 1) * self.stride - 2 * self.padding + self.reach + self.output_padding + 1)
+        return max(0, (size + 2 * self.padding - self.reach - 1) // self.stride + 1)
+
     def inputs_of(self, start: int, stop: int) -> tuple[int, int]:
         """The smallest interval that holds every input read by outputs ``start <= o < stop``.
 

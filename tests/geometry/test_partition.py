@@ -77,9 +77,10 @@ STENCILS = [
 
 
 @pytest.mark.parametrize("stencil", STENCILS, ids=str)
-def test_one_layer_has_torchs_support(stencil: Stencil) -> None:
+def test_one_layer_has_torchs_size_and_support(stencil: Stencil) -> None:
     size, net = 31, layer(stencil)
-    out = net(torch.zeros(1, 1, size, dtype=torch.float64)).shape[-1]
+    out = stencil.output_size(size)
+    assert out == net(torch.zeros(1, 1, size, dtype=torch.float64)).shape[-1]
     for start, stop in [(0, 1), (0, out), (out - 1, out), (out // 2, out // 2 + 1), (out // 3, out // 2)]:
         first, last = stencil.inputs_of(start, stop)
         seen = support(net, size, start, stop)
