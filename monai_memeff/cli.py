@@ -45,11 +45,15 @@ def demo(
     threshold: Annotated[float, typer.Option(help="Bone is above this many Hounsfield units.")] = 300.0,
     defects: Annotated[int, typer.Option(help="Unseen defects to test on.")] = 6,
     seed: Annotated[int, typer.Option(help="Seed of defects and weights.")] = 0,
+    series: Annotated[str | None, typer.Option(help="SeriesInstanceUID, where a DICOM folder holds several.")] = None,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="Interpolate DICOM slices that are uneven, missing or tilted.")
+    ] = False,
 ) -> None:
     """Complete a skull: train a sparse network on random defects of one head, then fill defects it has not seen."""
     from monai_memeff.apps.skull.demo.run import run_demo
 
-    run_demo(image, size, output, seconds, threshold, defects, seed)
+    run_demo(image, size, output, seconds, threshold, defects, seed, series, resample)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
+from monai_memeff.data.volume import read_volume
 from monai_memeff.errors import InputError
 
 STRIDE = 64  # the completion network halves the grid six times
@@ -56,42 +57,25 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _reader_for(path: Path) -> str | None:
-    if path.is_dir() or path.suffix.lower() in (".dcm", ".ima"):
-        return "PydicomReader"
-    return "NibabelReader" if path.name.lower().endswith((".nii", ".nii.gz")) else None
-
-
-def read_ct(path: str | Path) -> MetaTensor:
-    """Read one CT through MONAI's readers.
+def read_ct(path: str | Path, series: str | None = None, resample: bool = False) -> MetaTensor:
+    """Read one CT (:func:`monai_memeff.data.read_volume`).
 
     Args:
-        path: a NIfTI file, an NRRD or MetaImage file (with ITK or pynrrd installed), or a folder of one DICOM series
-            (with pydicom installed).
+        path: a NIfTI file, an NRRD or MetaImage file (with SimpleITK installed), or a DICOM folder (with pydicom
+            installed).
+        series: ``SeriesInstanceUID``, where the folder holds several series.
+        resample: interpolate slices that are uneven or tilted onto an even grid.
 
     Returns:
-        float32 (1, H, W, D) in Hounsfield units, with the affine in RAS+ millimeters.
+        float32 (1, H, W, D) in Hounsfield units, with the affine in RAS+ millimeters; ``meta["notes"]`` says what was
+        left out or interpolated.
 
     Raises:
-        InputError: when the file is missing, empty, unreadable or truncated, or is not one 3D image.
+        InputError: when the file is missing, empty, unreadable or truncated, or is not one regular 3D CT.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"no such image: {path}: give a NIfTI, NRRD or MetaImage file, or a DICOM folder")
-    if (path.is_dir() and not any(path.iterdir())) or (path.is_file() and path.stat().st_size == 0):
-        raise InputError(f"{path} is empty: copy the image again, or give another one")
-    from monai.transforms import LoadImage
-
-    try:
-        with _quiet():
-            image = LoadImage(reader=_reader_for(path), image_only=True, ensure_channel_first=True, dtype=np.float32)(
-                path
-            )
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
-        raise InputError(
-            f"cannot read {path}: {reason}; check that it is a whole NIfTI, NRRD or DICOM image"
-        ) from error
+    with _quiet():
+        image, notes = read_volume(Path(path), series, resample, modality="CT")
+    image.meta["notes"] = notes
     return check_ct(image, str(path))
 
 

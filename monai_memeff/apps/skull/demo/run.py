@@ -37,7 +37,15 @@ class HeldOutDefect:
 
 
 def run_demo(
-    image: Path | None, size: int, output: Path, seconds: float | None, threshold: float, defects: int, seed: int
+    image: Path | None,
+    size: int,
+    output: Path,
+    seconds: float | None,
+    threshold: float,
+    defects: int,
+    seed: int,
+    series: str | None = None,
+    resample: bool = False,
 ) -> None:
     """Run the main job and print its report.
 
@@ -49,6 +57,8 @@ def run_demo(
         threshold: bone is above this many Hounsfield units.
         defects: number of unseen defects.
         seed: of defects and weights.
+        series: ``SeriesInstanceUID`` of a DICOM folder with several series.
+        resample: interpolate uneven or tilted DICOM slices onto an even grid.
 
     Raises:
         InputError: on every bad input, in one line, before training starts.
@@ -63,7 +73,7 @@ def run_demo(
         )
     console = Console()
     with console.status("reading the head"):
-        head = load_head(image, size, threshold, seed)
+        head = load_head(image, size, threshold, seed, series, resample)
         tests = _test_defects(head, defects)
     console.print(f"{head.name}: {head.size}^3 cells of {head.cell_mm:.2f} mm, occupancy {head.occupancy:.1%}")
     results, implants = _compare(head, tests, seconds, seed, console)

@@ -162,7 +162,7 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
     dense = check_bone(values, threshold, name)
     bone = get_largest_connected_component_mask(dense)
     corner, edge = skull_cube(bone, ct_affine, name)
-    notes = _notes(bone, dense, ct_affine)
+    notes = (*image.meta.get("notes", ()), *_notes(bone, dense, ct_affine))
     values[dense & ~bone] = min(threshold, 0.0)
     factor = _factor(edge / size, ct_affine, size)
     affine, fine_affine = (
@@ -205,7 +205,14 @@ def _notes(bone: np.ndarray, dense: np.ndarray, affine: np.ndarray) -> tuple[str
     return tuple(notes)
 
 
-def load_head(path: str | Path | None = None, size: int = 64, threshold: float = 300.0, seed: int = 0) -> HeadVolume:
+def load_head(
+    path: str | Path | None = None,
+    size: int = 64,
+    threshold: float = 300.0,
+    seed: int = 0,
+    series: str | None = None,
+    resample: bool = False,
+) -> HeadVolume:
     """Read a head CT, or generate one, and bring it onto the network's grid.
 
     Args:
@@ -213,6 +220,8 @@ def load_head(path: str | Path | None = None, size: int = 64, threshold: float =
         size: edge of the grid in cells.
         threshold: Hounsfield units above which a voxel counts as bone.
         seed: seed of the generated head.
+        series: see :func:`read_ct`.
+        resample: see :func:`read_ct`.
 
     Returns:
         The head on the grid.
@@ -222,7 +231,9 @@ def load_head(path: str | Path | None = None, size: int = 64, threshold: float =
     """
     check_size(size)
     if path is not None:
-        return prepare_head(read_ct(path), size, threshold, Path(path).name)
+        return prepare_head(read_ct(path, series, resample), size, threshold, Path(path).name)
+    if series is not None or resample:
+        raise InputError("a generated head is no DICOM series: give --image, or leave out --series and --resample")
     from monai_memeff.apps.skull.phantom import head_phantom
 
     head = head_phantom(seed=seed)
