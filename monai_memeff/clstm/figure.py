@@ -1,4 +1,4 @@
-"""A picture of a segmentation beside its reference: agreement green, missed red, too much purple, three sections."""
+"""A picture of a segmentation beside its reference: agreement green, false negatives red, false positives purple."""
 
 from __future__ import annotations
 
@@ -19,15 +19,12 @@ GREEN, RED, PURPLE = (0.1, 0.8, 0.2), (0.9, 0.1, 0.1), (0.6, 0.1, 0.9)
 
 
 def agreement_colors(image: np.ndarray, prediction: np.ndarray, reference: np.ndarray, opacity: float) -> np.ndarray:
-    """Grey image (H, W) in 0 ... 1 with the colors laid over it: (H, W, 3)."""
-    colors = np.repeat(image[..., None], 3, axis=-1)
-    for where, color in (
-        (prediction & reference, GREEN),
-        (~prediction & reference, RED),
-        (prediction & ~reference, PURPLE),
-    ):
-        colors[where] = (1 - opacity) * colors[where] + opacity * np.asarray(color)
-    return colors
+    """Gray image (H, W) in 0 ... 1 with the colors laid over it: (H, W, 3)."""
+    blend_images, _ = optional_import("monai.visualize", name="blend_images")
+    color_map, _ = optional_import("matplotlib.colors", name="ListedColormap")
+    kind = np.where(reference, np.where(prediction, 1, 2), np.where(prediction, 3, 0))[None] / 3
+    palette = color_map([(0.0, 0.0, 0.0), GREEN, RED, PURPLE])
+    return np.moveaxis(blend_images(image[None], kind, opacity, palette, rescale_arrays=False), 0, -1)
 
 
 def save_agreement(
@@ -42,13 +39,13 @@ def save_agreement(
     """Write sagittal, coronal and axial sections through the middle of the reference, as in the paper's figure 2.
 
     Args:
-        path: of the picture, for example a .png.
+        path: File of the picture, for example a .png.
         image: (H, W, D), in the orientation RAS.
         prediction: likewise; above 0 is inside.
         reference: likewise; where it is empty, the sections go through the middle of the volume.
-        spacing: in millimeters, for the proportions.
+        spacing: Voxel size in millimeters, for the proportions.
         window: intensities that are black and white; None: the 1st and 99th percentile.
-        opacity: of the colors.
+        opacity: Opacity of the colors, in [0, 1].
 
     Raises:
         ValueError: the three have different shapes, or are not 3D.
@@ -77,7 +74,9 @@ def save_agreement(
         axes.imshow(colors.transpose(1, 0, 2), origin="lower", aspect=up / across)
         axes.set_title(name, color="white")
         axes.axis("off")
-    figure.text(0.5, 0.02, "green: agreement   red: missed   purple: too much", color="white", ha="center")
+    figure.text(
+        0.5, 0.02, "green: agreement   red: false negatives   purple: false positives", color="white", ha="center"
+    )
     with atomic_write(path) as work:
         figure.savefig(work, format=Path(path).suffix[1:] or "png", dpi=100, facecolor="black")
 
@@ -87,8 +86,8 @@ class SaveAgreementd(MapTransform):
 
     Args:
         keys: predictions (1, H, W, D), above 0 is inside.
-        image_key: of the image.
-        label_key: of the reference.
+        image_key: Key of the image.
+        label_key: Key of the reference.
         output_dir: folder; the picture is named after the image's file.
         window: see :func:`save_agreement`.
         allow_missing_keys: pass over predictions that are not there.

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from tqdm import tqdm
 
 from monai_memeff.apps.skull import RandSkullDefect
 from monai_memeff.apps.skull.demo import methods, report
@@ -166,16 +166,14 @@ def _score(
 
 @contextmanager
 def _progress(console: Console, label: str) -> Iterator[methods.Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("step {task.fields[step]}, loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(f"training {label}", total=1.0, step=0, loss=float("nan"))
-        yield lambda fraction, step, loss: bar.update(task, completed=fraction, step=step, loss=loss)
+    line = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=1.0, desc=f"training {label}", bar_format=line, file=console.file) as bar:
+
+        def show(fraction: float, step: int, loss: float) -> None:
+            bar.set_postfix_str(f"step {step}, loss {loss:.3f}", refresh=False)
+            bar.update(fraction - bar.n)
+
+        yield show
 
 
 @contextmanager
