@@ -87,7 +87,7 @@ class CLSTMTrainer(SplitErrorMixin, nnUNetTrainer):
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """There is one output."""
 
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:  # noqa: N802 - nnU-Net's name
         """Rotations within 10 degrees, no mirroring, and no larger patch: there are no patches."""
         self.inference_allowed_mirroring_axes = None
         angle = 10 / 180 * np.pi

@@ -1,4 +1,4 @@
-"""The floor plan as tests: who imports whom, what an import costs, and whose names are whose."""
+"""The architecture as tests: who imports whom, what an import costs, and whose names are whose."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import monai_memeff
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("monai_memeff", "nnunet_plugins")
-ROOMS = ("geometry", "data", "memory", "transforms", "sparse", "occupancy", "clstm", "halo")
+SUBPACKAGES = ("geometry", "data", "memory", "transforms", "sparse", "occupancy", "clstm", "halo", "apps")
 OPTIONAL = (
     "spconv",
     "MinkowskiEngine",
@@ -63,17 +63,17 @@ def in_a_new_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def rooms() -> list[ModuleType]:
-    """The ground rooms and wings that stand."""
+def subpackages() -> list[ModuleType]:
+    """The subpackages that stand."""
     found = {info.name for info in pkgutil.iter_modules(monai_memeff.__path__) if info.ispkg}
-    return [importlib.import_module(f"monai_memeff.{name}") for name in ROOMS if name in found]
+    return [importlib.import_module(f"monai_memeff.{name}") for name in SUBPACKAGES if name in found]
 
 
 def public() -> Iterator[tuple[str, Any]]:
-    """All classes and functions that the rooms offer: ``(name, object)``."""
-    for room in rooms():
-        for name in getattr(room, "__all__", ()):
-            thing = getattr(room, name)
+    """All classes and functions that the subpackages offer: ``(name, object)``."""
+    for subpackage in subpackages():
+        for name in getattr(subpackage, "__all__", ()):
+            thing = getattr(subpackage, name)
             if inspect.isclass(thing) or inspect.isfunction(thing):
                 yield name, thing
 
@@ -132,7 +132,7 @@ def test_a_library_is_named_in_one_file_only(library: str, home: str) -> None:
     assert set(uses_of(library)) == {home for home in (home,) if (ROOT / home).exists()}
 
 
-def test_nnunet_is_named_under_its_roof_only() -> None:
+def test_nnunet_is_named_in_its_plugins_only() -> None:
     users = uses_of("nnunetv2")
     assert users
     assert all(user.startswith("nnunet_plugins/") for user in users), users
@@ -211,10 +211,10 @@ def _defined_names() -> Iterator[str]:
 
 
 def test_the_names_of_all_exist_and_have_docstrings() -> None:
-    for room in rooms():
-        assert room.__doc__, room.__name__
-        for name in getattr(room, "__all__", ()):
-            assert hasattr(room, name), f"{room.__name__}.{name}"
+    for subpackage in subpackages():
+        assert subpackage.__doc__, subpackage.__name__
+        for name in getattr(subpackage, "__all__", ()):
+            assert hasattr(subpackage, name), f"{subpackage.__name__}.{name}"
     bare = [name for name, thing in public() if not inspect.getdoc(thing)]
     assert not bare
 

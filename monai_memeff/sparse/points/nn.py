@@ -104,7 +104,7 @@ def cat(*args: sparse_tensor.SparseTensor) -> sparse_tensor.SparseTensor:
     return sparse_tensor.concatenate_channels(args)
 
 
-def SparseTensor(
+def SparseTensor(  # noqa: N802 - torch-points3d's name
     feats: Tensor, coordinates: Tensor, batch: Tensor | None = None, device: torch.device | str | None = None
 ) -> sparse_tensor.SparseTensor:
     """Features on voxels with any integer coordinates, negative ones included.

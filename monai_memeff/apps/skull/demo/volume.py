@@ -17,8 +17,6 @@ from skimage.measure import block_reduce
 from monai_memeff.apps.skull.demo.io import InputError, check_bone, check_ct, check_size, millimeters, read_ct
 from monai_memeff.geometry import is_anisotropic, is_oblique, ras_affine, spacing
 
-__all__ = ["HeadVolume", "InputError", "load_head", "prepare_head"]
-
 MARGIN = 0.05  # air kept on each side of the skull, as a fraction of its extent
 FINEST = 256  # edge of the finest grid on which bone is thresholded before pooling
 GRID_FULL = 0.35  # a skull occupies a tenth of the grid, more or less
