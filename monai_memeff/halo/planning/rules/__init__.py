@@ -9,7 +9,7 @@ import torch
 from monai_memeff.halo.planning.errors import NoTileError, NotPartitionableError
 from monai_memeff.halo.planning.layout import Layout
 from monai_memeff.halo.planning.program import Value
-from monai_memeff.halo.planning.rules import convolution, norm, pointwise, reduction
+from monai_memeff.halo.planning.rules import convolution, norm, pointwise, random, reduction
 from monai_memeff.halo.planning.rules.base import Context, Env, Read, Reduction, Step, Whole, whole_step
 from monai_memeff.halo.planning.rules.table import RULES, Rule
 
@@ -49,4 +49,17 @@ def _check(value: Value) -> None:
         raise NotPartitionableError(f"{value.where}: {target} {why}, which no part can repeat")
 
 
-__all__ = ["Context", "Env", "Layout", "Read", "Reduction", "Step", "Whole", "bind", "convolution", "norm", "reduction"]
+__all__ = [
+    "Context",
+    "Env",
+    "Layout",
+    "Read",
+    "Reduction",
+    "Step",
+    "Whole",
+    "bind",
+    "convolution",
+    "norm",
+    "random",
+    "reduction",
+]

@@ -126,7 +126,7 @@ def bind_create(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     return Create(value, (), (), out)
 
 
-@expander(["dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"])
+@expander(["feature_dropout", "alpha_dropout", "feature_alpha_dropout"])
 def drop_dropout(x: Expansion) -> Ref | None:
     """Dropout in evaluation mode is its input."""
     p, train = x.value.args[1], x.value.args[2]
