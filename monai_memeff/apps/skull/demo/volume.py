@@ -1,4 +1,4 @@
-"""A head CT in, a cubic skull grid out: cropped to the vault and pooled, with the way back to the CT's own grid."""
+"""A head CT in, a cubic skull grid out: by the skull bundle's transforms, with the way back to the CT's own grid."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms.utils import get_largest_connected_component_mask
 from nibabel import Nifti1Image
-from nibabel.affines import apply_affine, from_matvec
+from nibabel.affines import apply_affine
 from nibabel.processing import resample_from_to
-from skimage.measure import block_reduce
 
+from monai_memeff.apps.skull.demo.grid import AIR, onto_grid
 from monai_memeff.apps.skull.demo.io import InputError, check_bone, check_ct, check_size, millimeters, read_ct
-from monai_memeff.geometry import is_anisotropic, is_oblique, ras_affine, spacing
+from monai_memeff.geometry import is_anisotropic, is_oblique, ras_affine, resize_affine, spacing
 
 MARGIN = 0.05  # air kept on each side of the skull, as a fraction of its extent
 FINEST = 256  # edge of the finest grid on which bone is thresholded before pooling
@@ -136,9 +136,9 @@ def resample_to_grid(
 def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, name: str = "head") -> HeadVolume:
     """Bring a head CT onto the network's cubic grid.
 
-    Bone is thresholded, its largest piece kept, a cube hung from the vertex (:func:`skull_cube`), the CT resampled into
-    it on a grid at least about as fine as its own, thresholded there, and pooled so that a cell is occupied where any
-    bone is.
+    Bone is thresholded and its largest piece kept. The transforms of the bundle ``skull_completion_sparse``
+    (:func:`onto_grid`) threshold it on a grid at least about as fine as the CT's own and pool it, so that a cell is
+    occupied where any bone is; the cells are as large as the skull's cube (:func:`skull_cube`) needs.
 
     Args:
         image: (1, H, W, D) in Hounsfield units, affine in RAS+ or LPS millimeters, any orientation and spacing.
@@ -162,26 +162,27 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
     corner, edge = skull_cube(bone, ct_affine, name)
     notes = (*image.meta.get("notes", ()), *_notes(bone, dense, ct_affine))
     values[dense & ~bone] = min(threshold, 0.0)
-    factor = _factor(edge / size, ct_affine, size)
-    affine, fine_affine = (
-        from_matvec(np.eye(3) * step, corner + step / 2) for step in (edge / size, edge / size / factor)
-    )
-    gray = resample_to_grid(values, ct_affine, fine_affine, (size * factor,) * 3, outside=-1024.0)
-    fine = gray > threshold
-    skull = block_reduce(fine, factor, np.any)
+    pool = _pool(edge / size, ct_affine, size)
+    grid = onto_grid(
+        MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(ct_affine)), float(corner[2]), grid=size,
+        cell_mm=edge / size, pool=pool, headroom_mm=edge * MARGIN / (1 + 2 * MARGIN), bone_threshold=threshold,
+    )  # fmt: skip
+    skull, affine = grid[0].as_tensor().numpy() > 0, np.asarray(grid.affine, dtype=np.float64)
+    fine_affine = resize_affine(affine, grid.shape[1:], (size * pool,) * 3).numpy()
+    gray = resample_to_grid(values, ct_affine, fine_affine, (size * pool,) * 3, outside=AIR)
     if not skull.any() or skull.mean() >= GRID_FULL:
         raise InputError(
             f"bone fills {skull.mean():.0%} of the grid of {size}^3 cells in {name}, and more than 0 % and less than"
             f" {GRID_FULL:.0%} is needed: change --threshold (now {threshold:g} HU)"
         )
     return HeadVolume(
-        skull=skull, affine=affine, gray=np.clip(gray, -1024, 3071).astype(np.int16),
-        gray_affine=fine_affine, bone=bone, ct_affine=ct_affine, fill=float(fine.mean() / skull.mean()),
+        skull=skull, affine=affine, gray=np.clip(gray, AIR, 3071).astype(np.int16), gray_affine=fine_affine,
+        bone=bone, ct_affine=ct_affine, fill=min(float((gray > threshold).mean() / skull.mean()), 1.0),
         threshold=threshold, name=name, notes=notes,
     )  # fmt: skip
 
 
-def _factor(cell: float, affine: np.ndarray, size: int) -> int:
+def _pool(cell: float, affine: np.ndarray, size: int) -> int:
     """Voxels of the finer grid along an edge of a cell: about the image's own, at least two, within reason."""
     return min(max(round(cell / min(spacing(affine))), 2), max(1, FINEST // size))
 
@@ -190,7 +191,7 @@ def _notes(bone: np.ndarray, dense: np.ndarray, affine: np.ndarray) -> tuple[str
     notes = []
     if is_anisotropic(affine, 0.05):
         notes.append(f"anisotropic voxels ({millimeters(np.array(spacing(affine)))}) were resampled to cubes")
-    if is_oblique(affine, 0.04):
+    if is_oblique(affine):
         notes.append("oblique axes were resampled to the axes of the body")
     upwards = affine[2, :3] / spacing(affine)
     axis = int(np.abs(upwards).argmax())
