@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from monai_memeff.errors import InputError
 from monai_memeff.geometry.space import LONG, TO_RAS
 
 HEADER_BYTES = 2**16
+NRRD = (".nrrd", ".nhdr")
 
 
 def read_with_itk(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -30,13 +33,16 @@ def read_with_itk(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         import SimpleITK
     except ImportError:
         raise InputError(f"reading {path} needs SimpleITK: pip install SimpleITK, or convert it to NIfTI.") from None
-    _check_header(path)
+    header = _header(path)
+    check = _check_nrrd if path.suffix.lower() in NRRD else _check_meta
+    check(path, header)
     try:
         image = SimpleITK.ReadImage(str(path))
         values = SimpleITK.GetArrayFromImage(image)
         shape, components = image.GetSize(), image.GetNumberOfComponentsPerPixel()
         spacing, origin = np.array(image.GetSpacing()), np.array(image.GetOrigin())
         directions = np.array(image.GetDirection()).reshape(len(shape), len(shape))
+        _check_voxels(path, header, values.nbytes)
     except Exception as error:
         reason = first_line(RuntimeError(re.sub(r"(?s).*(ERROR|error): ", "", str(error))))
         raise InputError(f"cannot read {path}: {reason}; check that it is a whole image.") from error
@@ -50,25 +56,56 @@ def read_with_itk(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return np.ascontiguousarray(values.transpose(2, 1, 0), dtype=np.float32), affine, []
 
 
-def _check_header(path: Path) -> None:
-    """Refuse what ITK would read with a guess: a space that is missing or unknown, lengths that are not in mm."""
+def _header(path: Path) -> dict[str, str]:
+    """The fields of a header in lower case; under "" the number of its bytes."""
+    nrrd = path.suffix.lower() in NRRD
     with open(path, "rb") as file:
-        header = re.split(rb"\r?\n\r?\n|\nElementDataFile", file.read(HEADER_BYTES), maxsplit=1)[0]
-    lines = [line.decode("latin-1") for line in header.splitlines()]
-    said = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    if path.suffix.lower() in (".nrrd", ".nhdr"):
-        if not lines or not lines[0].startswith("NRRD"):
-            raise InputError(f"cannot read {path}: it is no NRRD file; check its name.")
-        space = said.get("space", "missing").upper()
-        if LONG.get(space, space) not in TO_RAS or "space directions" not in said or "space origin" not in said:
-            raise InputError(
-                f"cannot read {path}: its space is {said.get('space', 'missing')}, and one of {', '.join(TO_RAS)} with "
-                "directions and origin is needed; set its geometry."
-            )
-        units = set(re.findall(r'"([^"]*)"', said.get("space units", ""))) - {"mm", "millimeter", ""}
-        if units:
-            raise InputError(f"cannot read {path}: its unit of length is {', '.join(sorted(units))}, and mm is needed.")
-        return
-    equal = {key.strip().lower(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
-    if not {"transformmatrix", "rotation", "orientation"} & set(equal):
+        start = file.read(HEADER_BYTES)
+    end = re.search(rb"\r?\n\r?\n" if nrrd else rb"(?im)^ElementDataFile *= *[^\n]*(\n|\Z)", start)
+    length = end.end() if end else len(start)
+    lines = [line.decode("latin-1") for line in start[:length].splitlines()]
+    if nrrd and not (lines and lines[0].startswith("NRRD")):
+        raise InputError(f"cannot read {path}: it is no NRRD file; check its name.")
+    fields = (line.partition(":" if nrrd else "=") for line in lines)
+    return {"": str(length), **{key.strip().lower(): value.strip() for key, _, value in fields if key}}
+
+
+def _check_nrrd(path: Path, header: dict[str, str]) -> None:
+    """Refuse what ITK would read with a guess."""
+    space = header.get("space", "missing")
+    placed = LONG.get(space.upper(), space.upper()) in TO_RAS and {"space directions", "space origin"} <= set(header)
+    if not placed or "none" in header["space directions"]:
+        raise InputError(
+            f"cannot read {path}: its space is {space}, and one of {', '.join(TO_RAS)} with three directions and an "
+            "origin is needed; set its geometry."
+        )
+    units = set(re.findall(r'"([^"]*)"', header.get("space units", ""))) - {"mm", "millimeter", ""}
+    if units:
+        raise InputError(f"cannot read {path}: its unit of length is {', '.join(sorted(units))}, and mm is needed.")
+    skipped = {key for key in ("line skip", "lineskip", "byte skip", "byteskip") if header.get(key, "0") != "0"}
+    if skipped or header.get("encoding", "").lower() not in ("raw", "gzip", "gz"):
+        raise InputError(f"cannot read {path}: raw or gzip voxels without skips are read; convert it to NIfTI.")
+
+
+def _check_meta(path: Path, header: dict[str, str]) -> None:
+    """Refuse what ITK would read with a guess."""
+    if not {"transformmatrix", "rotation", "orientation"} & set(header):
         raise InputError(f"cannot read {path}: it stores no orientation (TransformMatrix); set its geometry.")
+    if "elementspacing" not in header or header.get("headersize", "0") != "0":
+        raise InputError(f"cannot read {path}: it needs ElementSpacing, and no HeaderSize; convert it to NIfTI.")
+    if header.get("binarydata", "False").lower() != "true":
+        raise InputError(f"cannot read {path}: its voxels are text (BinaryData); convert it to NIfTI.")
+
+
+def _check_voxels(path: Path, header: dict[str, str], needed: int) -> None:
+    """Compare the bytes of the voxels, unpacked with their checksum, with those that the header announces."""
+    nrrd = path.suffix.lower() in NRRD
+    name = header.get("data file", header.get("datafile", "LOCAL")) if nrrd else header.get("elementdatafile", "LOCAL")
+    source = path if name.upper() == "LOCAL" else path.parent / name
+    with open(source, "rb") as file:
+        file.seek(int(header[""]) if source == path else 0)
+        content = file.read()
+    packed = header["encoding"].lower() != "raw" if nrrd else header.get("compresseddata", "False").lower() == "true"
+    found = len(gzip.decompress(content) if nrrd else zlib.decompress(content)) if packed else len(content)
+    if found != needed:
+        raise ValueError(f"{found} bytes of voxels, and its header announces {needed}")

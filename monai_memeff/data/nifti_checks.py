@@ -14,9 +14,6 @@ from monai_memeff.errors import InputError
 from monai_memeff.geometry import check_affine
 
 ENDINGS = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz", ".mgh", ".mgz")
-PADDING = 16
-"""Bytes after the voxels that a writer may have added; more says that the header belongs to another image."""
-
 BLOCK = 2**20
 
 
@@ -56,7 +53,7 @@ def open_nifti(path: str | os.PathLike[str]) -> Any:
         )
     if kind not in "iuf":
         raise InputError(f"cannot read {path}: its voxels are {image.get_data_dtype()}, and real numbers are needed.")
-    _check_stored(header, path)
+    _check_stored(header, image.get_data_dtype().itemsize, path)
     _check_size(image, path)
     _check_geometry(image, path)
     return image
@@ -85,17 +82,24 @@ def first_line(error: BaseException) -> str:
 
 def geometry_notes(image: Any) -> list[str]:
     """What a report says about a NIfTI whose two geometries differ though both may be right."""
-    both = _two_geometries(image)
-    if both is None or np.allclose(*both, atol=1e-2):
-        return []
-    return ["the header has two geometries that differ (qform and sform); the sform was used"]
+    both, notes = _two_geometries(image), []
+    if both is not None and not np.allclose(*both, atol=1e-2):
+        notes.append("the header has two geometries that differ (qform and sform); the sform was used")
+    if "pixdim" in image.header:
+        stored, used = image.header["pixdim"][1:4], np.linalg.norm(image.affine[:3, :3], axis=0)
+        if not np.allclose(stored, used, rtol=1e-2):
+            notes.append("the header's pixdim differs from the lengths of its affine; the affine was used")
+    return notes
 
 
-def _check_stored(header: Any, path: Path) -> None:
+def _check_stored(header: Any, itemsize: int, path: Path) -> None:
     """Look at what the file itself says, where nibabel mends it without a word."""
     scaling = [float(header[name]) for name in ("scl_slope", "scl_inter") if name in header.dtype.names]
     if np.isinf(scaling).any():  # NaN is nibabel's word for none
         raise InputError(f"cannot read {path}: its scaling (slope, intercept) is {scaling}; repair its header.")
+    bits = int(header["bitpix"]) if "bitpix" in header.dtype.names else None
+    if bits is not None and bits != 8 * itemsize:
+        raise InputError(f"cannot read {path}: bitpix is {bits} for voxels of {8 * itemsize} bits; repair its header.")
     if "goodRASFlag" in header.dtype.names and int(header["goodRASFlag"]) != 1:
         raise InputError(f"cannot read {path}: it stores no orientation (goodRASFlag is not 1); set its geometry.")
 
@@ -118,7 +122,7 @@ def _check_size(image: Any, path: Path) -> None:
             f"cannot read {source}: it is truncated, {found} bytes of the {needed} that its header announces "
             f"({' x '.join(map(str, shape))} voxels); copy the image again."
         )
-    if found > needed + PADDING and image.header.get("sizeof_hdr", None) is not None:
+    if found > needed and image.header.get("sizeof_hdr", None) is not None:
         raise InputError(
             f"cannot read {source}: {found - needed} bytes are left over after the {' x '.join(map(str, shape))} voxels"
             " that its header announces; repair its header."
@@ -150,7 +154,12 @@ def _check_geometry(image: Any, path: Path) -> None:
     unit = {0: "not stored", 1: "m", 2: "mm", 3: "micron"}.get(int(header["xyzt_units"]) & 7, "of an unknown code")
     if unit not in ("mm", "not stored"):
         raise InputError(f"cannot read {path}: its unit of length is {unit}, and mm is needed; convert its header.")
-    both = _two_geometries(image)
+    try:
+        both = _two_geometries(image)
+    except Exception as error:
+        raise InputError(
+            f"cannot read {path}: its qform is damaged ({first_line(error)}); repair its header."
+        ) from error
     if both is not None and header["qform_code"] == header["sform_code"]:
         lengths = [np.linalg.norm(matrix[:3, :3], axis=0) for matrix in both]
         turned = np.linalg.det(both[0][:3, :3]) * np.linalg.det(both[1][:3, :3]) < 0

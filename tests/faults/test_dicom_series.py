@@ -530,3 +530,42 @@ def test_the_demo_takes_a_series_by_name_and_interpolates_on_request(head: Path,
     said = report.make_report(mended, [], seed=0, shown=0)
     assert "1 slices are missing" in " ".join(json.loads(report.report_json(said))["notes"])
     assert "interpolated on an even grid" in " ".join(report.report_text(said).split())
+
+
+def test_a_real_series_with_slices_removed_doubled_mixed_mirrored_and_respaced(data_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openjpeg", reason="this series is JPEG 2000, which needs the extra [dicom]")
+    source = sorted((data_dir / "totalseg" / "example_ct_dicom").iterdir())
+
+    def changed(name: str, change: Any, leave: Sequence[int] = ()) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for k, path in enumerate(source):
+            if k not in leave:
+                data = pydicom.dcmread(path)
+                change(k, data, folder)
+                data.save_as(folder / path.name)
+        return folder
+
+    def nothing(*_: Any) -> None: ...
+
+    def double(k: int, data: Any, folder: Path) -> None:
+        if k == 7:
+            data.save_as(folder / "again")
+
+    def mix(k: int, data: Any, _: Path) -> None:
+        data.SeriesInstanceUID = f"1.2.{k % 2}"
+
+    def mirror(k: int, data: Any, _: Path) -> None:
+        if k > 10:
+            data.ImageOrientationPatient = [-1, 0, 0, 0, 1, 0]
+
+    def respace(k: int, data: Any, _: Path) -> None:
+        x, y, z = (float(number) for number in data.ImagePositionPatient)
+        data.ImagePositionPatient = [x, y, z + (0.4 if k == 9 else 0)]
+
+    assert "1 slices are missing" in refusal(changed("removed", nothing, [7]))
+    assert "6 slices are missing" in refusal(changed("more removed", nothing, range(6, 12)))
+    assert "same position (1 times)" in refusal(changed("doubled", double))
+    assert "it holds 2 series" in refusal(changed("mixed", mix))
+    assert "9 of 20 slices have another orientation" in refusal(changed("mirrored", mirror))
+    assert "unevenly spaced, 1.6 to 2.4 mm" in refusal(changed("respaced", respace))

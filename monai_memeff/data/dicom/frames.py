@@ -13,7 +13,8 @@ from monai_memeff.errors import InputError
 
 ONE_VALUE = (
     "EchoTime", "EchoNumbers", "TemporalPositionIdentifier", "TemporalPositionIndex", "KVP", "DiffusionBValue",
-    "InversionTime", "ConvolutionKernel", "StackID", "FrameOfReferenceUID", "StudyInstanceUID", "PatientID",
+    "InversionTime", "ConvolutionKernel", "StackID", "PixelRepresentation", "FrameOfReferenceUID",
+    "StudyInstanceUID", "PatientID",
 )  # fmt: skip
 """What all slices of one volume share."""
 

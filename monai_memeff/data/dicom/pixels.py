@@ -46,26 +46,36 @@ def check_pixel_rules(series: Series, hounsfield: bool) -> None:
     other = [frame for frame in series.frames if series.modality == "CT" and frame.unit not in ("", "HU", "HU_MOD")]
     if other and hounsfield:
         raise InputError(f"{other[0].name} is CT in units of {other[0].unit}, and HU is needed.")
+    if series.modality == "CT" and len({frame.rescale for frame in series.frames}) > 1:
+        series.notes.append("the slices are rescaled by several rules, each by its own")
     if other:
         series.notes.append(f"the values are in units of {other[0].unit}, not in HU")
 
 
 def _check_header(file: Path, header: Any) -> None:
     photometric = str(header.get("PhotometricInterpretation", "missing"))
-    if int(header.get("SamplesPerPixel", 1) or 1) != 1 or photometric != "MONOCHROME2":
+    if _integer(file, header, "SamplesPerPixel", 1) != 1 or photometric != "MONOCHROME2":
         raise InputError(
             f"{file.name} has the photometric interpretation {photometric}, and MONOCHROME2 is needed; export measured "
             "values, not pictures."
         )
     if "ModalityLUTSequence" in header:
         raise InputError(f"{file.name} rescales by a lookup table (ModalityLUTSequence); export it with a slope.")
-    allocated, stored, high = (int(header.get(f"Bits{name}", 0) or 0) for name in ("Allocated", "Stored", "High"))
-    high = int(header.get("HighBit", stored - 1))
+    allocated, stored = (_integer(file, header, keyword, 0) for keyword in ("BitsAllocated", "BitsStored"))
+    high = _integer(file, header, "HighBit", stored - 1)
     if allocated not in (8, 16, 32) or not 1 <= stored <= min(allocated, MOST_BITS) or high != stored - 1:
         raise InputError(
             f"{file.name} stores {stored} of {allocated} bits up to bit {high}, and whole numbers of at most "
             f"{MOST_BITS} bits are needed."
         )
+
+
+def _integer(file: Path, header: Any, keyword: str, default: int) -> int:
+    found = header.get(keyword)
+    try:
+        return default if found is None or found == "" else int(found)
+    except (TypeError, ValueError):
+        raise InputError(f"{file.name} has a damaged {keyword}; copy the series again.") from None
 
 
 def slices(frames: Sequence[Frame], notes: list[str]) -> Iterator[np.ndarray]:

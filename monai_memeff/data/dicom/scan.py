@@ -51,7 +51,7 @@ def choose_series(path: Path, uid: str | None = None) -> Series:
     headers, notes = _headers(path)
     series: dict[str, dict[Path, Any]] = {}
     for file, header in headers.items():
-        series.setdefault(str(header.get("SeriesInstanceUID", "")), {})[file] = header
+        series.setdefault(_plain(header.get("SeriesInstanceUID", "")), {})[file] = header
     images = {name: found for name, found in series.items() if not _is_no_image(found)}
     if not images:
         kinds = sorted({str(header.get("Modality", "unknown")) for header in headers.values()})
@@ -87,6 +87,11 @@ def _headers(path: Path) -> tuple[dict[Path, Any], list[str]]:
     return headers, [f"{len(beside)} files that are no slices were left out: {', '.join(beside[:3])}{more}"] * bool(
         beside
     )
+
+
+def _plain(value: Any) -> str:
+    """A value as it can stand in one line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value).strip())[:64]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -125,7 +130,7 @@ def _choose(path: Path, images: dict[str, dict[Path, Any]], uid: str | None) -> 
 
 def _description(found: dict[Path, Any]) -> str:
     header = next(iter(found.values()))
-    said = str(header.get("SeriesDescription", "")).strip()[:40]
+    said = _plain(header.get("SeriesDescription", ""))[:40]
     return f"{header.get('Modality', 'unknown')}{', ' + said if said else ''}, {len(found)} files"
 
 

@@ -1,0 +1,1 @@
+"""What hospitals' disks hold: hundreds of malformed inputs, and no traceback, hang or wrong result."""
