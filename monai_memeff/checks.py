@@ -1,4 +1,4 @@
-"""What every network and transform refuses of its input: NaN, infinity, and numbers its arithmetic cannot hold."""
+"""What networks and transforms refuse of their input: NaN, infinity, and numbers their arithmetic cannot hold."""
 
 from __future__ import annotations
 
@@ -25,9 +25,28 @@ def check_finite(values: Tensor, owner: str) -> None:
         return
     bad = int((~values.isfinite()).sum())
     raise InputError(
-        f"{owner} takes finite numbers, got {bad} of {values.numel()} values that are NaN or infinite; replace them "
-        "first, with torch.nan_to_num say."
+        f"{owner} needs finite values, got {bad} NaN or infinite; replace them first, with torch.nan_to_num say."
     )
+
+
+def check_mask(values: Tensor, owner: str) -> None:
+    """Refuse what cannot be a mask, whose voxels are something where they are not zero: NaN, infinity, and negatives.
+
+    Negative numbers are logits or intensities, and every one of them would count as something.
+
+    Raises:
+        InputError: a value is NaN, infinite or negative.
+    """
+    values = values.detach().as_subclass(Tensor)
+    check_finite(values, owner)
+    if values.dtype == torch.bool or values.is_complex() or values.numel() == 0 or values.is_meta:
+        return
+    lowest = values.amin()
+    if bool(lowest < 0):
+        raise InputError(
+            f"{owner} needs masks, which are zero where nothing is and positive elsewhere, got {lowest.item():g}; "
+            "compare logits or intensities with a threshold first."
+        )
 
 
 def as_network_input(values: Tensor, dtype: torch.dtype, owner: str) -> Tensor:
@@ -42,20 +61,25 @@ def as_network_input(values: Tensor, dtype: torch.dtype, owner: str) -> Tensor:
         owner: name of the network.
 
     Raises:
+        TypeError: no tensor.
         InputError: NaN, infinity, complex numbers, another floating-point dtype, or integers too large to be exact.
     """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{owner} takes a tensor, got {type(values).__name__}; use torch.as_tensor.")
     if values.is_complex():
         raise InputError(f"{owner} takes real numbers, got {values.dtype}; give parts or magnitudes as channels.")
     if values.is_floating_point():
-        _check_dtype(values, dtype, owner)
+        check_dtype(values, dtype, owner)
         check_finite(values, owner)
         return values
     _check_exact(values, dtype, owner)
     return values.to(dtype)
 
 
-def _check_dtype(values: Tensor, dtype: torch.dtype, owner: str) -> None:
-    autocast = torch.is_autocast_enabled(values.device.type) and torch.float64 not in (values.dtype, dtype)
+def check_dtype(values: Tensor, dtype: torch.dtype, owner: str) -> None:
+    """Refuse floating-point numbers in another dtype than the network's, but where autocast converts them."""
+    devices = {values.device.type, "cuda"}  # a volume may wait on the host for a network on a GPU
+    autocast = any(map(torch.is_autocast_enabled, devices)) and torch.float64 not in (values.dtype, dtype)
     if values.dtype != dtype and not autocast:
         raise InputError(
             f"{owner} computes in {dtype}, got an input of {values.dtype}; convert the input with .to({dtype}), or the "

@@ -183,7 +183,9 @@ class SlabInferer(Inferer):
 def _labels(logits: Tensor) -> Tensor:
     if logits.shape[1] == 1:
         return (logits > 0).to(torch.uint8)
-    return logits.argmax(1, keepdim=True).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
+    classes = logits.shape[1]
+    dtype = torch.uint8 if classes <= 2**8 else torch.int16 if classes <= 2**15 else torch.int32
+    return logits.argmax(1, keepdim=True).to(dtype)
 
 
 def _moved(state: Any, device: torch.device) -> Any:

@@ -11,6 +11,7 @@ import torch
 from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
+from monai_memeff.checks import as_network_input
 from monai_memeff.clstm.cell import GatedConvLSTMCell, State
 from monai_memeff.clstm.recompute import checkpoint_keeping, kept_from
 from monai_memeff.clstm.unet import SliceUNet
@@ -108,6 +109,7 @@ class CLSTMUNet(nn.Module):
         """
         return self.sweep(x)[0]
 
+    @torch.compiler.disable  # segments are recomputed, with the running statistics held back: not to be traced
     def sweep(self, x: Tensor, start: State | None = None, end: State | None = None) -> tuple[Tensor, State]:
         """Logits of a slab of slices within a volume, and the state to go on with.
 
@@ -132,6 +134,7 @@ class CLSTMUNet(nn.Module):
         logits = torch.cat([output.movedim(1, walk) for output in outputs], dim=walk)  # contiguous: no copy follows
         return convert_to_dst_type(logits, x, dtype=logits.dtype, device=logits.device)[0], (state[0], state[1])
 
+    @torch.compiler.disable
     def state_before(self, x: Tensor, end: State | None = None) -> State:
         """Bidirectional only: the way back's state after a slab's first slice, to hand to the slab before it.
 
@@ -238,15 +241,13 @@ class CLSTMUNet(nn.Module):
 
     def _slices_of(self, x: Tensor) -> Tensor:
         """(B, C, H, W, D) as (B, slices, C, rows, columns)."""
+        x = as_network_input(x, self.cell.conv.weight.dtype, "CLSTMUNet")
         if x.ndim != 5 or x.shape[1] != self.in_channels or x.numel() == 0:
             raise ValueError(
                 f"CLSTMUNet takes (B, {self.in_channels}, H, W, D) with at least one voxel, got {tuple(x.shape)}; "
                 "a single slice (B, C, H, W) is the volume image[..., None]."
             )
-        plain = x.as_subclass(Tensor)
-        if not all(math.isfinite(float(bound)) for bound in torch.aminmax(plain.detach())):
-            raise ValueError("CLSTMUNet needs finite values, got NaN or infinity; replace them first.")
-        return plain.movedim(2 + self.axis, 1)
+        return x.as_subclass(Tensor).movedim(2 + self.axis, 1)
 
 
 def _check(

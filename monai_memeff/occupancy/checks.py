@@ -8,15 +8,19 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
+from monai_memeff.checks import as_network_input
+
 
 def plain_tensor(volume: Tensor) -> Tensor:
     """The tensor without metadata."""
     return volume.as_tensor() if isinstance(volume, MetaTensor) else volume
 
 
-def checked_volume(volume: Tensor, in_channels: int, volume_shape: tuple[int, ...] | None) -> Tensor:
-    """The volume without metadata; ValueError for wrong channels or extents, NaN or infinity."""
-    volume = plain_tensor(volume)
+def checked_volume(
+    volume: Tensor, in_channels: int, volume_shape: tuple[int, ...] | None, dtype: torch.dtype
+) -> Tensor:
+    """The volume in the network's dtype without metadata; ValueError for wrong channels or extents, NaN or infinity."""
+    volume = plain_tensor(as_network_input(volume, dtype, "OccupancyNet"))
     shape = tuple(volume.shape[2:])
     if volume.ndim != 5 or volume.shape[1] != in_channels or 0 in volume.shape:
         raise ValueError(f"a volume must be (B, {in_channels}, H, W, D) and not empty, got {tuple(volume.shape)}.")
@@ -25,9 +29,6 @@ def checked_volume(volume: Tensor, in_channels: int, volume_shape: tuple[int, ..
             f"this network was made for volumes of {volume_shape} voxels, got {shape}: resize or pad them, or use "
             "variant='interpolated', which takes any extents."
         )
-    if volume.is_floating_point() and not all(bool(end.isfinite()) for end in volume.detach().aminmax()):
-        bad = int((~torch.isfinite(volume)).sum())
-        raise ValueError(f"a volume must be finite, got {bad} values that are NaN or infinite; replace them first.")
     return volume
 
 

@@ -83,7 +83,12 @@ def labels_of(logits: Tensor) -> Tensor:
     """Labels (N,) of logits (N, K): the largest of several, or 1 where a single one is positive; uint8 or int16."""
     if logits.shape[1] == 1:
         return (logits[:, 0] > 0).to(torch.uint8)
-    return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
+    return logits.argmax(1).to(label_dtype(logits.shape[1]))
+
+
+def label_dtype(classes: int) -> torch.dtype:
+    """The smallest dtype that holds labels 0 ... classes - 1."""
+    return torch.uint8 if classes <= 2**8 else torch.int16 if classes <= 2**15 else torch.int32
 
 
 def _numbers(logits: Tensor, name: str) -> Tensor:

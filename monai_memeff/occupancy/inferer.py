@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from monai.inferers import Inferer
 from monai.utils import convert_to_dst_type, optional_import
 from torch import Tensor, nn
 
+from monai_memeff.checks import check_finite
 from monai_memeff.occupancy.evaluator import PointEvaluator, labels_of
 from monai_memeff.occupancy.octree import NodeGrid, default_stride, node_counts, refine
 
@@ -33,7 +35,7 @@ class OctreeReport:
         levels: strides in voxels per axis, coarsest first.
         points_per_level: points asked at each of them, the coarsest grid included.
         rounds: passes of front propagation at each level (the longest of the batch) in which points were asked.
-        initial: "network" or "grid", the one that was used.
+        initial: "network" or "grid", the one that was used; "grid and network" where volumes of a batch differ.
         disagreement: voxels whose label is not that of dense evaluation; None unless asked for.
         seconds: wall time, without the comparison.
     """
@@ -65,8 +67,8 @@ class OctreeInferer(Inferer):
     - ``initial="grid"`` asks every node of the coarsest grid first, so it finds every piece that holds a cube of
       ``stride`` voxels. Thinner ones are found if they meet a node or touch a boundary that is followed.
     - ``initial="network"`` starts from the network's own coarse prediction and asks where that changes. It asks fewer
-      points, and a piece that the coarse prediction misses is not found, however large it is. The same holds for the
-      whole volume where the coarse prediction is one single label: then nothing is asked.
+      points, and a piece that the coarse prediction misses is not found, however large it is. Where the coarse
+      prediction is one single label it says nothing about where to ask: the grid is used, with a warning.
 
     ``compare_dense=True`` counts the voxels that differ, at the price of asking all of them.
 
@@ -80,7 +82,7 @@ class OctreeInferer(Inferer):
     Args:
         points_per_pass: most points in one call of ``query``; bounds the memory of queries. ``encode`` sees the volume
             as a whole, and the octree keeps two bytes per voxel beside its list of boundary cells.
-        initial: "network" or "grid", see above.
+        initial: "grid" or "network", see above.
         stride: voxels between nodes of the coarsest grid, a power of two, for all axes or for each; by default for each
             axis the largest up to a sixteenth of its extent, at most 8. It need not divide the extents and may exceed
             them: the last voxel of an axis is always a node.
@@ -93,12 +95,15 @@ class OctreeInferer(Inferer):
 
     Raises:
         ValueError: an argument is out of range.
+
+    Warns:
+        UserWarning: the coarse prediction is one single label, so the grid is used.
     """
 
     def __init__(
         self,
         points_per_pass: int = 2**14,
-        initial: str = "network",
+        initial: str = "grid",
         stride: int | Sequence[int] | None = None,
         labels: bool = False,
         compare_dense: bool = False,
@@ -207,10 +212,25 @@ class _Search:
         )
 
     def _coarsest(self) -> NodeGrid:
+        if self.from_network:
+            assumed = self._nodes(queried=False)
+            if bool((assumed.labels != assumed.labels.view(-1)[0]).any()):
+                return assumed
+            warnings.warn(
+                f"the coarse prediction is label {int(assumed.labels.view(-1)[0])} everywhere and does not say where "
+                f"to query: the grid of stride {self.stride} is queried instead. Train the coarse head longer, "
+                "or set initial='grid'.",
+                stacklevel=2,
+            )
+            self.from_network = False
+        return self._nodes(queried=True)
+
+    def _nodes(self, queried: bool) -> NodeGrid:
+        """The coarsest grid, its labels queried, or assumed by the coarse prediction."""
         counts = node_counts(self.shape, self.stride)
-        flags = torch.full(counts, not self.from_network, device=self.device)
+        flags = torch.full(counts, queried, device=self.device)
         nodes = NodeGrid(self.shape, self.stride, flags, flags)
-        label = self._predict if self.from_network else self._evaluate
+        label = self._evaluate if queried else self._predict
         keys = (torch.arange(i, min(i + self.budget, flags.numel())) for i in range(0, flags.numel(), self.budget))
         labels = torch.cat([label(nodes.voxels(part.to(self.device))) for part in keys])
         return NodeGrid(self.shape, self.stride, labels.view(counts), flags)
@@ -255,8 +275,7 @@ def _check_volume(volume: Tensor) -> None:
         raise ValueError(
             f"OctreeInferer works on volumes (B, C, H, W, D) with voxels, got shape {tuple(volume.shape)}."
         )
-    if volume.is_floating_point() and not all(bool(end.isfinite()) for end in volume.aminmax()):
-        raise ValueError("the volume has voxels that are NaN or infinite; replace them, with torch.nan_to_num say.")
+    check_finite(volume, "OctreeInferer")
 
 
 def _summed(reports: Sequence[OctreeReport]) -> OctreeReport:
@@ -264,6 +283,7 @@ def _summed(reports: Sequence[OctreeReport]) -> OctreeReport:
     wrong = [report.disagreement for report in reports if report.disagreement is not None]
     return replace(
         reports[0],
+        initial=" and ".join(sorted({report.initial for report in reports})),
         num_queries=sum(report.num_queries for report in reports),
         voxels=sum(report.voxels for report in reports),
         points_per_level=tuple(map(sum, zip(*(report.points_per_level for report in reports), strict=True))),

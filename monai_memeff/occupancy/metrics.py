@@ -11,7 +11,7 @@ from monai.metrics.utils import do_metric_reduction
 from torch import Tensor
 
 from monai_memeff.occupancy.checks import plain_tensor
-from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_fractions, sample_points
+from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_fractions, checked_label, sample_points
 
 
 class SampledDiceMetric(CumulativeIterationMetric):
@@ -75,7 +75,7 @@ class SampledDiceMetric(CumulativeIterationMetric):
 
         points, true = sample_points(truth, self.num_samples, self.sampling, draw, self.band_width, self.ignore_index)
         i, j, k = points.long().unbind(1)
-        found = guess[0, i, j, k].long()
+        found = checked_label(guess)[i, j, k].long()
         if self.ignore_index is not None:
             found, true = found[true != self.ignore_index], true[true != self.ignore_index]
         scores = []

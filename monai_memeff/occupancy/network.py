@@ -165,7 +165,7 @@ class OccupancyNet(nn.Module):
         Raises:
             ValueError: wrong shape, or values that are NaN or infinite.
         """
-        volume = checked_volume(volume, self.in_channels, self.volume_shape)
+        volume = checked_volume(volume, self.in_channels, self.volume_shape, self._dtype_of())
         small = volume
         if self.downscale > 1:
             grid = [max(1, extent // self.downscale) for extent in volume.shape[2:]]
@@ -197,18 +197,19 @@ class OccupancyNet(nn.Module):
         plain = plain_tensor(volume)
         points = checked_points(points, plain)
         shape = tuple(plain.shape[2:])
-        points = points.to(torch.promote_types(points.dtype, plain.dtype))  # never rounded to half precision
+        dtype = self._dtype_of(plain)
+        points = points.to(torch.promote_types(points.dtype, dtype))  # never rounded to half precision
         unit = index_to_unit(points, shape)
         known = [unit if self.normalize_coordinates else points]
         if self.patch_encoder is not None:
             voxels = voxels_of(points, shape)
-            patches = [gather_patches(plain, voxels)]
+            patches = [gather_patches(plain, voxels).to(dtype)]
             if latent.halved is not None:
                 patches.append(gather_patches(latent.halved, voxels, step=2))
             known.append(self.patch_encoder(torch.cat(patches, 2).flatten(2)))
         known.append(latent.conditions[0][:, None].expand(-1, points.shape[1], -1))
         known += [sample_at(level.to(unit.dtype), unit).transpose(1, 2) for level in latent.features]
-        return self.decoder(torch.cat(known, 2).to(plain.dtype), latent.conditions[1:])
+        return self.decoder(torch.cat(known, 2).to(dtype), latent.conditions[1:])
 
     def coarse_logits(self, latent: Latent) -> Tensor | None:
         """Auxiliary logits (B, K, h, w, d) at low resolution; None for variants without that head."""
@@ -232,13 +233,18 @@ class OccupancyNet(nn.Module):
         logits = self._dense(latent, plain_tensor(volume))
         return convert_to_dst_type(logits, volume, dtype=logits.dtype, device=logits.device)[0]
 
+    def _dtype_of(self, volume: Tensor | None = None) -> torch.dtype:
+        """In which the network answers: the volume's, or that of its weights for integers."""
+        floats = volume is not None and volume.is_floating_point()
+        return volume.dtype if floats and volume is not None else self.decoder.final.weight.dtype
+
     def _dense(self, latent: Latent, volume: Tensor) -> Tensor:
         if self.training or len(volume) == 1:
             return self._dense_together(latent, volume)
         items = (self._dense_together(latent.item(n), volume[n : n + 1]) for n in range(len(volume)))
         if torch.is_grad_enabled():
             return torch.cat(list(items))
-        result = volume.new_empty(len(volume), self.out_channels, *volume.shape[2:])
+        result = volume.new_empty(len(volume), self.out_channels, *volume.shape[2:], dtype=self._dtype_of(volume))
         for number, item in enumerate(items):
             result[number] = item[0]
         return result
@@ -249,7 +255,8 @@ class OccupancyNet(nn.Module):
         answers = (self.query(latent, p.expand(len(volume), -1, -1), volume).transpose(1, 2) for p in passes)
         if torch.is_grad_enabled():
             return torch.cat(list(answers), 2).unflatten(2, shape)
-        result, start = volume.new_empty(len(volume), self.out_channels, _product(shape)), 0
+        extents = (len(volume), self.out_channels, _product(shape))
+        result, start = volume.new_empty(extents, dtype=self._dtype_of(volume)), 0
         for answer in answers:
             result[:, :, start : start + answer.shape[2]] = answer
             start += answer.shape[2]

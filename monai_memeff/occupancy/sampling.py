@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from monai_memeff.checks import check_finite
+
 Draw = Callable[[int, int], Tensor]
 """``draw(limit, count)``: ``count`` random integers below ``limit``, int64."""
 
@@ -38,8 +40,9 @@ def checked_label(label: Tensor) -> Tensor:
         raise ValueError(
             f"a label must be (1, H, W, D) with voxels in it, got {tuple(label.shape)}; argmax one-hot ones."
         )
+    check_finite(volume, "a label")
     if volume.is_floating_point() and not bool((volume == volume.round()).all()):
-        raise ValueError("a label must hold whole numbers, got NaN or fractions; resample labels with mode='nearest'.")
+        raise ValueError("a label must hold whole numbers, got fractions; resample labels with mode='nearest'.")
     return volume
 
 

@@ -235,8 +235,8 @@ def test_autocast_keeps_the_states_in_float32() -> None:
         ),
         (torch.rand(1, 2, 16, 16, 4), r"takes \(B, 1, H, W, D\)"),
         (torch.rand(1, 1, 16, 16, 0), "at least one voxel"),
-        (torch.full((1, 1, 16, 16, 2), torch.nan), "finite values, got NaN or infinity"),
-        (torch.full((1, 1, 16, 16, 2), torch.inf), "finite values, got NaN or infinity"),
+        (torch.full((1, 1, 16, 16, 2), torch.nan), "finite values, got 512 NaN or infinite"),
+        (torch.full((1, 1, 16, 16, 2), torch.inf), "finite values, got 512 NaN or infinite"),
     ],
     ids=["2D", "channels", "empty", "NaN", "infinite"],
 )

@@ -237,7 +237,7 @@ def test_bad_input_is_refused_in_one_line() -> None:
     spoilt = volume.clone()
     spoilt[0, 1, 3, 2, 1] = torch.nan
     for refused, words in (
-        (lambda: network(spoilt), "must be finite, got 1 values"),
+        (lambda: network(spoilt), "needs finite values, got 1 NaN"),
         (lambda: network(volume[:, :1]), r"must be \(B, 2, H, W, D\)"),
         (lambda: network(volume[..., :2]), r"made for volumes of \(4, 8, 4\) voxels, got \(4, 8, 2\).*interpolated"),
         (lambda: network(volume[0]), "a volume must be"),

@@ -40,7 +40,7 @@ def test_it_is_monais_kind() -> None:
 @pytest.mark.parametrize(("shape", "channels"), [(BALL, 1), (CLASSES, 3)], ids=["binary", "classes"])
 def test_coarse_start(shape: Shape, channels: int) -> None:
     network = Points(shape, channels, coarse(shape, channels))
-    inferer = OctreeInferer(labels=True, stride=4, compare_dense=True)
+    inferer = OctreeInferer(initial="network", labels=True, stride=4, compare_dense=True)
     labels = inferer(VOLUME, network)
     report = inferer.last_report
     assert report is not None
@@ -74,7 +74,7 @@ def test_what_the_coarse_prediction_misses_is_missed_and_reported() -> None:
     """The known trap: no boundary of the second piece is ever touched. The grid finds it."""
     both = union(ellipsoid((12, 15, 19), 8), ellipsoid((33, 45, 19), 8))
     network = Points(both, 1, coarse(ellipsoid((12, 15, 19), 8), 1))
-    inferer = OctreeInferer(labels=True, stride=4, compare_dense=True)
+    inferer = OctreeInferer(initial="network", labels=True, stride=4, compare_dense=True)
     labels = inferer(VOLUME, network)
     missed = int(dense(ellipsoid((33, 45, 19), 8), EXTENTS).sum())
     assert torch.equal(labels[0, 0], dense(ellipsoid((12, 15, 19), 8), EXTENTS))
@@ -87,13 +87,16 @@ def test_what_the_coarse_prediction_misses_is_missed_and_reported() -> None:
 
 
 @pytest.mark.parametrize("labels", [True, False])
-def test_a_coarse_prediction_of_one_label_asks_nothing(labels: bool) -> None:
+def test_where_a_coarse_prediction_is_one_label_the_grid_is_queried_and_a_warning_says_so(labels: bool) -> None:
     network = Points(BALL, 1, torch.full((1, 1, 3, 4, 2), -1.0))
-    inferer = OctreeInferer(labels=labels, compare_dense=True)
-    assert (inferer(VOLUME, network) <= 0).all()
+    inferer = OctreeInferer(initial="network", labels=labels, compare_dense=True)
+    with pytest.warns(UserWarning, match=r"the coarse prediction is label 0 everywhere .* the grid"):
+        found = inferer(VOLUME, network)
+    assert torch.equal(found[0, 0] > 0, dense(BALL, EXTENTS) > 0)
     assert inferer.last_report is not None
-    assert inferer.last_report.num_queries == 0
-    assert inferer.last_report.disagreement == int(dense(BALL, EXTENTS).sum())
+    assert inferer.last_report.initial == "grid"
+    assert inferer.last_report.num_queries > 0
+    assert inferer.last_report.disagreement == 0
 
 
 def test_the_grid_where_the_network_has_no_coarse_prediction() -> None:

@@ -112,7 +112,7 @@ def test_bad_labels_are_refused_in_one_line() -> None:
         (torch.zeros(2, 4, 4, 4), "argmax one-hot"),
         (torch.zeros(4, 4), r"must be \(1, H, W, D\)"),
         (torch.zeros(1, 0, 4, 4), "with voxels in it"),
-        (nan, "whole numbers, got NaN or fractions"),
+        (nan, "a label needs finite values"),
         (torch.full((1, 4, 4, 4), 0.5), "mode='nearest'"),
     ):
         with pytest.raises(ValueError, match=words) as caught:

@@ -14,6 +14,7 @@ from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import TransformBackends
 
 from monai_memeff.geometry import ras_affine
+from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask
 
 __all__ = ["RandSkullDefect", "RandSkullDefectD", "RandSkullDefectDict", "RandSkullDefectd", "vault_mask"]
 
@@ -50,8 +51,7 @@ def vault_mask(skull: torch.Tensor) -> torch.Tensor:
 
 
 def _bone(skull: torch.Tensor) -> torch.Tensor:
-    plain = skull.as_tensor() if isinstance(skull, MetaTensor) else skull
-    return (plain != 0).any(dim=0)
+    return foreground_mask(skull).any(dim=0)
 
 
 def _up(skull: torch.Tensor) -> tuple[int, bool, list[float]]:
@@ -184,10 +184,11 @@ class RandSkullDefect(RandomizableTransform):
             The defective skull and the implant: disjoint, their union is the skull; type and metadata of ``img``.
 
         Raises:
-            ValueError: when ``img`` is not (C, H, W, D), is empty, or is too small for the wanted size.
+            TypeError: when ``img`` is no tensor or array.
+            ValueError: when ``img`` is not (C, H, W, D), is empty or too small for the wanted size, or holds NaN or
+                negative numbers.
         """
-        if img.ndim != 4:
-            raise ValueError(f"a skull must be channel first (C, H, W, D), got the shape {tuple(img.shape)}")
+        img = as_volume(img)
         if randomize:
             self.randomize(img)
         defective, implant = img.clone(), torch.zeros_like(img)

@@ -13,6 +13,8 @@ from monai.metrics import CumulativeIterationMetric
 from monai.metrics.utils import do_metric_reduction, get_edge_surface_distance, prepare_spacing
 from monai.transforms.utils import distance_transform_edt, generate_spatial_bounding_box
 
+from monai_memeff.checks import check_mask
+
 __all__ = [
     "ImplantMetric",
     "compute_border_dice",
@@ -31,6 +33,8 @@ def _check_pair(y_pred: torch.Tensor, y: torch.Tensor) -> None:
             f"prediction and truth must be batch-first masks of one shape (B, C, H, W[, D]),"
             f" got {tuple(y_pred.shape)} and {tuple(y.shape)}"
         )
+    for mask in (y_pred, y):
+        check_mask(mask, "an implant score")
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:

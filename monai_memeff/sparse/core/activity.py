@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from monai_memeff.checks import check_finite
+
 ABSENT_LOGIT = 10.0
 """Size of the logit of voxels that were not computed: a probability below 5e-5."""
 
@@ -18,6 +20,10 @@ def active_voxels(image: Tensor, threshold: float | None = None, background: flo
 
     Returns:
         (B, 1, H, W, D) boolean.
+
+    Raises:
+        InputError: a value is NaN or infinite.
     """
+    check_finite(image, "active_voxels")
     active = image != background if threshold is None else image > threshold
     return active.any(dim=1, keepdim=True)

@@ -28,6 +28,15 @@ def check_rows(features: Tensor, coordinates: Tensor) -> None:
     check_finite(features, "SparseTensor")
 
 
+def check_batch_index(coordinates: Tensor) -> None:
+    """Refuse negative batch indices, from which no number of volumes follows: ValueError."""
+    if len(coordinates) and int(lowest := coordinates[:, 0].amin()) < 0:
+        raise ValueError(
+            f"the batch index, first in every coordinate, must be 0 or more, got {int(lowest)}; number the volumes "
+            "from 0 and put [batch, i, j, k] in this order."
+        )
+
+
 def check_inside(coordinates: Tensor, spatial_shape: Sequence[int], batch_size: int) -> None:
     """Refuse coordinates [batch, i, j, k] outside of the grid: ValueError."""
     if len(coordinates) == 0:

@@ -17,6 +17,7 @@ BLOCK_ELEMENTS = 2**18
 """Elements that the backward pass works on at a time on the CPU: a megabyte in float32 stays in the cache."""
 
 
+@torch.compiler.disable  # what the backward pass reads of its own graph node does not exist in a traced one
 def norm_act(
     features: Tensor,
     weight: Tensor | None,

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monai_memeff.checks import check_finite
 from monai_memeff.geometry import key_lists, voxels
-from monai_memeff.sparse.core.checks import check_inside, check_rows
+from monai_memeff.sparse.core.checks import check_batch_index, check_inside, check_rows
 from monai_memeff.sparse.core.fused import Recompute
 from monai_memeff.sparse.core.voxel_set import VoxelSet
 
@@ -40,6 +41,7 @@ class SparseTensor:
         batch_size: int | None = None,
     ) -> None:
         check_rows(features, coordinates)
+        check_batch_index(coordinates)
         if batch_size is None:
             batch_size = int(coordinates[:, 0].max()) + 1 if len(coordinates) else 1
         voxels.check_extent(spatial_shape, batch_size)
@@ -94,7 +96,9 @@ class SparseTensor:
         keys = mask.flatten().nonzero()[:, 0]
         voxel_set = VoxelSet(keys, image.shape[2:], image.shape[0])
         batch, position = _batch_and_position(voxel_set)
-        return cls.on(voxel_set, image.flatten(2)[batch, :, position])
+        features = image.flatten(2)[batch, :, position]
+        check_finite(features, "SparseTensor")
+        return cls.on(voxel_set, features)
 
     def dense(self, fill: float | Sequence[float] = 0.0) -> Tensor:
         """The volume (B, C, H, W, D); differentiable in the features.
@@ -190,7 +194,7 @@ def nonzero_voxels(volume: SparseTensor | Tensor) -> SparseTensor:
     """The non-zero voxels of a dense (B, 1, H, W, D) volume as a SparseTensor; a SparseTensor passes unchanged.
 
     Raises:
-        ValueError: the volume is not 5-dimensional with one channel.
+        ValueError: the volume is not 5-dimensional with one channel, or holds NaN or infinity.
     """
     if isinstance(volume, SparseTensor):
         return volume
@@ -199,6 +203,7 @@ def nonzero_voxels(volume: SparseTensor | Tensor) -> SparseTensor:
             f"a binary volume must have shape (B, 1, H, W, D), got {tuple(volume.shape)}; add the missing axes or take "
             "one channel."
         )
+    check_finite(volume, "a binary volume")
     found = SparseTensor.from_dense(volume, volume != 0)
     return found if found.features.is_floating_point() else found.replace(found.features.float())
 

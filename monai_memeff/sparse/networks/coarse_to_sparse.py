@@ -132,6 +132,7 @@ class CoarseToSparseUNet(nn.Module):
         logits, coarse_logits = self.both_logits(x)
         return [logits, coarse_logits] if self.training and self.deep_supervision else logits
 
+    @torch.compiler.disable  # every number of active voxels would be compiled anew
     def both_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Segment a volume at both resolutions.
 
@@ -141,9 +142,9 @@ class CoarseToSparseUNet(nn.Module):
         Returns:
             logits (B, out_channels, H, W, D) and coarse logits (B, out_channels, h, w, d).
         """
+        x = as_network_input(x, next(self.parameters()).dtype, type(self).__name__)
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ValueError(f"the input must have shape (B, {self.in_channels}, H, W, D), got {tuple(x.shape)}.")
-        x = as_network_input(x, next(self.parameters()).dtype, type(self).__name__)
         given = self._coarse_features(x)
         coarse_logits = given[:, : self.out_channels]
         shape = x.shape[2:]

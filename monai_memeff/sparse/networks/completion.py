@@ -75,6 +75,7 @@ class SparseCompletionNet(nn.Module):
         self.heads = nn.ModuleList(SparseConv3d(channels[i], 1, 1) for i in reversed(range(6)))
         self.final = SparseConv3d(channels[0], 1, 1).requires_grad_(False)
 
+    @torch.compiler.disable  # every number of active voxels would be compiled anew
     def forward(
         self, x: SparseTensor | Tensor, target: SparseTensor | Tensor | None = None
     ) -> list[SparseTensor] | SparseTensor | Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from monai.networks.layers.factories import Act, Norm
 from monai.networks.nets.unet import UNet
 from monai.utils import convert_to_dst_type
 from torch import Tensor
 
+from monai_memeff.checks import as_network_input, check_dtype
 from monai_memeff.sparse.core.activity import ABSENT_LOGIT, active_voxels
 from monai_memeff.sparse.core.tensor import SparseTensor
 from monai_memeff.sparse.nn.convert import to_sparse
@@ -90,16 +92,23 @@ class SparseUNet(UNet):
         self.inactive_logits = tuple(float(value) for value in inactive_logits)
         to_sparse(self.model)
 
+    @torch.compiler.disable  # every number of active voxels would be compiled anew
     def forward(self, x: SparseTensor | Tensor) -> SparseTensor | Tensor:
-        """Segment (see the class)."""
+        """Segment (see the class).
+
+        Raises:
+            InputError: NaN or infinity, or another floating-point dtype than that of the weights.
+        """
         if isinstance(x, SparseTensor):
+            check_dtype(x.features, next(self.parameters()).dtype, type(self).__name__)
             return self.model(x)
         logits = self.densify(self.model(self.sparsify(x)))
         return convert_to_dst_type(logits, x, dtype=logits.dtype, device=logits.device)[0]
 
     def sparsify(self, image: Tensor) -> SparseTensor:
         """The active voxels of (B, in_channels, H, W, D) by this network's rule."""
-        return SparseTensor.from_dense(image, active_voxels(image, self.threshold, self.background))
+        values = as_network_input(image, next(self.parameters()).dtype, type(self).__name__)
+        return SparseTensor.from_dense(values, active_voxels(image, self.threshold, self.background))
 
     def densify(self, logits: SparseTensor) -> Tensor:
         """Logits (B, out_channels, H, W, D) with ``inactive_logits`` where nothing was computed."""

@@ -50,6 +50,7 @@ class SparseConv3d(nn.Conv3d):
         padding = _default_padding(_triple(kernel_size), _triple(dilation))
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias)
 
+    @torch.compiler.disable  # every number of active voxels would be compiled anew
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Convolve (see the class)."""
         _check_channels(self, x)
@@ -98,6 +99,7 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias, dilation=dilation)
         self.generative = generative
 
+    @torch.compiler.disable  # every number of active voxels would be compiled anew
     def forward(self, x: SparseTensor, target: SparseTensor | None = None) -> SparseTensor:
         """Convolve back to a finer level.
 

@@ -11,6 +11,8 @@ import torch
 from monai.transforms import Transform
 from torch import Tensor
 
+from monai_memeff.checks import check_finite
+
 WHOLE_CLOUD = ("grid_size", "ptr")
 """Attributes that belong to the cloud, whatever their length."""
 
@@ -122,7 +124,7 @@ def check_points(data: Any) -> None:
 
     Raises:
         TypeError: the object has no tensor ``pos``.
-        ValueError: ``pos`` is not floating point (N, 3), or the object has edges or faces.
+        ValueError: ``pos`` is not floating point (N, 3) or not finite, or the object has edges or faces.
     """
     pos = getattr(data, "pos", None)
     if not isinstance(pos, Tensor):
@@ -132,6 +134,7 @@ def check_points(data: Any) -> None:
         )
     if pos.ndim != 2 or pos.shape[1] != 3 or not pos.is_floating_point():
         raise ValueError(f"pos must be floating point (N, 3), got {pos.dtype} of {tuple(pos.shape)}; convert it.")
+    check_finite(pos, "pos")
     edges = [name for name in attributes(data) if "edge" in name or name == "face"]
     if edges:
         raise ValueError(f"points with edges or faces are not supported, got {', '.join(edges)}; remove them first.")

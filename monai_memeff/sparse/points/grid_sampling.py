@@ -8,6 +8,7 @@ import torch
 from monai.transforms import Randomizable
 from torch import Tensor
 
+from monai_memeff.checks import check_finite
 from monai_memeff.geometry import voxels
 from monai_memeff.sparse.points.data import PointTransform, batch_of, point_attributes, with_attributes
 
@@ -74,10 +75,7 @@ def quantized(pos: Tensor, size: float) -> Tensor:
     Raises:
         ValueError: a position is NaN or infinite.
     """
-    if not bool(pos.isfinite().all()):
-        raise ValueError(
-            f"pos must be finite, got {int((~pos.isfinite()).sum())} NaN or infinite; remove those points."
-        )
+    check_finite(pos, "pos")
     return torch.round(pos / size).to(torch.int64)
 
 

@@ -13,6 +13,7 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple_rep
 from torch import Tensor
 
+from monai_memeff.checks import check_finite, check_mask
 from monai_memeff.geometry.grid import resize_affine, spacing
 from monai_memeff.sparse.transforms.placement import (
     fine_to_coarse,
@@ -106,6 +107,7 @@ class DownsampleMask(Transform):
         """
         volume = _volume(img, "DownsampleMask")
         extents, shape = volume.shape[1:], self.coarse_shape(volume)
+        check_mask(volume, "DownsampleMask")
         result = _plain(volume) != 0
         for axis, cells in enumerate(shape):
             result = reduce_axis(result, 1 + axis, cells, counted=self.mode != "any")
@@ -159,6 +161,7 @@ class ResampleToGrid(Transform):
         to_coarse, shape = fine_to_coarse(coarse, fine, self.align), fine.shape[1:]
         if self.mode == "trilinear":
             return _on_grid_of(interpolate_cells(_plain(coarse).float(), to_coarse, shape), fine)
+        check_mask(coarse, "ResampleToGrid")
         cells = (_plain(coarse) != 0).to(torch.uint8)
         if self.mode == "repeat":
             placed = repeat_cells(cells, to_coarse, shape)
@@ -270,6 +273,7 @@ def _volume(img: NdarrayOrTensor, who: str) -> Tensor:
     volume = convert_to_tensor(img, track_meta=isinstance(img, MetaTensor))
     if volume.ndim != 4 or min(volume.shape) < 1:
         raise ValueError(f"{who} takes (C, H, W, D), got {tuple(volume.shape)}; add the missing axes.")
+    check_finite(volume, who)
     return volume
 
 

@@ -12,6 +12,7 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple
 from torch import Tensor
 
+from monai_memeff.checks import check_finite
 from monai_memeff.sparse.core.activity import active_voxels
 
 
@@ -48,9 +49,7 @@ class SparseCoordinates(Transform):
         volume = convert_to_tensor(img, track_meta=False)
         if volume.ndim != 4:
             raise ValueError(f"SparseCoordinates takes (C, H, W, D), got {tuple(volume.shape)}; add a channel first.")
-        if volume.is_floating_point() and not torch.isfinite(volume).all():
-            bad = int((~torch.isfinite(volume)).sum())
-            raise ValueError(f"SparseCoordinates needs finite values, got {bad} NaN or infinite; replace them first.")
+        check_finite(volume, "SparseCoordinates")
         active = active_voxels(volume[None], self.threshold, self.background)[0, 0]
         features = volume[:, active].t().contiguous()
         features = features if features.is_floating_point() else features.float()

@@ -7,20 +7,28 @@ import torch
 from monai.transforms.utils import generate_spatial_bounding_box
 from torch import Tensor
 
+from monai_memeff.checks import check_finite, check_mask
+
 
 def as_volume(img: Tensor | np.ndarray) -> Tensor:
     """A channel-first volume as a tensor.
 
     Raises:
-        ValueError: it is not (C, H, W, D).
+        TypeError: it is no tensor or array.
+        ValueError: it is not (C, H, W, D), or holds NaN or infinity.
     """
+    if not isinstance(img, Tensor | np.ndarray):
+        raise TypeError(f"a skull must be a tensor or an array (C, H, W, D), got {type(img).__name__}; load it first.")
     if img.ndim != 4:
         raise ValueError(f"a skull must be channel first (C, H, W, D), got {tuple(img.shape)}; add or take an axis.")
-    return img if isinstance(img, Tensor) else torch.as_tensor(img)
+    volume = img if isinstance(img, Tensor) else torch.as_tensor(img)
+    check_finite(volume, "a skull transform")
+    return volume
 
 
 def foreground_mask(img: Tensor) -> Tensor:
-    """(C, H, W, D) boolean without metadata, where the volume is not zero."""
+    """(C, H, W, D) boolean without metadata, where the volume is not zero; InputError for NaN and negative numbers."""
+    check_mask(img, "a skull transform")
     return img.as_subclass(Tensor) != 0
 
 

@@ -13,6 +13,8 @@ from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
+from monai_memeff.checks import check_mask
+
 __all__ = ["RandSegmentationErrors", "RandSegmentationErrorsD", "RandSegmentationErrorsDict", "RandSegmentationErrorsd"]
 
 
@@ -102,6 +104,7 @@ class RandSegmentationErrors(RandomizableTransform):
             raise ValueError(
                 f"RandSegmentationErrors takes (C, H, W, D), got {tuple(volume.shape)}; add the missing axes."
             )
+        check_mask(volume, "RandSegmentationErrors")
         mask = volume.as_subclass(Tensor) != 0
         edge = _boundary(mask).flatten().nonzero()[:, 0]
         if randomize:

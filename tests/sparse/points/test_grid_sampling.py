@@ -96,7 +96,7 @@ def test_bad_input_is_refused() -> None:
             GridSampling3D(size)
     with pytest.raises(ValueError, match="mode must be one of mean, last, got 'max'"):
         GridSampling3D(1.0, mode="max")
-    with pytest.raises(ValueError, match="must be finite, got 1 NaN or infinite; remove"):
+    with pytest.raises(ValueError, match="pos needs finite values, got 1 NaN or infinite"):
         GridSampling3D(1.0)(Data(torch.tensor([[0.0, float("nan"), 0.0]])))
     with pytest.raises(ValueError, match=r"span .* cells of 0.1, and at most 262144 per axis.*larger size"):
         GridSampling3D(0.1)(Data(torch.tensor([[0.0, 0, 0], [1e5, 0, 0]])))
