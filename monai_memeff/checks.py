@@ -57,7 +57,7 @@ def as_network_input(values: Tensor, dtype: torch.dtype, owner: str) -> Tensor:
 
     Args:
         values: input of the network.
-        dtype: of the network's parameters.
+        dtype: Type of the network's parameters.
         owner: name of the network.
 
     Raises:

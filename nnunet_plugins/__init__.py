@@ -1,4 +1,4 @@
-"""nnU-Net plugins of monai-memeff: trainers by name, and lean prediction; imported only when asked for."""
+"""nnU-Net plugins of monai-memeff: trainers by name, and lean prediction; imported only when used."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ class CLSTMPlansUNet(CLSTMUNet):
         input_channels: modalities (and labels of the previous stage of a cascade).
         num_classes: segmentation heads: labels without the ignore label, or regions.
         channels: features per level of the U-Net.
-        hidden_channels: of the states.
+        hidden_channels: Number of channels of the states.
         bidirectional: also from the last slice to the first.
         checkpoint: see :class:`~monai_memeff.clstm.CLSTMUNet`, also for what follows.
-        recompute: share of the U-Net that the backward pass may repeat.
+        recompute: Fraction of the U-Net that the backward pass may repeat.
         offload_to_cpu: keep the states of a training step in host memory; the logits are where the image is.
-        norm: of the U-Net.
+        norm: Norm of the U-Net.
         deep_supervision: set by nnU-Net; there is one output, so it changes nothing.
     """
 

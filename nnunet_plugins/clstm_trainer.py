@@ -48,14 +48,14 @@ class CLSTMTrainer(SplitErrorMixin, nnUNetTrainer):
     - Ignore label, regions and the cascade's input: as in stock. 2D configurations are refused.
 
     Attributes:
-        channels: of the U-Net, full resolution first; the published ones have 31 million parameters.
-        hidden_channels: of the states.
+        channels: Features of the U-Net's levels, full resolution first; the published ones have 31 million parameters.
+        hidden_channels: Number of channels of the states.
         bidirectional: also from the last slice to the first.
         checkpoint: "slice", "sqrt", or slices per checkpoint.
-        recompute: share of the U-Net that the backward pass may repeat; less keeps more.
+        recompute: Fraction of the U-Net that the backward pass may repeat; less keeps more.
         offload_to_cpu: keep the states of a training step in host memory, and the outputs that ``recompute`` keeps;
             image and logits are where nnU-Net puts them, on the device.
-        norm: of the U-Net; None or a list as in MONAI, such as ["instance", {"affine": true}] or "batch".
+        norm: Norm of the U-Net; None or a list as in MONAI, such as ["instance", {"affine": true}] or "batch".
     """
 
     channels = (64, 128, 256, 512, 1024)
@@ -160,7 +160,7 @@ def edit_plans(plans: dict, configuration: str, defaults: dict[str, Any]) -> Non
     """Replace the network of one configuration, in place; doing it again changes nothing.
 
     Args:
-        plans: as nnU-Net loads them.
+        plans: Plans as nnU-Net loads them.
         configuration: a 3D configuration, such as 3d_fullres or 3d_lowres.
         defaults: value of every setting; the configuration's own under :data:`KEY` go first.
 

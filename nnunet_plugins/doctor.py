@@ -28,16 +28,16 @@ def diagnose(name: str | None = None) -> int:
         name: the trainer name given to nnU-Net's `-tr`; None reports on the whole installation.
 
     Returns:
-        0 when nnU-Net finds everything asked for, else 1.
+        0 when nnU-Net finds every trainer in question, else 1.
     """
     print(f"nnU-Net: {host_line()}")
     print(f"{VARIABLE}: {', '.join(listed_folders()) or 'not set'}")
     problems = host_problems()
-    for asked in [name] if name else list(TRAINERS):
-        if not problems or (asked not in TRAINERS and can_look_up()):
-            problems = problems + report(asked)
+    for trainer in [name] if name else list(TRAINERS):
+        if not problems or (trainer not in TRAINERS and can_look_up()):
+            problems = problems + report(trainer)
         else:
-            print(f"  {asked}: not found")
+            print(f"  {trainer}: not found")
     if name is None:
         for other, file in others():
             print(f"  {other}: {file} (not ours)")

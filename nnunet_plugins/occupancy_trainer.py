@@ -1,4 +1,4 @@
-"""OccupancyTrainer: nnU-Net with an occupancy network, trained on points and asked near boundaries only."""
+"""OccupancyTrainer: nnU-Net with an occupancy network, trained on points and queried near boundaries only."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class OccupancyTrainer(SplitErrorMixin, nnUNetTrainer):
     ``"occupancy_trainer": {"points": 32768, "patch_size": [160, 160, 160]}``; the plans go first.
 
     - Optimizer: Lookahead around RAdam, as in the paper; learning rate by nnU-Net's polynomial schedule.
-    - Deep supervision and compile: off. There is one output, and the number of points asked changes with every patch.
+    - Deep supervision and compile: off. There is one output, and the number of queries changes with every patch.
     - Mirroring, augmentation, patches, oversampling and the ignore label: as in stock.
     - Region-based labels and 2D configurations are refused.
     - DDP and the cascade: not tried.
@@ -48,13 +48,13 @@ class OccupancyTrainer(SplitErrorMixin, nnUNetTrainer):
         width: features in the decoder.
         blocks: residual blocks of the decoder.
         points_per_pass: most points answered at once outside training; memory grows with it, results do not change.
-        inference: ``"octree"``, or ``"dense"`` to ask every voxel.
+        inference: ``"octree"``, or ``"dense"`` to query every voxel.
         initial: where the octree starts: ``"grid"`` of points, or ``"network"``, its coarse prediction: fewer points,
             but what it misses is lost.
-        patch_size: in voxels, instead of the plan's; None keeps that.
+        patch_size: Patch size in voxels, instead of the plan's; None keeps that.
         points: drawn per patch and training step.
-        sampling: of the points, see :class:`~monai_memeff.occupancy.RandOccupancyPoints`.
-        coarse_weight: of the auxiliary low-resolution loss.
+        sampling: Sampling of the points, see :class:`~monai_memeff.occupancy.RandOccupancyPoints`.
+        coarse_weight: Weight of the auxiliary low-resolution loss.
         learning_rate: at the start.
     """
 
@@ -131,9 +131,9 @@ def edit_plans(plans: dict, configuration: str, dataset_json: dict, defaults: di
     """Replace the network of one configuration, in place; doing it again changes nothing.
 
     Args:
-        plans: as nnU-Net loads them.
+        plans: Plans as nnU-Net loads them.
         configuration: a 3D configuration, such as 3d_fullres or 3d_lowres.
-        dataset_json: of the dataset.
+        dataset_json: Description of the dataset.
         defaults: value of every setting; the configuration's own under :data:`KEY` go first.
 
     Returns:

@@ -26,8 +26,8 @@ class CoarseToSparsePlansUNet(CoarseToSparseUNet):
     Args:
         input_channels: modalities (and labels of the previous stage of a cascade).
         num_classes: segmentation heads: labels without the ignore label, or regions.
-        strides: of every stage as in the plan, the first one 1.
-        features_per_stage: of the dense network, from the cells down, one per stage.
+        strides: Strides of every stage as in the plan, the first one 1.
+        features_per_stage: Features of the dense network, from the cells down, one per stage.
         num_res_units: convolutions per level and direction, in residual units; 0 is one plain convolution.
         refine_channels: see :class:`~monai_memeff.sparse.CoarseToSparseUNet`, also for what follows.
         context_channels: features handed from the dense to the sparse network.

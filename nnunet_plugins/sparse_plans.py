@@ -36,9 +36,9 @@ def edit_plans(plans: dict, configuration: str, dataset_json: dict, defaults: di
     """Replace network and patch size of one configuration, in place; doing it again changes nothing.
 
     Args:
-        plans: as nnU-Net loads them.
+        plans: Plans as nnU-Net loads them.
         configuration: a 3D configuration, such as 3d_fullres or 3d_lowres.
-        dataset_json: of the dataset.
+        dataset_json: Description of the dataset.
         defaults: value of every setting; the configuration's own under :data:`KEY` go first.
 
     Raises:
@@ -96,17 +96,17 @@ def largest_patch(
     image: Sequence[float],
     channels: int,
     heads: int,
-    share: float,
+    fraction: float,
 ) -> list[int]:
-    """The rule: the largest patch whose training step needs at most ``share`` of the stock step's memory.
+    """The rule: the largest patch whose training step needs at most ``fraction`` of the stock step's memory.
 
     The stock patch grows by one step of the network's total stride at a time, always along the axis where it covers
     least of the median image, never beyond that image, while the estimates (:func:`stock_bytes`, :func:`sparse_bytes`)
-    stay within the share. Both are per sample, so the batch size stays that of the plan; both are for mixed precision,
-    so the result does not depend on the machine. A patch is never made smaller.
+    stay within the fraction. Both are per sample, so the batch size stays that of the plan; both are for mixed
+    precision, so the result does not depend on the machine. A patch is never made smaller.
     """
     patch = [int(extent) for extent in stock["patch_size"]]
-    budget = share * stock_bytes(stock["architecture"], patch, channels, heads)
+    budget = fraction * stock_bytes(stock["architecture"], patch, channels, heads)
     limit = int(budget / sparse_bytes(architecture["arch_kwargs"], channels, heads))
     strides = architecture["arch_kwargs"]["strides"]
     steps = [math.prod(stride[axis] for stride in strides) for axis in range(3)]
@@ -151,8 +151,8 @@ def sparse_bytes(arguments: dict[str, Any], channels: int, heads: int, value: in
     level. The factors were fitted to measured peaks.
 
     Args:
-        arguments: of the network.
-        channels: of the image.
+        arguments: Arguments of the network.
+        channels: Number of channels of the image.
         heads: classes.
         value: bytes of a feature: 2 in mixed precision, 4 in single.
     """

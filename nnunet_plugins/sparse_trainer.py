@@ -38,7 +38,7 @@ class SparseTrainer(SplitErrorMixin, nnUNetTrainer):
     - The cascade (3d_cascade_fullres): its plans are edited likewise; a whole training was not tried yet.
 
     Attributes:
-        memory_share: memory a training step may need, as a share of what the stock plan's needs.
+        memory_share: memory a training step may need, as a fraction of what the stock plan's needs.
         patch_size: the patch in voxels, instead of the rule; None follows the rule.
         max_active: largest fraction of the patch's voxels to compute at full resolution.
         certainty: background probability from which a cell is left out.

@@ -1,1 +1,1 @@
-"""Tests: the rooms of the package mirrored, with the oracles and phantoms they share."""
+"""Tests: the subpackages mirrored, with the oracles and phantoms they share."""

@@ -56,7 +56,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def gpu() -> Iterator[torch.device]:
-    """A GPU: the machine's, else a pretended one."""
+    """A GPU: the machine's, else a fake one."""
     with contextlib.nullcontext() if torch.cuda.is_available() else fake_cuda_device():
         yield torch.device("cuda")
 

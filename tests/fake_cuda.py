@@ -1,4 +1,4 @@
-"""A pretended GPU: tensors that say they lie on cuda:0, and the errors of a real one where devices are mixed."""
+"""A fake CUDA device: tensors that say they lie on cuda:0, and the errors of a real one where devices are mixed."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class _StandIns:
 
     def table(self) -> list[tuple[Any, str, Any]]:
         """(owner, name, replacement)."""
-        card = SimpleNamespace(name="pretended", major=8, minor=6)
+        card = SimpleNamespace(name="fake", major=8, minor=6)
         return [
             (Tensor, "device", property(self.where)),
             (Tensor, "is_cuda", property(lambda tensor: tensor in self.gpu.on_gpu)),
@@ -212,7 +212,7 @@ class _StandIns:
         return make
 
     def autocast(self, context: Any, device_type: str, dtype: Any = None, **kwargs: Any) -> None:
-        """Mixed precision on the pretended GPU is the CPU's, in bfloat16."""
+        """Mixed precision on the fake CUDA device is the CPU's, in bfloat16."""
         halves = {"device_type": "cpu", "dtype": torch.bfloat16} if device_type == "cuda" else {}
         self.prepare_autocast(context, **{"device_type": device_type, "dtype": dtype, **kwargs, **halves})
 

@@ -1,4 +1,4 @@
-"""Every network computes on a GPU what it computes on the CPU; without a GPU, on a pretended one that minds devices."""
+"""Every network computes on a GPU what it computes on the CPU; without a GPU, on a fake one that minds devices."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture
 def _native() -> Iterator[None]:
-    """What cannot be pretended is left to other tests: engines that need a real GPU."""
+    """What cannot be faked is left to other tests: engines that need a real GPU."""
     backends.use("native")
     yield
     backends.use(None)
@@ -130,7 +130,7 @@ def test_inference(inferer: Inferer, network: Callable[[], nn.Module], on_host: 
     assert_tensors_agree({"logits": result.cpu()}, {"logits": expected.cpu()})
 
 
-def test_what_the_pretended_gpu_refuses() -> None:
+def test_what_the_fake_cuda_device_refuses() -> None:
     with fake_cuda_device():
         there, here = torch.ones(3, device="cuda"), torch.ones(3)
         assert there.device == torch.device("cuda:0")

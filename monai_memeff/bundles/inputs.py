@@ -1,4 +1,4 @@
-"""What the bundles' configurations ask of a data folder: files in pairs, or an end in one line."""
+"""What the bundles' configurations need in a data folder: files in pairs, or an end in one line."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def require_named(images: Sequence[str], folder: str | None, what: str, option: 
 
     Args:
         images: Image files.
-        folder: Where files of the same names should be; None asks for none.
+        folder: Where files of the same names should be; None: there are none.
         what: What those show.
         option: The option that gives the folder.
 

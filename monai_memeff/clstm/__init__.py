@@ -1,4 +1,4 @@
-"""C-LSTM wing: remember one slab at a time."""
+"""C-LSTM: remember one slab at a time."""
 
 from monai_memeff.clstm.cell import GatedConvLSTMCell
 from monai_memeff.clstm.engine import FreezeUNetHandler

@@ -10,7 +10,7 @@ State = tuple[Tensor, Tensor]
 
 
 class GatedConvLSTMCell(nn.Module):
-    """Convolutional LSTM cell that gets the input's share of its four gates ready-made (here: from a U-Net).
+    """Convolutional LSTM cell that gets the input's part of its four gates ready-made (here: from a U-Net).
 
     Van de Leemput et al. 2018, figure 1: with u the gate maps of slice z, in the order i, f, o, g::
 
@@ -22,7 +22,7 @@ class GatedConvLSTMCell(nn.Module):
     the kernels, and random ones would disturb.
 
     Args:
-        hidden_channels: of both states.
+        hidden_channels: Number of channels of both states.
         kernel_size: odd.
 
     Raises:

@@ -19,7 +19,7 @@ class FreezeUNetHandler:
 
     Args:
         network: a CLSTMUNet, bare or inside DistributedDataParallel.
-        iterations: so many; 0 freezes nothing.
+        iterations: Number of iterations; 0 freezes nothing.
     """
 
     def __init__(self, network: nn.Module, iterations: int = 1000) -> None:
@@ -31,7 +31,7 @@ class FreezeUNetHandler:
         engine.add_event_handler(Events.ITERATION_STARTED, self)
 
     def __call__(self, engine: Any) -> None:
-        """Freeze or set free, when it changes."""
+        """Freeze or unfreeze, when it changes."""
         frozen = engine.state.iteration <= self.iterations
         if frozen != self.network.unet_frozen:
             self.network.freeze_unet(frozen)

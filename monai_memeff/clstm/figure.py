@@ -41,8 +41,8 @@ def save_agreement(
     Args:
         path: File of the picture, for example a .png.
         image: (H, W, D), in the orientation RAS.
-        prediction: likewise; above 0 is inside.
-        reference: likewise; where it is empty, the sections go through the middle of the volume.
+        prediction: (H, W, D); above 0 is inside.
+        reference: (H, W, D), above 0 is inside; where it is empty, the sections go through the middle of the volume.
         spacing: Voxel size in millimeters, for the proportions.
         window: intensities that are black and white; None: the 1st and 99th percentile.
         opacity: Opacity of the colors, in [0, 1].

@@ -24,8 +24,8 @@ class SlabInferer(Inferer):
 
     A volume in memory gives a volume. Slabs from anywhere else (a file, a generator) give an iterator of results, one
     slab at a time, so memory does not grow with the depth; :meth:`write` puts them into an array or a file as they
-    come. A bidirectional network needs two walks: from the last slab to the first for the states of the way back (kept
-    on the host, one per slab), then from the first to the last for the results; its U-Net runs twice.
+    come. A bidirectional network needs two walks: from the last slab to the first for the states of the backward
+    direction (kept on the host, one per slab), then from the first to the last for the results; its U-Net runs twice.
 
     Args:
         slab: slices per slab, for volumes in memory.
@@ -88,7 +88,7 @@ class SlabInferer(Inferer):
 
         Args:
             inputs: see :meth:`__call__`.
-            network: likewise.
+            network: See :meth:`__call__`.
             out: (B, K, H, W, D), a tensor or anything with shape and dtype that numpy's slices can be assigned to. A
                 file from ``create_labels`` takes its name when all slabs are written; an interruption leaves none.
 
@@ -135,10 +135,10 @@ class SlabInferer(Inferer):
         return self._results(slabs, network, device or self.device or torch.device("cpu"), ends)
 
     def _states_before(self, slabs: Sequence[Tensor], network: Any) -> list[Any]:
-        """For every slab the way back's state behind it, the first slab's last."""
+        """For every slab the backward direction's state behind it, the first slab's last."""
         ends: list[Any] = [None]
         backwards = (slabs[number] for number in range(len(slabs) - 1, 0, -1))
-        for slab in self._ahead(backwards, network, len(slabs) - 1, "way back"):
+        for slab in self._ahead(backwards, network, len(slabs) - 1, "backward"):
             with torch.no_grad():
                 state = network.state_before(slab, _moved(ends[-1], slab.device))
             ends.append(_moved(state, torch.device("cpu")))

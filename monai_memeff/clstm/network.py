@@ -33,22 +33,23 @@ class CLSTMUNet(nn.Module):
 
     Args:
         spatial_dims: 3.
-        in_channels: of the volume.
-        out_channels: classes.
-        channels: the U-Net's features per level; the default has 31.39 million parameters, 31.04 with ``up_conv``.
-        hidden_channels: of the states.
+        in_channels: Number of channels of the volume.
+        out_channels: Number of classes.
+        channels: Number of features per level of the U-Net; the default has 31.39 million parameters, 31.04 with
+            ``up_conv``.
+        hidden_channels: Number of channels of the states.
         bidirectional: a second cell walks from the last slice to the first. It has states and gates of its own (the
             U-Net then computes 8 maps per hidden channel); the head sees both, ``head=False`` averages them.
         checkpoint: what a training step keeps. None: every activation. "slice": the states after every slice. n: the
             states after every n slices, which pass the U-Net together. "sqrt": n is the root of the depth.
         head: logits by a 1x1 convolution; False: the hidden state itself, hidden_channels must equal out_channels.
         axis: the spatial axis to walk along, 0 to 2 for H, W, D, or negative.
-        norm: of the U-Net, as in MONAI; batch norm is taken slice by slice (:class:`~monai_memeff.clstm.unet.
+        norm: Norm of the U-Net, as in MONAI; batch norm is taken slice by slice (:class:`~monai_memeff.clstm.unet.
             SliceBatchNorm2d`), so results depend neither on ``checkpoint`` nor on ``unet_batch``.
-        act: of the U-Net, as in MONAI.
+        act: Activation of the U-Net, as in MONAI.
         up_conv: the U-Net's second reading, see :class:`~monai_memeff.clstm.unet.SliceUNet`.
-        kernel_size: of the hidden-to-hidden convolutions.
-        recompute: largest share of the U-Net's multiplications that the backward pass may repeat. 1 repeats all of
+        kernel_size: Kernel size of the hidden-to-hidden convolutions.
+        recompute: Largest fraction of the U-Net's multiplications that the backward pass may repeat. 1 repeats all of
             them; 0.5 keeps the outputs of the convolutions that cost most per byte, 84 MB per slice of 512 x 512 with
             the default channels in float32.
         offload_to_cpu: keep what waits for the backward pass (states, gates of the backward direction, kept outputs) in
@@ -116,7 +117,8 @@ class CLSTMUNet(nn.Module):
         Args:
             x: (B, in_channels, H, W, D), the slab.
             start: state after the slice before the slab; None: the slab begins the volume.
-            end: bidirectional only: the way back's state after the slice behind the slab; None: the slab ends it.
+            end: Bidirectional only: the backward direction's state after the slice behind the slab; None: the slab ends
+                the volume.
 
         Returns:
             Logits of the slab, and the state after its last slice.
@@ -136,7 +138,7 @@ class CLSTMUNet(nn.Module):
 
     @torch.compiler.disable
     def state_before(self, x: Tensor, end: State | None = None) -> State:
-        """Bidirectional only: the way back's state after a slab's first slice, to hand to the slab before it.
+        """The backward direction's state after a slab's first slice, to hand to the slab before it; bidirectional only.
 
         Args:
             x: (B, in_channels, H, W, D), the slab.
@@ -146,7 +148,7 @@ class CLSTMUNet(nn.Module):
             ValueError: the network is not bidirectional.
         """
         if self.cell_back is None:
-            raise ValueError("state_before is for bidirectional=True: one direction has no way back.")
+            raise ValueError("state_before is for bidirectional=True: the network has no backward direction.")
         slices = self._slices_of(x)
         h, c = self._begin(slices, end)
         for part in reversed(slices.split(self._segment_length(slices.shape[1]), dim=1)):
@@ -154,7 +156,7 @@ class CLSTMUNet(nn.Module):
         return h, c
 
     def freeze_unet(self, frozen: bool = True) -> None:
-        """Fix the U-Net, its running statistics too, or set it free (the paper's second stage, section 3.1)."""
+        """Freeze the U-Net, its running statistics too, or unfreeze it (the paper's second stage, section 3.1)."""
         self.unet_frozen = frozen
         self.unet.requires_grad_(not frozen)
         self.train(self.training)

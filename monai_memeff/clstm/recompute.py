@@ -18,8 +18,8 @@ def kept_from(costs: Sequence[tuple[int, float]], recompute: float) -> int:
     """From how many multiplications per output value on an output must be kept.
 
     Args:
-        costs: of every convolution: multiplications per output value, and in total.
-        recompute: largest share of the total that may be repeated.
+        costs: Costs of every convolution: multiplications per output value, and in total.
+        recompute: Largest fraction of the total that may be repeated.
     """
     allowed = recompute * sum(total for _, total in costs)
     limits = sorted({each for each, _ in costs}, reverse=True)
@@ -64,7 +64,7 @@ def checkpoint_keeping(
     Args:
         function: what to run; it must not change a convolution's output in place.
         *args: its arguments.
-        kept_from: keep outputs of convolutions with at least so many multiplications per output value; None: none.
+        kept_from: Fewest multiplications per output value of the convolutions whose outputs are kept; None: none.
         store: where a kept output waits (moves it, or returns it as it is).
     """
     if kept_from is None or not torch.is_grad_enabled():

@@ -27,7 +27,7 @@ def check_that_slabs_continue(slabs: Iterable[Tensor], axis: int) -> Iterator[Te
     Slabs that MONAI cut out of a volume by ``split`` all carry the volume's affine, which says nothing.
 
     Args:
-        slabs: in order.
+        slabs: Slabs in order.
         axis: the spatial axis along which they follow each other.
 
     Raises:
@@ -72,13 +72,13 @@ def shifted(affine: np.ndarray, axis: int, slices: int) -> np.ndarray:
 
 
 class NiftiSlabs(Sequence[Tensor]):
-    """A NIfTI or FreeSurfer file as a sequence of slabs (1, 1, H, W, d), each read when it is asked for.
+    """A NIfTI or FreeSurfer file as a sequence of slabs (1, 1, H, W, d), each read when it is needed.
 
     An uncompressed file is read in place. A ``.nii.gz`` is unpacked from its beginning again for every step back, so
     for a bidirectional network unpack it first.
 
     Args:
-        path: of a 3D volume.
+        path: File of a 3D volume.
         slab: slices per slab.
         axis: spatial axis of the slices.
         transform: applied to every slab; must treat a voxel as it would in the whole volume.

@@ -43,9 +43,9 @@ class SliceBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         for mean, var in zip(means, variances, strict=True):
             self.num_batches_tracked.add_(1)
-            share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-            self.running_var.lerp_(var.to(self.running_var.dtype), share)
+            weight = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
+            self.running_var.lerp_(var.to(self.running_var.dtype), weight)
 
 
 class SliceUNet(nn.Module):
@@ -57,11 +57,11 @@ class SliceUNet(nn.Module):
     (upsample, concatenate, two convolutions) and 31,044,289 (a 2x2 convolution that halves the channels comes first).
 
     Args:
-        in_channels: of a slice.
-        out_channels: of the last, 1x1 convolution.
+        in_channels: Number of channels of a slice.
+        out_channels: Number of channels of the last, 1x1 convolution.
         channels: features per level, from full resolution down.
         norm: "batch", "instance", ("group", {...}) or None, as in MONAI. "batch" is taken slice by slice in training.
-        act: as in MONAI.
+        act: Activation, as in MONAI.
         up_conv: the second reading: a 2x2 convolution after upsampling.
 
     Shape: (N, in_channels, H, W) -> (N, out_channels, H, W), any H and W: inside, the far edges are repeated up to the
@@ -100,7 +100,7 @@ class SliceUNet(nn.Module):
 
         Args:
             x: (B * slices, in_channels, H, W), the slices of one volume next to each other.
-            slices: slices of each volume; only batch norm in training asks for it.
+            slices: slices of each volume; only batch norm in training needs it.
         """
         height, width = x.shape[-2:]
         down, right = -height % self.stride, -width % self.stride

@@ -24,7 +24,7 @@ def open_nifti(path: str | os.PathLike[str]) -> Any:
     FreeSurfer's .mgh/.mgz. A packed file is unpacked once to compare its checksum.
 
     Args:
-        path: of the file; of a pair either.
+        path: File; of a pair either.
 
     Returns:
         nibabel's image; its affine leads to RAS millimeters, its voxels are still on the disk.
@@ -60,7 +60,7 @@ def open_nifti(path: str | os.PathLike[str]) -> Any:
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:
-    """Refuse what is no file with content.
+    """Refuse anything but a file with content.
 
     Raises:
         InputError: it is missing, no regular file, or empty.

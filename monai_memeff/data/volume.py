@@ -36,7 +36,7 @@ def read_volume(
     """Read one 3D image: a DICOM folder or file, NIfTI, FreeSurfer, NRRD or MetaImage.
 
     Args:
-        path: of the image.
+        path: File or folder of the image.
         series: for DICOM, the ``SeriesInstanceUID`` where a folder holds several series.
         resample: for DICOM, interpolate slices that are uneven or tilted onto an even grid.
         modality: for DICOM, what the series must be, such as "CT".

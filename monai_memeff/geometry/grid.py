@@ -63,7 +63,7 @@ def mm_to_index(points: Tensor, affine: Tensor) -> Tensor:
 
 
 def check_affine(affine: Tensor | np.ndarray) -> Tensor:
-    """Refuse what is no affine of a volume.
+    """Refuse anything but an affine of a volume.
 
     Args:
         affine: (4, 4), voxel index to millimeters.
@@ -100,7 +100,7 @@ def voxel_volume(affine: Tensor | np.ndarray) -> float:
 
 
 def is_anisotropic(affine: Tensor | np.ndarray, tolerance: float = 1e-2) -> bool:
-    """Whether voxels are no cubes: the longest edge exceeds the shortest by more than ``tolerance`` (a fraction)."""
+    """Whether voxels differ from cubes: the longest edge exceeds the shortest by the fraction ``tolerance``."""
     edges = spacing(affine)
     return max(edges) > (1 + tolerance) * min(edges)
 

@@ -62,10 +62,10 @@ def look_up(
     ends = torch.cat((first[rows - 1 : -1 : rows], first[-1:])) + reach
     bounds = torch.stack((first[::rows], ends))
     parts = zip(*bounds.tolist(), *torch.searchsorted(keys, bounds).tolist(), strict=True)
-    for asked, out, (low, end, start, stop) in zip(first.split(rows), found.split(rows), parts, strict=True):
+    for wanted, out, (low, end, start, stop) in zip(first.split(rows), found.split(rows), parts, strict=True):
         near = keys[start:stop] - low
         theirs = torch.arange(start, stop, dtype=torch.int32, device=device) if slots is None else slots[start:stop]
-        queries = (asked - low)[:, None] + offsets
+        queries = (wanted - low)[:, None] + offsets
         if stop > start and end - low > size:
             out.copy_(_search(near, theirs, queries, absent, window))
         elif stop > start:

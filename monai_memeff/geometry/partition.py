@@ -18,7 +18,7 @@ def split_axis(
         size: voxels along the axis.
         parts: number of parts.
         alignment: every cut is a multiple of it; the total stride of a network, so that no layer's cell is cut.
-        weights: wanted share of each part (any scale); each still gets at least one alignment.
+        weights: Wanted size of each part (any scale); each still gets at least one alignment.
 
     Returns:
         ``parts`` intervals (start, stop) that cover ``range(size)`` in order.

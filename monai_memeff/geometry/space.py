@@ -26,7 +26,7 @@ def space_of(volume: Any, item: int = 0) -> str:
 
     Args:
         volume: a MetaTensor, or anything; what has no ``meta`` is in RAS.
-        item: of a batch whose spaces are a list.
+        item: Item of a batch whose spaces are a list.
 
     Raises:
         ValueError: another space.
@@ -58,7 +58,7 @@ def ras_affine(volume: Any, item: int = 0) -> Tensor:
 
     Args:
         volume: a MetaTensor; its affine is (4, 4), or (B, 4, 4) in a batch.
-        item: of the batch.
+        item: Item of the batch.
 
     Raises:
         ValueError: there is no affine, it spans no space, or the volume names an unknown space.

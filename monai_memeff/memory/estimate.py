@@ -77,7 +77,7 @@ def estimate_peak(
     Args:
         step: runs one step (training or inference) for a volume of the spatial shape it is given; it makes the volume.
         spatial_shapes: two or more shapes with different numbers of voxels, for example ``[(32,) * 3, (48,) * 3]``.
-        device: as in :func:`~monai_memeff.memory.measure_peak`.
+        device: Device, as in :func:`~monai_memeff.memory.measure_peak`.
 
     Returns:
         The line.

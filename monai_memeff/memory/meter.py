@@ -65,7 +65,7 @@ def measure_peak(device: str | torch.device | None = None) -> PeakMeter:
     operations (nothing new), views (nothing new), resized storages and tensors that were alive at entry and are freed
     inside (the level falls) are all seen.
 
-    Enter it with nothing left over: what an earlier step left behind and the block frees makes room for the new, and
+    Enter it with nothing left over: what an earlier step left behind and the block frees makes space for the new, and
     hides as much of the peak. Garbage is collected at entry, but a variable is the caller's: ``del loss`` first. The
     backward pass frees what a graph saved; what custom functions keep as attributes of ``ctx`` stays with the loss.
 
@@ -91,7 +91,7 @@ def measure_peak(device: str | torch.device | None = None) -> PeakMeter:
         A context manager with ``peak_bytes`` and ``live_bytes``.
 
     Raises:
-        ValueError: the device is neither CPU nor CUDA, or CUDA is asked for and absent.
+        ValueError: the device is neither CPU nor CUDA, or CUDA is requested and absent.
 
     Example:
         >>> with measure_peak() as meter:
@@ -105,7 +105,7 @@ def measure_peak(device: str | torch.device | None = None) -> PeakMeter:
     if chosen.type != "cuda":
         raise ValueError(f"measure_peak knows 'cpu' and 'cuda', got '{chosen}'; measure on one of those.")
     if not torch.cuda.is_available():
-        raise ValueError(f"measure_peak was asked for '{chosen}' but torch sees no CUDA device; use device='cpu'.")
+        raise ValueError(f"measure_peak got '{chosen}' but torch sees no CUDA device; use device='cpu'.")
     return CUDAPeakMeter(chosen)
 
 

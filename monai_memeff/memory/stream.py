@@ -12,7 +12,7 @@ def same_stream(device: torch.device | None = None) -> Callable[[], AbstractCont
     """What another thread enters to work in order with this one.
 
     Args:
-        device: whose stream; default this thread's current CUDA device.
+        device: Device of the stream; default this thread's current CUDA device.
 
     Returns:
         Makes a context with this thread's stream, and its device the current one; one that does nothing where CUDA is

@@ -1,4 +1,4 @@
-"""Occupancy wing: ask only where the answer changes."""
+"""Occupancy: query only where the answer changes."""
 
 from monai_memeff.occupancy.engine import PrepareBatchOccupancy
 from monai_memeff.occupancy.inferer import OctreeInferer, OctreeReport

@@ -1,4 +1,4 @@
-"""What the octree asks: a network that answers points of one volume, or a plain function, with its answers checked."""
+"""What the octree queries: a network that labels points of one volume, or a function, and checks of its logits."""
 
 from __future__ import annotations
 

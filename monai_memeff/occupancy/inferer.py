@@ -1,4 +1,4 @@
-"""OctreeInferer: the dense answer of a network that answers points, asked only where the answer changes."""
+"""OctreeInferer: the dense answer of a network that answers points, queried only where the answer changes."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from monai_memeff.occupancy.octree import NodeGrid, default_stride, node_counts,
 tqdm, _ = optional_import("tqdm", name="tqdm")
 
 UNQUERIED_LOGIT = 10.0
-"""Size of the logit of voxels that were not asked: a probability of less than 5e-5 to be something else."""
+"""Size of the logit of voxels that were not queried: a probability of less than 5e-5 to be something else."""
 
 
 @dataclass(frozen=True)
 class OctreeReport:
-    """What one call asked; counts are sums over the batch.
+    """What one call queried; counts are sums over the batch.
 
     Attributes:
         num_queries: points that the network answered, none of them twice.
         voxels: voxels of the batch.
         levels: strides in voxels per axis, coarsest first.
-        points_per_level: points asked at each of them, the coarsest grid included.
-        rounds: passes of front propagation at each level (the longest of the batch) in which points were asked.
+        points_per_level: queries at each of them, the coarsest grid included.
+        rounds: passes of front propagation at each level (the longest of the batch) with queries.
         initial: "network" or "grid", the one that was used; "grid and network" where volumes of a batch differ.
-        disagreement: voxels whose label is not that of dense evaluation; None unless asked for.
+        disagreement: voxels whose label is not that of dense evaluation; None unless compared.
         seconds: wall time, without the comparison.
     """
 
@@ -51,26 +51,26 @@ class OctreeReport:
 
     @property
     def fraction(self) -> float:
-        """Points asked per voxel."""
+        """Queries per voxel."""
         return self.num_queries / self.voxels
 
 
 class OctreeInferer(Inferer):
-    """Label a whole volume with a network that answers points, asking near the boundaries between labels only.
+    """Label a whole volume with a network that answers points, querying near the boundaries between labels only.
 
     The idea is that of OSS-Net (Reich et al. 2021, arXiv 2110.10640, inference) and of multi-resolution isosurface
     extraction (Mescheder et al. 2019, arXiv 1812.03828): start coarse, halve the stride where the corners of a cell
-    differ. Here, at every level, the corners of every mixed cell are asked until no cell becomes mixed any more, so a
+    differ. Here, at every level, the corners of every boundary cell are queried until no cell joins them, so a
     boundary that was touched once is followed to its end. The labels then are those of dense evaluation, voxel for
-    voxel, except for whole 26-connected pieces surrounded by one label of which no voxel was asked:
+    voxel, except for whole 26-connected pieces surrounded by one label of which no voxel was queried:
 
-    - ``initial="grid"`` asks every node of the coarsest grid first, so it finds every piece that holds a cube of
+    - ``initial="grid"`` queries every node of the coarsest grid first, so it finds every piece that holds a cube of
       ``stride`` voxels. Thinner ones are found if they meet a node or touch a boundary that is followed.
-    - ``initial="network"`` starts from the network's own coarse prediction and asks where that changes. It asks fewer
-      points, and a piece that the coarse prediction misses is not found, however large it is. Where the coarse
-      prediction is one single label it says nothing about where to ask: the grid is used, with a warning.
+    - ``initial="network"`` starts from the network's own coarse prediction and queries where that changes. It queries
+      fewer points, and a piece that the coarse prediction misses is not found, however large it is. Where the coarse
+      prediction is one single label it says nothing about where to query: the grid is used, with a warning.
 
-    ``compare_dense=True`` counts the voxels that differ, at the price of asking all of them.
+    ``compare_dense=True`` counts the voxels that differ, at the price of querying all of them.
 
     A network has ``encode(volume) -> latent`` and ``query(latent, points, volume) -> logits``: volume (B, C, H, W, D),
     points (B, N, 3) floats, voxel indices (i, j, k) of the volume, logits (B, N, K). One with ``coarse_logits(latent)
@@ -87,7 +87,7 @@ class OctreeInferer(Inferer):
             axis the largest up to a sixteenth of its extent, at most 8. It need not divide the extents and may exceed
             them: the last voxel of an axis is always a node.
         labels: give labels instead of logits, which takes no float buffer of the volume's size.
-        compare_dense: ask all remaining voxels afterwards, count those that differ, and change nothing.
+        compare_dense: Query all remaining voxels afterwards, count those that differ, and change nothing.
         progress: show a progress bar of points.
 
     Attributes:
@@ -135,9 +135,9 @@ class OctreeInferer(Inferer):
 
         Returns:
             On the device of ``inputs``, with its metadata: labels (B, 1, H, W, D), uint8 (int16 from 257 classes on);
-            or logits (B, K, H, W, D), float32. The logits of voxels that were not asked are a stand-in that agrees with
-            their label: 10 for the label's channel and 0 for the others, or 10 and -10 for a single channel. All eight
-            voxels of every 2 x 2 x 2 cell with more than one label have the network's own logits, so a surface
+            or logits (B, K, H, W, D), float32. The logits of voxels that were not queried are a stand-in that agrees
+            with their label: 10 for the label's channel and 0 for the others, or 10 and -10 for a single channel. All
+            eight voxels of every 2 x 2 x 2 cell with more than one label have the network's own logits, so a surface
             extracted from them (:func:`logits_to_mesh`) is that of dense evaluation.
 
         Raises:
@@ -162,7 +162,7 @@ class OctreeInferer(Inferer):
 
 
 class _Search:
-    """One volume of a batch: its octree, and what was asked."""
+    """One volume of a batch: its octree, and what was queried."""
 
     def __init__(self, settings: OctreeInferer, network: PointEvaluator, volume: Tensor) -> None:
         self.network, self.budget = network, settings.points_per_pass
@@ -187,11 +187,11 @@ class _Search:
         return self.grid.labels[None] if self.kept is None else self._logits(self.kept)
 
     def disagreement(self) -> int:
-        """Voxels, of those that were not asked, that the network labels otherwise."""
-        wrong, asked, labels = 0, self.grid.queried.view(-1), self.grid.labels.view(-1)
+        """Voxels, of those that were not queried, that the network labels otherwise."""
+        wrong, queried, labels = 0, self.grid.queried.view(-1), self.grid.labels.view(-1)
         with self._bar("dense"):
-            for start in range(0, asked.numel(), self.budget):
-                keys = start + (~asked[start : start + self.budget]).nonzero()[:, 0]
+            for start in range(0, queried.numel(), self.budget):
+                keys = start + (~queried[start : start + self.budget]).nonzero()[:, 0]
                 if keys.numel():
                     answers = labels_of(self.network.logits(self.grid.voxels(keys)))
                     wrong += int((answers != labels[keys]).sum())

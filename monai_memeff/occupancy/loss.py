@@ -19,7 +19,7 @@ class OccupancyLoss(nn.Module):
     Args:
         point_loss: takes the place of the first term: any loss of logits (B, K, N) and labels (B, 1, N), such as
             MONAI's ``DiceCELoss(to_onehot_y=True, softmax=True)``.
-        coarse_weight: of the second term.
+        coarse_weight: Weight of the second term.
         ignore_index: label of voxels without annotation. Neither their points nor coarse cells of nothing else count;
             where nothing at all does, the loss is 0 and so is every gradient. A ``point_loss`` sees no volume without
             annotated points. Points of ignored voxels beside others it must leave out itself (and say so in an

@@ -60,7 +60,7 @@ def labels_to_mesh(
 def logits_to_mesh(logits: Tensor, affine: Tensor | np.ndarray | None = None, label: int = 1) -> SurfaceMesh:
     """The surface of one class at sub-voxel precision, where its logit equals the largest of the others.
 
-    OctreeInferer asks all corners of every cell that the surface passes, so this is the surface of the densely
+    OctreeInferer queries all corners of every cell that the surface passes, so this is the surface of the densely
     evaluated logits.
 
     Args:
@@ -92,7 +92,7 @@ def write_mesh(path: str | Path, mesh: SurfaceMesh, space: str = "LPS") -> None:
 
     Args:
         path: Ends in .stl; its folder exists.
-        mesh: in RAS+ millimeters.
+        mesh: Surface in RAS+ millimeters.
         space: "LPS", as DICOM and 3D Slicer take files (the header says so), or "RAS", as it is.
 
     Raises:

@@ -26,7 +26,7 @@ class SampledDiceMetric(CumulativeIterationMetric):
         sampling: Fractions, default the paper's for LiTS; ``"uniform"`` with ``num_samples=2**17`` is that for BraTS.
         classes: labels 1 ... ``classes`` are scored one by one; a label without a point in prediction and truth is NaN
             and left out of means.
-        reduction: as in MONAI's metrics.
+        reduction: Reduction, as in MONAI's metrics.
         seed: Seed of the points; each volume gets its own, the same every time.
         band_width: Width in voxels of the dilation of the border.
         ignore_index: Label of voxels in the truth that are not scored; a volume of nothing else scores NaN.

@@ -69,7 +69,7 @@ class Latent(NamedTuple):
 
 
 class OccupancyNet(nn.Module):
-    """OSS-Net: segmentation as a function of points, asked only where the answer is wanted.
+    """OSS-Net: segmentation as a function of points, queried only where a label is wanted.
 
     Reich, Prangemeier, Cetin and Koeppl, "OSS-Net: memory efficient high resolution semantic segmentation of 3D medical
     data", BMVC 2021 (arXiv 2110.10640), section 3. The variants ``"o-net"`` and ``"a"`` ... ``"d"`` are those of its
@@ -183,10 +183,10 @@ class OccupancyNet(nn.Module):
         """Answer points.
 
         Args:
-            latent: of the same volume, from :meth:`encode`.
+            latent: Latent of the same volume, from :meth:`encode`.
             points: (B, N, 3) positions (i, j, k) in voxel indices of the volume, between voxels too; voxel i covers
                 [i - 1/2, i + 1/2]. Patches are those of the voxel that holds the point.
-            volume: as for :meth:`encode`.
+            volume: Volume, as for :meth:`encode`.
 
         Returns:
             Logits (B, N, out_channels).

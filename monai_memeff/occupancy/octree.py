@@ -1,4 +1,4 @@
-"""The octree: labels on nested grids of nodes, asked for only where the corners of a cell differ, to the last one."""
+"""The octree: labels on nested grids of nodes, queried only where the corners of a cell differ, to the last one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def node_counts(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
 
 
 class NodeGrid:
-    """One level of the octree: a label, asked or assumed, at every ``stride``-th voxel and the last one of each axis.
+    """One level of the octree: a label, queried or assumed, at every ``stride``-th voxel and the last one of each axis.
 
     Neighboring nodes are the corners of cells, and every voxel of the volume lies in one; the last cell of an axis is
     shorter where the stride does not divide the extent. Nodes are named by their flat index in the grid, cells by their
@@ -38,7 +38,7 @@ class NodeGrid:
     Args:
         shape: the volume's extents in voxels (H, W, D).
         stride: voxels between nodes per axis.
-        labels: (h, w, d) integers; those of nodes that were not asked are assumptions.
+        labels: (h, w, d) integers; those of nodes that were not queried are assumptions.
         queried: bool (h, w, d).
     """
 
@@ -57,10 +57,10 @@ class NodeGrid:
         return torch.stack([(place * step).clamp_(max=extent - 1) for place, step, extent in axes], dim=-1)
 
     def query(self, keys: Tensor, evaluate: Evaluate, points_per_pass: int) -> Tensor:
-        """Ask for the labels of nodes, a few at a time.
+        """Query the labels of nodes, a few at a time.
 
         Args:
-            keys: (N,) nodes, each once and none of them asked before.
+            keys: (N,) nodes, each once and none of them queried before.
             evaluate: the network.
             points_per_pass: points in one call of ``evaluate``.
 
@@ -70,9 +70,9 @@ class NodeGrid:
         labels, wrong = self.labels.view(-1), []
         self.queried.view(-1)[keys] = True
         for part in keys.split(points_per_pass):
-            answers = evaluate(self.voxels(part)).to(labels)
-            wrong.append(part[labels[part] != answers])
-            labels[part] = answers
+            found = evaluate(self.voxels(part)).to(labels)
+            wrong.append(part[labels[part] != found])
+            labels[part] = found
         return torch.cat(wrong) if wrong else keys
 
     def boundary_cells(self, cells: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class NodeGrid:
         return torch.cat(found)
 
     def unqueried(self, cells: Tensor) -> Tensor:
-        """The corners of the cells, each cell given once, that were not asked; each corner once."""
+        """The corners of the cells, each cell given once, that were not queried; each corner once."""
         taken, found = self.queried.view(-1), []
         for offset in self._offsets:
             keys = cells + offset
@@ -169,7 +169,7 @@ def _between(nodes: Tensor, axis: int, count: int, repeat: bool) -> Tensor:
 
 
 def propagate(grid: NodeGrid, cells: Tensor, evaluate: Evaluate, points_per_pass: int) -> tuple[Tensor, int]:
-    """Ask the corners of boundary cells, and of the cells that become mixed by the answers, until nothing changes.
+    """Query the corners of boundary cells, and of the cells that become boundary cells by this, until nothing changes.
 
     Args:
         grid: changed in place.
@@ -178,7 +178,7 @@ def propagate(grid: NodeGrid, cells: Tensor, evaluate: Evaluate, points_per_pass
         points_per_pass: points in one call of ``evaluate``.
 
     Returns:
-        All boundary cells, each once, their corners now all asked; and the number of rounds in which points were asked.
+        All boundary cells, each once, their corners now all queried; and the number of rounds with queries.
     """
     met, rounds = [cells], 0
     while cells.numel():
@@ -192,19 +192,19 @@ def propagate(grid: NodeGrid, cells: Tensor, evaluate: Evaluate, points_per_pass
 
 
 def refine(grid: NodeGrid, evaluate: Evaluate, points_per_pass: int) -> Iterator[tuple[NodeGrid, int]]:
-    """Settle a grid, halve its stride, and so on down to single voxels.
+    """Propagate on a grid, halve its stride, and so on down to single voxels.
 
-    In the end every cell of 2 x 2 x 2 voxels that has more than one label has all eight of them asked. So the labels
+    In the end every cell of 2 x 2 x 2 voxels that has more than one label has all eight of them queried. So the labels
     are those of dense evaluation except for whole 26-connected pieces, surrounded by one label, of which no voxel was
-    ever asked.
+    ever queried.
 
     Args:
-        grid: the coarsest; its labels are asked or assumed.
+        grid: the coarsest; its labels are queried or assumed.
         evaluate: the network.
         points_per_pass: points in one call of ``evaluate``.
 
     Yields:
-        Every level once it is settled, and its number of rounds.
+        Every level once nothing changes on it, and its number of rounds.
     """
     cells = grid.all_boundary_cells()
     while True:

@@ -1,4 +1,4 @@
-"""Sparse wing: compute only where there is something."""
+"""Sparse: compute only where there is something."""
 
 from monai_memeff.sparse import backends
 from monai_memeff.sparse.core.activity import active_voxels

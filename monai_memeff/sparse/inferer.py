@@ -33,7 +33,7 @@ class SparseInferer(Inferer):
 
         Args:
             inputs: (B, C, H, W, D) on any device, or a SparseTensor.
-            network: one of this wing's networks (it says which voxels are active), or anything with the methods
+            network: a sparse network of this package (it says which voxels are active), or anything with the methods
                 ``sparsify`` and ``densify``; bare or inside DistributedDataParallel.
             args: passed on to the network.
             kwargs: passed on to the network.

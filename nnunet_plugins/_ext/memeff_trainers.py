@@ -1,4 +1,4 @@
-"""The one file nnU-Net looks into: hands out the trainers of nnunet_plugins by name, each loaded when it is asked for.
+"""The one file nnU-Net looks into: hands out the trainers of nnunet_plugins by name, each loaded when it is used.
 
 nnU-Net imports this file as a top-level module and forgets it again; the trainers live in `nnunet_plugins`, outside
 this folder, so they stay imported and can be pickled. A name that is not ours costs nothing and never raises, so

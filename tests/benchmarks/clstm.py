@@ -57,7 +57,7 @@ def step(net: CLSTMUNet, x: Tensor, target: Tensor) -> None:
 
 
 def training(mode: str, channels: list[int], size: int, depth: int) -> tuple[int, float]:
-    """Peak bytes of a step (the gradients exist already), and processor seconds of another."""
+    """Peak bytes of a step (the gradients exist already), and CPU-seconds of another."""
     net = build(mode, channels)
     x = torch.rand(1, 1, size, size, depth)
     target = (x > 0.5).float()

@@ -74,7 +74,7 @@ HEADS = {"visible_human": visible_human, "template": template}
 
 
 def run(folder: Path, *arguments: str) -> tuple[float, str]:
-    """A bundle's program; gives its processor seconds and what it printed."""
+    """A bundle's program; gives its CPU-seconds and what it printed."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "monai.bundle", "run", *arguments]
@@ -119,10 +119,10 @@ def main() -> None:
     scale = [f"{words[0]}={words[1]}", f"{words[2]}={words[3]}"]
     began = time.perf_counter()
     first, _ = run(bundle, "--config_file", spell.format("pretrain"), *train, *scale, f"--iterations={choice.slices}")
-    print(f"stage 1: {choice.slices} slices, {first:.0f} processor seconds", flush=True)
+    print(f"stage 1: {choice.slices} slices, {first:.0f} CPU-seconds", flush=True)
     stage = [f"--iterations={choice.volumes}", f"--frozen_iterations={choice.frozen}", f"--learning_rate={choice.rate}"]
     second, _ = run(bundle, "--config_file", "configs/train.json", *train, *scale, *stage)
-    print(f"stage 2: {choice.volumes} volumes, {second:.0f} processor seconds", flush=True)
+    print(f"stage 2: {choice.volumes} volumes, {second:.0f} CPU-seconds", flush=True)
     test = choice.work / "test"
     for part in ("images", "labels"):
         shutil.copytree(choice.work / "heads" / f"{part}Ts", test / f"{part}Tr", dirs_exist_ok=True)
@@ -135,7 +135,7 @@ def main() -> None:
     dice = 2 * (found * truth).sum() / (found.sum() + truth.sum())
     score = (bundle / "eval" / "metrics.csv").read_text().strip().split(",")[-1]
     print(f"trained on {choice.train}, Dice of {unseen}: {score} at {choice.pixdim} mm, {dice:.4f} on its own grid")
-    print(f"prediction twice: {third + fourth:.0f} processor seconds")
+    print(f"prediction twice: {third + fourth:.0f} CPU-seconds")
     print(f"all stages: {time.perf_counter() - began:.0f} s on the wall")
     print(f"picture: {bundle / 'eval' / unseen}_pred.png")
 

@@ -42,7 +42,7 @@ def main() -> None:
         SlabInferer(labels=True, progress=choice.progress).write(slabs, net, out)
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
     print(
-        f"{slabs.shape}, channels {choice.channels}, slabs of {choice.slab}: {processor:.0f} processor seconds, "
+        f"{slabs.shape}, channels {choice.channels}, slabs of {choice.slab}: {processor:.0f} CPU-seconds, "
         f"{wall:.0f} s on the wall, {resident():.0f} MiB resident (random weights)",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""What asking only near boundaries costs: points, time and memory for volumes of 64^3 to 512^3, against a dense U-Net.
+"""What querying only near boundaries costs: points, time and memory at 64^3 to 512^3, against a dense U-Net.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/occupancy.py [--sizes 64 128 256 512] [--budget 30] [--memory 8]
 

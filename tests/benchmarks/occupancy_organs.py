@@ -9,7 +9,7 @@ Both networks train without augmentation, with Adam at the same rate and the sam
 seconds of this process, so that other work on the machine does not count, or wall time on a GPU. The U-Net (MONAI,
 residual) sees random 64^3 crops, half of them around an organ, and is run by MONAI's sliding window; OccupancyNet sees
 whole volumes and answers 2^12 points of each, and is run by OctreeInferer from a grid; on the first case of each set
-the octree is compared with asking every voxel. Sampled Dice is the paper's for LiTS: 2^14 points, 40 % of them near a
+the octree is compared with querying every voxel. Sampled Dice is the paper's for LiTS: 2^14 points, 40 % of them near a
 border, so it is not the dense one.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/occupancy_organs.py --seconds 100
@@ -154,11 +154,11 @@ def occupancy_network(organs: list[str], train: list[Case], test: list[Case], se
 
     def after() -> None:
         reports.append(inferer.last_report)
-        inferer.compare_dense = False  # asking every voxel takes its time: the first case only
+        inferer.compare_dense = False  # querying every voxel takes its time: the first case only
 
     scores = score(network, inferer, organs, test, device, after)
     fraction = sum(report.fraction for report in reports) / len(reports)
-    note = f"{fraction:.1%} asked; first case: {reports[0].disagreement} of {reports[0].voxels:,} voxels not as dense"
+    note = f"{fraction:.1%} queried; first case: {reports[0].disagreement} of {reports[0].voxels:,} voxels not as dense"
     return row("OccupancyNet", network, steps, peak, scores, note)
 
 
@@ -179,7 +179,7 @@ def dense_network(organs: list[str], train: list[Case], test: list[Case], second
 
     steps, peak = timed(step, seconds, device)
     inferer = SlidingWindowInferer([CROP] * 3, sw_batch_size=1, overlap=0.5, mode="gaussian")
-    return row("U-Net", network, steps, peak, score(network, inferer, organs, test, device), "all asked")
+    return row("U-Net", network, steps, peak, score(network, inferer, organs, test, device), "all queried")
 
 
 def score(

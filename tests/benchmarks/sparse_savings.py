@@ -1,4 +1,4 @@
-"""What two savings of the sparse wing are worth, each beside the plain way in the same run.
+"""What two savings of sparse networks are worth, each beside the plain way in the same run.
 
     python tests/benchmarks/sparse_savings.py              # a generated skull; a minute
 

@@ -56,7 +56,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def run_here(files: Sequence[str | Path], kind: str = "train", **override: Any) -> ConfigWorkflow:
-    """The same as ``monai.bundle run`` on a GPU, in this process; the GPU is pretended."""
+    """The same as ``monai.bundle run`` on a GPU, in this process; the GPU is a fake CUDA device."""
     with fake_cuda_device():
         work = ConfigWorkflow(
             config_file=[str(f) for f in files],

@@ -1,1 +1,1 @@
-"""Tests of the C-LSTM wing."""
+"""Tests of C-LSTM."""

@@ -133,7 +133,7 @@ def test_folding_upsampling_saves_multiplications_and_memory() -> None:
             with FlopCounterMode(display=False) as counter:
                 run(x)
             found.append(counter.get_total_flops() / 2e9)
-    assert found[1] == pytest.approx(222.5, abs=0.2)  # thousand million multiplications per slice, as published
+    assert found[1] == pytest.approx(222.5, abs=0.2)  # billion multiplications per slice, as published
     assert found[0] == pytest.approx(sum(cost for _, cost in unet.costs()) * 512 * 512 / 1e9, rel=0.02)
     assert found[0] < 0.82 * found[1]
     unet, x = SliceUNet(1, 4, (8, 16, 32)), torch.rand(1, 1, 64, 64)

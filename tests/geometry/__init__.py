@@ -1,1 +1,1 @@
-"""Tests of the geometry room."""
+"""Tests of geometry."""

@@ -1,1 +1,1 @@
-"""Tests of the memory room."""
+"""Tests of memory."""

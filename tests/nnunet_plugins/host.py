@@ -121,7 +121,7 @@ class Host:
     def run_in_one_process(self, *commands: list[object], **extra: str) -> str:
         """Run several commands' entry points one after the other in one new process (the imports are paid once).
 
-        Those with ``-device cuda`` get a pretended GPU.
+        Those with ``-device cuda`` get a fake CUDA device.
         """
         script = self.folder / "run_commands.py"
         script.write_text(

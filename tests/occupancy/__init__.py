@@ -1,1 +1,1 @@
-"""Tests of the occupancy wing."""
+"""Tests of occupancy."""

@@ -1,4 +1,4 @@
-"""A plain OSS-Net that cuts out the patches of all voxels first, and a plain border band: to compare the wing with."""
+"""A plain OSS-Net that cuts out the patches of all voxels first, and a plain border band: to compare with."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ Shape = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Points:
-    """A network that answers points by an analytic shape, and remembers what it was asked.
+    """A network that answers points by an analytic shape, and remembers what it was queried.
 
     Args:
         shape: the labels.
@@ -45,14 +45,14 @@ class Points:
         return self.coarse
 
     @property
-    def asked(self) -> Tensor:
+    def queried(self) -> Tensor:
         """All points so far, (N, 3)."""
         return torch.cat(self.passes)
 
-    def asked_mask(self, extents: Sequence[int]) -> Tensor:
-        """Where voxels were asked, bool."""
+    def queried_mask(self, extents: Sequence[int]) -> Tensor:
+        """Where voxels were queried, bool."""
         mask = torch.zeros(tuple(extents), dtype=torch.bool)
-        mask[self.asked.long().unbind(-1)] = True
+        mask[self.queried.long().unbind(-1)] = True
         return mask
 
 

@@ -1,4 +1,4 @@
-"""The octree against dense evaluation, voxel for voxel: shapes, sizes, what is asked, and what may be missed."""
+"""The octree against dense evaluation, voxel for voxel: shapes, sizes, what is queried, and what may be missed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ODD = (45, 61, 38)
 
 
 def labels_of(shape: Shape, extents: tuple[int, ...], channels: int = 1, **settings: object) -> tuple[Tensor, Points]:
-    """The octree's labels (H, W, D), started from a grid, and the network with what it was asked."""
+    """The octree's labels (H, W, D), started from a grid, and the network with what it was queried."""
     network = Points(shape, channels)
     inferer = OctreeInferer(initial="grid", labels=True, **settings)  # type: ignore[arg-type]
     return inferer(torch.zeros(1, 1, *extents), network)[0, 0], network
@@ -75,10 +75,10 @@ def test_any_extents(extents: tuple[int, ...], stride: int) -> None:
     labels, network = labels_of(ball, extents, stride=stride)
     assert torch.equal(labels, dense(ball, extents))
     assert 0 < int(labels.sum()) < labels.numel()
-    assert (network.asked.amax(0) <= torch.tensor(extents) - 1).all()
+    assert (network.queried.amax(0) <= torch.tensor(extents) - 1).all()
 
 
-# What is asked
+# What is queried
 
 
 @pytest.mark.parametrize("points_per_pass", [7, 1000, 2**14])
@@ -87,20 +87,20 @@ def test_no_point_twice_and_no_pass_too_large(points_per_pass: int) -> None:
     labels, network = labels_of(shape, ODD, channels, points_per_pass=points_per_pass)
     assert torch.equal(labels, dense(shape, ODD))
     assert max(map(len, network.passes)) <= points_per_pass
-    assert len(network.asked.unique(dim=0)) == len(network.asked)
-    assert torch.equal(network.asked, network.asked.floor())
+    assert len(network.queried.unique(dim=0)) == len(network.queried)
+    assert torch.equal(network.queried, network.queried.floor())
 
 
-def test_every_boundary_is_asked_and_little_else() -> None:
-    """All eight voxels of every mixed cell; a level twice as coarse has a quarter of them: the others are a third."""
+def test_every_boundary_is_queried_and_little_else() -> None:
+    """All eight voxels of every boundary cell; the next coarser level has a quarter of them: the others are a third."""
     shape, _ = SHAPES["oblique"]
     labels, network = labels_of(shape, ODD, stride=4)
     volume = labels[None, None].float()
     mixed = torch.nn.functional.max_pool3d(volume, 2, 1) != -torch.nn.functional.max_pool3d(-volume, 2, 1)
     corner = torch.nn.functional.conv_transpose3d(mixed.float(), torch.ones(1, 1, 2, 2, 2))[0, 0] > 0
-    asked = network.asked_mask(ODD)
-    assert bool(asked[corner].all())
-    assert int(asked.sum()) < 1.35 * int(corner.sum()) + math.prod(node_counts(ODD, (4, 4, 4)))
+    queried = network.queried_mask(ODD)
+    assert bool(queried[corner].all())
+    assert int(queried.sum()) < 1.35 * int(corner.sum()) + math.prod(node_counts(ODD, (4, 4, 4)))
 
 
 def test_a_front_is_followed_to_its_end() -> None:
@@ -122,19 +122,19 @@ def test_a_front_is_followed_to_its_end() -> None:
 @pytest.mark.parametrize("smooth", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("stride", [4, 8])
 def test_what_is_missed(stride: int, smooth: float, channels: int) -> None:
-    """Random volumes: an error is always a whole piece, never asked, all of whose surroundings have one label."""
+    """Random volumes: an error is always a whole piece, never queried, all of whose surroundings have one label."""
     noise = torch.from_numpy(ndimage.gaussian_filter(torch.randn(41, 30, 35).numpy(), smooth))
     levels = noise.quantile(torch.tensor([0.9] if channels == 1 else [0.5, 0.8, 0.95]))
     truth = torch.bucketize(noise, levels).byte()
     labels, network = labels_of(stored(truth), (41, 30, 35), channels, stride=stride)
-    asked = network.asked_mask(truth.shape)
-    assert torch.equal(labels[asked], truth[asked])
+    queried = network.queried_mask(truth.shape)
+    assert torch.equal(labels[queried], truth[queried])
     wrong = pieces(labels != truth)
     for piece in wrong:
         assumed = labels[piece].unique()
         around = torch.from_numpy(ndimage.binary_dilation(piece.numpy(), torch.ones(3, 3, 3).numpy())) & ~piece
         assert len(assumed) == 1
-        assert not asked[piece].any()
+        assert not queried[piece].any()
         assert (labels[around] == assumed).all()
         assert (truth[around] == assumed).all()
         assert not holds_a_node(piece, (stride,) * 3)
@@ -150,7 +150,7 @@ def test_a_cube_as_large_as_the_stride_is_found_wherever_it_is() -> None:
         assert torch.equal(labels, dense(cube, (16, 17, 19)))
 
 
-# How much is asked
+# How much is queried
 
 
 def organs(n: int) -> Shape:

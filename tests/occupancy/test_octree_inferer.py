@@ -118,17 +118,17 @@ def test_a_plain_function() -> None:
 
 @pytest.mark.parametrize(("shape", "channels"), [(BALL, 1), (CLASSES, 3)], ids=["binary", "classes"])
 def test_logits(shape: Shape, channels: int) -> None:
-    """The network's own where it was asked, 10 for the label elsewhere; their labels are the labels."""
+    """The network's own where it was queried, 10 for the label elsewhere; their labels are the labels."""
     network = Points(shape, channels)
     logits = OctreeInferer()(VOLUME, network)
-    asked, expected = network.asked_mask(EXTENTS), dense(shape, EXTENTS)
+    queried, expected = network.queried_mask(EXTENTS), dense(shape, EXTENTS)
     assert logits.shape == (1, channels, *EXTENTS)
     assert logits.dtype == torch.float32
-    voxels = asked.nonzero().float()[None]
-    assert torch.equal(logits[0][:, asked].T, network.query(0.0, voxels, VOLUME)[0])
+    voxels = queried.nonzero().float()[None]
+    assert torch.equal(logits[0][:, queried].T, network.query(0.0, voxels, VOLUME)[0])
     stand_in = 10.0 * nn.functional.one_hot(expected.long(), max(channels, 2)).movedim(-1, 0)
     stand_in = 2 * stand_in[1:] - 10 if channels == 1 else stand_in
-    assert torch.equal(logits[0][:, ~asked], stand_in[:, ~asked])
+    assert torch.equal(logits[0][:, ~queried], stand_in[:, ~queried])
     labels = logits[0].argmax(0) if channels > 1 else (logits[0, 0] > 0).long()
     assert torch.equal(labels, expected.long())
 
@@ -208,8 +208,8 @@ def test_report() -> None:
     inferer(VOLUME, network)
     report = inferer.last_report
     assert report is not None
-    assert report.num_queries == len(network.asked)
-    assert report.fraction == len(network.asked) / math.prod(EXTENTS)
+    assert report.num_queries == len(network.queried)
+    assert report.fraction == len(network.queried) / math.prod(EXTENTS)
     assert report.levels == ((8, 4, 1), (4, 2, 1), (2, 1, 1), (1, 1, 1))
     assert report.points_per_level[0] == 7 * 16 * 38
     assert len(report.rounds) == 4
@@ -223,8 +223,8 @@ def test_the_comparison_asks_every_voxel_once_and_changes_nothing() -> None:
     network = Points(BALL)
     plain = OctreeInferer()(VOLUME, Points(BALL))
     assert torch.equal(OctreeInferer(compare_dense=True)(VOLUME, network), plain)
-    assert len(network.asked) == math.prod(EXTENTS)
-    assert bool(network.asked_mask(EXTENTS).all())
+    assert len(network.queried) == math.prod(EXTENTS)
+    assert bool(network.queried_mask(EXTENTS).all())
 
 
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,1 +1,1 @@
-"""Tests of the sparse wing."""
+"""Tests of sparse."""

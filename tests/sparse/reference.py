@@ -1,4 +1,4 @@
-"""Plain references for the sparse wing: dense volumes with zeros, dictionaries of voxels, sets in plain Python."""
+"""Plain references for sparse networks: dense volumes with zeros, dictionaries of voxels, sets in plain Python."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ __all__ = ["RandSkullDefect", "RandSkullDefectD", "RandSkullDefectDict", "RandSk
 KINDS = ("sphere", "cube", "freeform")
 REGIONS = ("vault", "anywhere")
 VAULT = 0.45  # depth of the vault below the vertex, as a fraction of the skull's horizontal extent
-INSIDE = 0.8  # share of the removed bone that must come from the region
+INSIDE = 0.8  # fraction of the removed bone that must come from the region
 TRIES = 20
 
 

@@ -145,7 +145,7 @@ def compute_pooled_hausdorff(
         y_pred: binary (B, C, H, W, D).
         y: binary (B, C, H, W, D).
         spacing: millimeters per voxel: a number, one per axis, or one such per item of the batch; None is 1 mm.
-        percentile: from 0 to 100.
+        percentile: Percentile, from 0 to 100.
 
     Returns:
         (B, C) in millimeters. Two empty masks score 0; one empty mask scores infinity.
@@ -221,7 +221,7 @@ class ImplantMetric(CumulativeIterationMetric):
         spacing: millimeters per voxel, one number or one per axis; None reads it from ``y`` where that is a
             MetaTensor, and is 1 mm where it is not.
         distance_mm: width of the border for ``"border_dice"``.
-        percentile: of the surface distances for ``"hd95"``.
+        percentile: Percentile of the surface distances for ``"hd95"``.
         reduction: MONAI's modes of reduction.
         get_not_nans: whether ``aggregate`` also returns the count of values that are not NaN.
 

@@ -2,7 +2,7 @@
 
 Kroviakov, Li and Egger 2021 (AutoImplant challenge, third task). All transforms take binary volumes (C, H, W, D), any
 voxel that is not zero being bone. The orientation is the caller's business; z is the last axis and grows upwards, as in
-MONAI's RAS. ``pepper.py`` drops points, ``implant.py`` cleans what a network predicts.
+MONAI's RAS. ``sparse.transforms.voxel_dropout`` drops points, ``implant.py`` cleans what a network predicts.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class UpperSkullCrop(Crop):
         keep: slices to keep below the top, beside ``fraction``.
         fraction: fraction of the volume's slices to keep in addition, rounded down.
         face: voxels to empty along y, counted from the foremost bone; 0 keeps the face.
-        face_mm: the same in millimeters of the affine, instead of ``face``; 95 voxels of 0.45 mm are about 43 mm.
+        face_mm: Depth of the face in millimeters of the affine, instead of ``face``; 95 voxels of 0.45 mm
+            are about 43 mm.
         top_margin: slices to keep above the top.
         front: which end of y the face is at: ``"high"`` (RAS) or ``"low"`` (LPS, and the challenge's files as stored).
             None reads the affine of a MetaTensor, and takes RAS without one.

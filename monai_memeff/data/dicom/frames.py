@@ -40,7 +40,7 @@ class Frame:
         spacing: millimeters between rows, and between columns.
         size: rows and columns.
         rescale: slope and intercept; None where the file has none.
-        unit: of the rescaled values, as the file says; empty where it does not.
+        unit: Unit of the rescaled values, as the file says; empty where it does not.
         order: ``InstanceNumber`` and ``SliceLocation``, each None where absent.
         traits: values that tell images at one position apart.
     """
@@ -133,7 +133,7 @@ def _find(parts: list[Any], keyword: str) -> Any:
     for part in parts:
         try:
             value = part.get(keyword)
-        except Exception:  # pydicom converts when asked, and knows many ways to fail
+        except Exception:  # pydicom converts on access, and knows many ways to fail
             return UNREADABLE
         if value is not None and str(value) != "":
             return value

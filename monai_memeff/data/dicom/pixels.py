@@ -14,7 +14,7 @@ from monai_memeff.data.nifti_checks import first_line
 from monai_memeff.errors import InputError
 
 MOST_BITS = 24
-"""float32 holds every integer of so many bits."""
+"""float32 holds every integer of this many bits."""
 
 MOST_VOXELS = 2**31
 """Rows x columns x slices; 8 GB of float32."""
@@ -82,7 +82,7 @@ def slices(frames: Sequence[Frame], notes: list[str]) -> Iterator[np.ndarray]:
     """The slices' values, float32 (rows, columns), in the given order; multi-frame files are decoded once.
 
     Args:
-        frames: in order.
+        frames: Frames in order.
         notes: takes what a report should say.
 
     Raises:

@@ -35,7 +35,7 @@ class Stack:
     """Slices in order along their normal.
 
     Attributes:
-        frames: from the lowest to the highest along ``normal``.
+        frames: Frames from the lowest to the highest along ``normal``.
         normal: float64 (3,), LPS.
         heights: float64 (N,), millimeters along the normal.
         step: float64 (3,), LPS, mean step from slice to slice.

@@ -38,7 +38,7 @@ class PointDecoder(nn.Module):
     """Blocks of one width, then one linear layer without bias to the logits.
 
     Args:
-        in_features: of a point.
+        in_features: Number of features of a point.
         out_channels: logits K.
         width: features between.
         blocks: how many.

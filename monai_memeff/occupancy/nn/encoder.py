@@ -41,10 +41,10 @@ class ResidualEncoder(nn.Module):
     """A chain of :class:`ResidualDownBlock`; the features after each of them, finest first, at strides 2, 4, 8, ...
 
     Args:
-        in_channels: of the volume.
+        in_channels: Number of channels of the volume.
         channels: features after each block.
         act: ``"PADE"``, or an activation as in MONAI.
-        norm: as in MONAI.
+        norm: Norm, as in MONAI.
     """
 
     def __init__(self, in_channels: int, channels: Sequence[int], act: tuple | str, norm: tuple | str) -> None:
@@ -129,7 +129,7 @@ class CoarseHead(nn.Module):
     Args:
         channels: features of the levels, finest first.
         out_channels: logits.
-        level: whose resolution the logits have.
+        level: Level whose resolution the logits have.
     """
 
     def __init__(self, channels: Sequence[int], out_channels: int, level: int) -> None:

@@ -19,7 +19,7 @@ class ConditionalBatchNorm(nn.Module):
         condition_features: L.
         statistics: ``"scalar"``: one mean and variance over points and features, as the authors' code computes them;
             ``"feature"``: one per feature over the points, as batch norm is usually understood.
-        momentum: of the running statistics.
+        momentum: Momentum of the running statistics.
 
     Raises:
         ValueError: another word for ``statistics``.

@@ -92,9 +92,9 @@ def convolve(
     """Sparse convolution by a library, or by native where the library has no kernel; the latter is logged once.
 
     Args:
-        name: of the engine, for the message.
+        name: Name of the engine, for the message.
         functional: the library's module with ``SparseImplicitGemmFunction``.
-        features: as the remaining arguments and the result, see
+        features: (N, C), as the remaining arguments and the result, see
             :func:`monai_memeff.sparse.backends.native.convolve`.
         weight: see there.
         bias: see there.
@@ -116,7 +116,7 @@ def _arguments(
     functional: ModuleType, features: Tensor, weight: Tensor, geometry: ConvolutionGeometry
 ) -> tuple[Any, ...]:
     """What both libraries take, in their order."""
-    kernel_map = geometry.kernel_map  # asked for once: maps that no voxel set keeps are planned at every call
+    kernel_map = geometry.kernel_map  # looked up once: maps that no voxel set keeps are planned at every call
     there = _remembered(kernel_map)
     in_training = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
     back = _remembered(kernel_map.transposed) if in_training else there

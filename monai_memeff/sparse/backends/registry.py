@@ -17,7 +17,7 @@ BACKENDS: dict[str, str] = {
     "spconv": "monai_memeff.sparse.backends.spconv",
     "minkowski": "monai_memeff.sparse.backends.minkowski",
 }
-"""Name -> module, imported only when asked for. A module has two functions:
+"""Name -> module, imported only when used. A module has two functions:
 
 ``unavailable(device: torch.device) -> str | None``, why it cannot be used on a device, and
 ``convolve(features, weight, bias, geometry) -> Tensor``, see :func:`monai_memeff.sparse.backends.native.convolve`.
@@ -47,7 +47,7 @@ def register(name: str, module: str) -> None:
 
     Args:
         name: how users call it.
-        module: dotted name of a module with the two functions of :data:`BACKENDS`; imported only when asked for.
+        module: dotted name of a module with the two functions of :data:`BACKENDS`; imported only when used.
 
     Raises:
         ValueError: the name is taken.
@@ -105,7 +105,7 @@ def chosen(device: torch.device | str) -> str:
 
 
 def current(device: torch.device) -> ModuleType:
-    """The engine in use on a device: see :func:`chosen`. Asked for at every convolution, so remembered."""
+    """The engine in use on a device: see :func:`chosen`. Looked up at every convolution, so remembered."""
     key = (_choice(), device.type)
     engine = _engines.get(key)
     if engine is None:

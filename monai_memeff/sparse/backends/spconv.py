@@ -1,6 +1,6 @@
 """spconv 2.3 as an engine: its implicit GEMM on CUDA; refused on the CPU, where it is wrong without saying so.
 
-In float16 it may choose kernels that sum in float16, whatever it is asked for. TF32 is its own switch, read when it
+In float16 it may choose kernels that sum in float16, whatever the settings say. TF32 is its own switch, read when it
 chooses a kernel for a pair of channel numbers: ``spconv.constants.SPCONV_ALLOW_TF32 = True`` before the first call.
 """
 

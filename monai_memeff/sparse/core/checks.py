@@ -57,8 +57,8 @@ def check_refines(fine: VoxelSet, coarse: VoxelSet, stride: Sequence[int], name:
     Args:
         fine: where results are wanted.
         coarse: where the features are.
-        stride: of the layer between them.
-        name: of the fine set, for the message.
+        stride: Stride of the layer between them.
+        name: Name of the fine set, for the message.
 
     Raises:
         InputError: extents, strides or batch sizes do not fit.

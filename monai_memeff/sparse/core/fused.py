@@ -40,9 +40,9 @@ def norm_act(
         bias: (C,) or None.
         running: mean and variance (C,), or None for both; updated in training.
         training: normalize with the statistics of ``features``.
-        momentum: share of the new statistics in the running ones.
+        momentum: Weight of the new statistics in the running ones.
         eps: added to the variance.
-        slope: of the activation below zero: 0 is ReLU, another number leaky ReLU, learned (1,) or (C,) PReLU.
+        slope: Slope of the activation below zero: 0 is ReLU, another number leaky ReLU, learned (1,) or (C,) PReLU.
 
     Returns:
         (N, C) features, and a function without arguments that returns them again (None where no graph is built); it
@@ -196,5 +196,5 @@ def _result_of(node: Any) -> Tensor:
 
 
 def _kept_by(node: Any) -> tuple[Tensor, ...]:
-    """Its saved tensors, which inside a checkpoint may be asked for only once."""
+    """Its saved tensors, which inside a checkpoint may be read only once."""
     return node.saved_tensors if node.kept is None else node.kept

@@ -159,7 +159,7 @@ def kernel_map_between(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) 
     """The kernel map from ``inputs`` to ``outputs``, planned once where one set keeps it.
 
     A set keeps the maps within itself (submanifold convolutions) and those from the finer set that it was coarsened
-    from or that was generated from it; the ``transposed`` of the latter serve the way back.
+    from or that was generated from it; the ``transposed`` of the latter serve transposed convolutions.
     """
     if inputs is outputs:
         return inputs.planned(("within", shape), lambda: plan_kernel_map(inputs, inputs, shape))

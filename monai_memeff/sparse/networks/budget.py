@@ -65,7 +65,7 @@ def prune_to_budget(keep: Tensor, rank: Tensor, level: VoxelSet, present: VoxelS
     A voxel counts with the children that it adds to the latter.
 
     Args:
-        keep: (N,) boolean, voxels that ask to be refined.
+        keep: (N,) boolean, voxels to be refined.
         rank: (N,) their importance; of equal ones those with the smaller coordinates go first.
         level: where they are.
         present: voxels of the encoder at the next level, twice as fine.

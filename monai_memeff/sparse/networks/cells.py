@@ -31,7 +31,7 @@ def choose_cells(
         sizes: (h, w, d) voxels in each cell.
         limit: voxels allowed per volume.
         certainty: see above.
-        dilation: in cells.
+        dilation: Dilation in cells.
         sigmoid: each channel is a class of its own.
 
     Returns:

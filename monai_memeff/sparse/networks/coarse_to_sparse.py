@@ -52,8 +52,8 @@ class CoarseToSparseUNet(nn.Module):
         channels: features per level of the coarse UNet.
         strides: strides of the coarse UNet; a leading 1 gives it a level at the resolution of the cells. One number or
             one per axis for each level.
-        kernel_size: of convolutions, in both networks.
-        up_kernel_size: of transposed convolutions, in both networks.
+        kernel_size: Kernel size of convolutions, in both networks.
+        up_kernel_size: Kernel size of transposed convolutions, in both networks.
         num_res_units: residual sub-units per level, in both networks.
         act: activation, as in MONAI.
         norm: "instance", "batch" or "group", as in MONAI.
@@ -68,7 +68,7 @@ class CoarseToSparseUNet(nn.Module):
         certainty: a cell is left out when it is background with at least this probability.
         dilation: neighbors that are computed too, in cells.
         sigmoid: classes overlap, each logit stands for itself; always so with one class.
-        deep_supervision: in training, return ``[logits, coarse_logits]`` for a loss on both, as
+        deep_supervision: In training, return ``[logits, coarse_logits]`` for a loss on both, as
             ``monai.losses.DeepSupervisionLoss`` takes them (its default weights are 1 and 0.5).
         use_checkpoint: recompute in the backward pass, instead of keeping, the inside of every coarse level and the
             whole sparse network.

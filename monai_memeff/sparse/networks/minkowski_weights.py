@@ -32,7 +32,7 @@ def kernel_to_weight(kernel: Tensor, kernel_size: tuple[int, int, int], transpos
         (out, in, k, k, k), transposed (in, out, k, k, k), as torch and this package hold it.
 
     Raises:
-        ValueError: the kernel does not have so many points.
+        ValueError: the kernel has another number of points.
     """
     points = kernel_size[0] * kernel_size[1] * kernel_size[2]
     kernel = kernel[None] if kernel.ndim == 2 else kernel
@@ -125,7 +125,7 @@ def convert_file(source: str, channels: tuple[int, ...] | None = None) -> tuple[
 
     Args:
         source: path of a file that ``torch.save`` wrote: a state dict, or a dictionary with one under ``state_dict``.
-        channels: of the network; default those of the checkpoint.
+        channels: Numbers of channels of the network; default those of the checkpoint.
 
     Returns:
         The state dict for :class:`SparseCompletionNet`, on the CPU, and its channels.

@@ -30,8 +30,8 @@ class SparseUNet(UNet):
         out_channels: output channels.
         channels: features per level.
         strides: per level.
-        kernel_size: of convolutions.
-        up_kernel_size: of transposed convolutions.
+        kernel_size: Kernel size of convolutions.
+        up_kernel_size: Kernel size of transposed convolutions.
         num_res_units: residual sub-units per level.
         act: activation, as in MONAI.
         norm: "instance", "batch" or "group", as in MONAI.

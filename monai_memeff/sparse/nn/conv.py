@@ -105,7 +105,8 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
 
         Args:
             x: coarse features.
-            target: whose voxels to compute; default the set from which ``x`` was coarsened. Not for generative layers.
+            target: Tensor or set whose voxels are computed; default the set from which ``x`` was coarsened. Not for
+                generative layers.
 
         Raises:
             ValueError: no finer voxels are known, they or the target lie on a grid that is not ``stride`` times finer,

@@ -1,4 +1,4 @@
-"""Points in the sparse wing: what torch-points3d offered for sparse networks, on this package's own layers.
+"""Points for sparse networks: what torch-points3d offered for sparse networks, on this package's own layers.
 
 The layers are in ``monai_memeff.sparse.points.nn``: ``from monai_memeff.sparse.points import nn as snn``.
 """

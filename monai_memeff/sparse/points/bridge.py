@@ -81,7 +81,7 @@ def to_sparse_tensor(data: Any) -> SparseTensor:
     """Points on a grid as a SparseTensor: ``x`` on the voxels ``coords``, a column of ones where there is no ``x``.
 
     Args:
-        data: as :class:`GridSampling3D` leaves it with ``quantize_coords=True``.
+        data: Points as :class:`GridSampling3D` leaves them with ``quantize_coords=True``.
 
     Raises:
         ValueError: there are no ``coords``, or two points share a voxel.
@@ -102,7 +102,7 @@ def data_from_sparse(x: SparseTensor, like: Any = None, grid_size: float | None 
     """A SparseTensor as points.
 
     Args:
-        x: from :func:`to_sparse_tensor` or ``points.nn.SparseTensor``, or from layers on such a tensor.
+        x: Tensor from :func:`to_sparse_tensor` or ``points.nn.SparseTensor``, or from layers on such a tensor.
         like: points with ``coords``: a shallow copy of them comes back, with the features in their order as ``x``; at
             a coarser level every point gets the features of its cell.
         grid_size: without ``like``, the edge of a voxel of the finest level.

@@ -22,7 +22,7 @@ class SphereSampling(PointTransform):
     """Keep the points of one ball.
 
     Args:
-        radius: in the unit of ``pos`` (millimeters); points at exactly this distance are kept.
+        radius: Radius in the unit of ``pos`` (millimeters); points at exactly this distance are kept.
         sphere_center: (3,) the center.
         align_origin: move the center to the origin.
     """
@@ -41,7 +41,7 @@ class RandomSphere(Randomizable, PointTransform):
     """Keep the points of a ball around a random point.
 
     Args:
-        radius: in the unit of ``pos``.
+        radius: Radius in the unit of ``pos``.
         strategy: ``"random"``: every point is as likely; ``"freq_class_based"``: a class of the labels ``y`` is drawn,
             a rare one with higher probability, and then a point of it.
         class_weight_method: ``"sqrt"``: a class with n points has the weight 1 / sqrt(n); there is no other.
@@ -91,8 +91,8 @@ class CubeCrop(Randomizable, PointTransform):
     Args:
         c: half the edge of the cube, in the unit of ``pos``.
         rot_x: the cube is turned about x by an angle in [-rot_x, rot_x] degrees; 0 for a cube along the axes.
-        rot_y: the same about y.
-        rot_z: the same about z.
+        rot_y: Largest angle about y.
+        rot_z: Largest angle about z.
         grid_size_center: edge of the cells that make centers even, in the unit of ``pos``; the default of
             torch-points3d is in meters: give some millimeters.
     """
@@ -129,7 +129,7 @@ class RandomSphereDropout(Randomizable, PointTransform):
 
     Args:
         num_sphere: number of balls.
-        radius: of every ball, in the unit of ``pos``.
+        radius: Radius of every ball, in the unit of ``pos``.
         grid_size_center: edge of the cells that make centers even, in the unit of ``pos``; the default of
             torch-points3d is in meters: give some millimeters.
     """

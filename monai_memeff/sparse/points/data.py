@@ -1,4 +1,4 @@
-"""Points with attributes: what every transform of this room may ask of them, and a class for those without one."""
+"""Points with attributes: what every transform of this module may rely on, and a class for those without one."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def batch_of(data: Any) -> Tensor:
 
 
 def check_points(data: Any) -> None:
-    """Refuse what is no set of points in space.
+    """Refuse anything but a set of points in space.
 
     Raises:
         TypeError: the object has no tensor ``pos``.

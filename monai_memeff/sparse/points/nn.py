@@ -81,7 +81,7 @@ class BatchNorm(blocks.SparseBatchNorm3d):
     Args:
         num_features: channels.
         eps: added to the variance.
-        momentum: of the running statistics.
+        momentum: Momentum of the running statistics.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:

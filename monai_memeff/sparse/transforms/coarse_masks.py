@@ -52,10 +52,10 @@ class DownsampleMask(Transform):
         spatial_size: cells along (H, W, D), one number or one per axis; -1 keeps an axis as it is.
         pixdim: millimeters per cell, one number or one per axis; by the spacing of a MetaTensor.
         mode: "any": a cell is 1 where any of its voxels is; "majority": where at least half of them are; "fraction":
-            the share of them, float32.
+            the fraction of them, float32.
 
-    Give one of the first three. By ``factor`` and ``pixdim`` the grid has so many cells that they are as large as asked
-    or, where the extent is no multiple, a little smaller.
+    Give one of the first three. By ``factor`` and ``pixdim`` the grid has as many cells as make them the wanted size
+    or, where the extent does not divide, a little smaller.
 
     Raises:
         ValueError: not one of the three is given, or a value is out of range.

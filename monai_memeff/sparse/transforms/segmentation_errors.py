@@ -29,7 +29,7 @@ class RandSegmentationErrors(RandomizableTransform):
     Args:
         false_negatives: Largest fraction of the boundary cells inside that become 0, in [0, 1]; every mask draws its
             fraction evenly between 0 and this.
-        false_positives: the same for the boundary cells outside that become 1.
+        false_positives: Largest fraction of the boundary cells outside that become 1.
         spots: largest number of holes, and of islands; every mask draws both evenly from 0 to this. A hole lies around
             an occupied cell, an island around any cell.
         radius: largest radius of a hole or an island in cells, at least 0: with 0 it is one cell.

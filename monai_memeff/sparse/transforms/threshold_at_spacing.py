@@ -39,7 +39,7 @@ class ThresholdAtSpacing(InvertibleTransform):
         pixdim: millimeters per voxel, one number or one per axis; an axis with a number that is not positive keeps its
             spacing.
         threshold: interpolated values at or above it are bone.
-        components: keep the so many largest 26-connected pieces of every channel; 0 keeps all.
+        components: Number of largest 26-connected pieces to keep in every channel; 0 keeps all.
 
     Raises:
         ValueError: ``components`` is negative.

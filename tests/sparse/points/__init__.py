@@ -1,1 +1,1 @@
-"""Tests of the points room."""
+"""Tests of points."""

@@ -1,4 +1,4 @@
-"""Clouds of points for the tests of this room, and a plain reference that merges cells with dictionaries."""
+"""Clouds of points for the tests of this folder, and a plain reference that merges cells with dictionaries."""
 
 from __future__ import annotations
 

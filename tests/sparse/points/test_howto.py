@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import monai_memeff.sparse.points as room
+import monai_memeff.sparse.points as points
 
 PAGE = (Path(__file__).parents[3] / "docs" / "howto" / "torch_points3d.md").read_text(encoding="utf-8")
 
@@ -29,7 +29,7 @@ def test_the_example_runs_and_finds_the_bones() -> None:
 
 def test_the_tables_name_what_exists() -> None:
     rows = PAGE.partition("## What takes the place")[2].partition("## What is not here")[0]
-    for name in room.__all__:
+    for name in points.__all__:
         assert name in rows or name in ("nn", "origin_of"), f"{name} is on offer and not on the page"
     for name in re.findall(r"`snn\.(\w+)", rows):
-        assert hasattr(room.nn, name)
+        assert hasattr(points.nn, name)

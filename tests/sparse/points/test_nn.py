@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import monai_memeff.sparse as wing
+import monai_memeff.sparse as engine
 from monai_memeff.sparse import backends
 from monai_memeff.sparse.points import GridSampling3D, data_from_sparse, origin_of, placed_coordinates, to_sparse_tensor
 from monai_memeff.sparse.points import nn as snn
@@ -49,10 +49,10 @@ def test_layers_are_those_of_the_wing() -> None:
     """The same state_dict, and the same results on the same voxels."""
     x = snn.SparseTensor(*scattered())
     for ours, theirs in (
-        (snn.Conv3d(2, 3, 3, bias=True), wing.SparseConv3d(2, 3, 3)),
-        (snn.Conv3d(2, 3, 2, stride=2), wing.SparseConv3d(2, 3, 2, 2, bias=False)),
-        (snn.Conv3dTranspose(2, 3, 3), wing.SparseConvTranspose3d(2, 3, 3, 1, bias=False)),
-        (snn.BatchNorm(2), wing.SparseBatchNorm3d(2)),
+        (snn.Conv3d(2, 3, 3, bias=True), engine.SparseConv3d(2, 3, 3)),
+        (snn.Conv3d(2, 3, 2, stride=2), engine.SparseConv3d(2, 3, 2, 2, bias=False)),
+        (snn.Conv3dTranspose(2, 3, 3), engine.SparseConvTranspose3d(2, 3, 3, 1, bias=False)),
+        (snn.BatchNorm(2), engine.SparseBatchNorm3d(2)),
     ):
         theirs.load_state_dict(ours.state_dict())
         assert torch.equal(ours.double()(x).features, theirs.double()(x).features)
@@ -142,7 +142,7 @@ def test_empty_tensors_and_devices() -> None:
 
 
 def test_a_tensor_from_elsewhere_has_no_origin() -> None:
-    x = wing.SparseTensor(torch.ones(1, 1), torch.zeros(1, 4).long(), (2, 2, 2))
+    x = engine.SparseTensor(torch.ones(1, 1), torch.zeros(1, 4).long(), (2, 2, 2))
     with pytest.raises(ValueError, match=r"no origin: .*build it with points.nn.SparseTensor"):
         placed_coordinates(x)
 
@@ -233,7 +233,7 @@ class Residual(nn.Module):
                 snn.Conv3d(input_nc, output_nc, kernel_size=1, stride=1), snn.BatchNorm(output_nc)
             )
 
-    def forward(self, x: wing.SparseTensor) -> wing.SparseTensor:
+    def forward(self, x: engine.SparseTensor) -> engine.SparseTensor:
         out = self.block(x)
         out += x if self.shortcut is None else self.shortcut(x)
         return out
@@ -250,7 +250,7 @@ class Stage(nn.Module):
         )
         self.blocks = Residual(middle, out, convolution)
 
-    def forward(self, x: wing.SparseTensor, skip: wing.SparseTensor | None = None) -> wing.SparseTensor:
+    def forward(self, x: engine.SparseTensor, skip: engine.SparseTensor | None = None) -> engine.SparseTensor:
         return self.blocks(self.conv_in(x if skip is None else snn.cat(x, skip)))
 
 

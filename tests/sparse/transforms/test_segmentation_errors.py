@@ -40,7 +40,7 @@ def edges(cells: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(("false_negatives", "false_positives"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.2)], ids=str)
-def test_only_boundary_cells_flip_and_in_the_shares_asked_for(false_negatives: float, false_positives: float) -> None:
+def test_only_boundary_cells_flip_and_in_the_fractions_wanted(false_negatives: float, false_positives: float) -> None:
     """Shares are drawn evenly below the largest, so their mean over many masks is its half."""
     inside, outside = edges(mask()[0])
     noise = RandSegmentationErrors(false_negatives, false_positives, spots=0, prob=1.0).set_random_state(0)

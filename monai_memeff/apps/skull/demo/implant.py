@@ -82,7 +82,7 @@ def _signed_distance(mask: np.ndarray, smooth: float) -> np.ndarray:
 
 
 def _thinned(mask: np.ndarray, fill: float) -> np.ndarray:
-    """Signed distance whose positive part has the wanted share of the mask's volume; thin walls lose less."""
+    """Signed distance whose positive part has the wanted fraction of the mask's volume; thin walls lose less."""
     from scipy import ndimage
 
     distance = _signed_distance(mask, SMOOTH)
@@ -110,7 +110,7 @@ def implant_in_ct(head: HeadVolume, field: np.ndarray, affine: np.ndarray, remai
 
     Args:
         head: the head.
-        field: from :func:`implant_field`.
+        field: Field from :func:`implant_field`.
         affine: its affine.
         remaining: bool (H, W, D), from :func:`defective_bone`.
 

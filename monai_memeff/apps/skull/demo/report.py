@@ -82,11 +82,11 @@ class DemoReport:
         size: edge of the grid in cells.
         cell_mm: edge of a cell in millimeters.
         cells: cells that hold bone.
-        occupancy: the same as a fraction of the grid.
+        occupancy: Fraction of the cells that hold bone.
         threshold: Hounsfield units above which a voxel counted as bone.
         methods: what was compared.
         notes: plain sentences about the image and the run.
-        seed: of the defects and the networks.
+        seed: Seed of the defects and the networks.
         shown: which test defect the picture and the implant belong to.
         extra: further numbers for the JSON.
     """

@@ -56,7 +56,7 @@ def run_demo(
         seconds: training time of each network; None: 95 at size 64, growing with the volume.
         threshold: bone is above this many Hounsfield units.
         defects: number of unseen defects.
-        seed: of defects and weights.
+        seed: Seed of defects and weights.
         series: ``SeriesInstanceUID`` of a DICOM folder with several series.
         resample: interpolate uneven or tilted DICOM slices onto an even grid.
 

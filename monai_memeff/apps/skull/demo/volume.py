@@ -1,4 +1,4 @@
-"""A head CT in, a cubic skull grid out: by the skull bundle's transforms, with the way back to the CT's own grid."""
+"""A head CT in, a cubic skull grid out: by the skull bundle's transforms, with the affines back to the CT's own grid."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UPPER_MM = 110.0  # below the vertex, still above the jaw and the shoulders
 
 @dataclass(frozen=True)
 class HeadVolume:
-    """One head on the network's grid, and the way back to the image it came from.
+    """One head on the network's grid, and the affines back to the image it came from.
 
     Attributes:
         skull: bool (S, S, S), True where any bone lies in the cell; indices grow towards the

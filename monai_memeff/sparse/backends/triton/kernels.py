@@ -106,7 +106,7 @@ def weight_gradient(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """One split's share of one offset's gradient: DEPTH input channels by COLUMNS output channels.
+    """One split's part of one offset's gradient: DEPTH input channels by COLUMNS output channels.
 
     The tiles of rows in which an offset occurs are dealt to the splits in consecutive runs; every program writes its
     own float32 sum into ``parts`` (splits, offsets, in, out), and the caller adds the splits in a fixed order.

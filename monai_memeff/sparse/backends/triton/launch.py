@@ -17,7 +17,7 @@ INT32_ELEMENTS = 2**31 - 1
 """Tensors with more elements than this are addressed with 64-bit numbers."""
 
 PROGRAMS_PER_PROCESSOR = 4
-"""Of the weight gradient: its rows are split until every multiprocessor has so many programs."""
+"""Programs per multiprocessor to which the rows of the weight gradient are split."""
 
 INTERPRETED_SPLITS = 3
 """Splits of the weight gradient in the interpreter, so that tests see their sum."""

@@ -50,7 +50,7 @@ class RowPlan:
     _tiles: dict[int, Tiles] = field(default_factory=dict, repr=False)
 
     def tiles(self, rows: int) -> Tiles:
-        """What occurs in tiles of so many rows, found at the first call."""
+        """What occurs in tiles of ``rows`` rows, found at the first call."""
         if rows not in self._tiles:
             self._tiles[rows] = self._find_tiles(rows)
         return self._tiles[rows]

@@ -35,8 +35,8 @@ class Blocks:
         rows: output rows.
         columns: output channels.
         depth: input channels of one product.
-        warps: of 32 threads.
-        stages: of the load pipeline.
+        warps: Number of warps of 32 threads.
+        stages: Number of stages of the load pipeline.
     """
 
     rows: int
@@ -50,8 +50,8 @@ def candidates(in_channels: int, out_channels: int, dtype: torch.dtype) -> list[
     """Block sizes worth timing; the first one is a good guess.
 
     Args:
-        in_channels: of the reduction.
-        out_channels: of the result.
+        in_channels: Number of channels of the reduction.
+        out_channels: Number of channels of the result.
         dtype: float32 tiles take twice the shared memory, so they are half as deep.
     """
     columns = min(rounded(out_channels), 128)

@@ -1,4 +1,4 @@
-"""One small generated head on the network's grid, with a defect on its left side, for every test of this room."""
+"""One small generated head on the network's grid, with a defect on its left side, for every test of this folder."""
 
 from __future__ import annotations
 
