@@ -41,7 +41,7 @@ WORDS = {
     r"\bpretend": "fake CUDA device",
     r"thousand million|processor[- ]seconds": "billion, CPU-seconds",
     r"the so many|set free|[Rr]efuse what is no": "plain words",
-    r"\b([Ww]ings?|(ground|this|the|torch-points3d) rooms?|[Rr]oofs?|floor plan)\b": "subpackage, module, layer, plugin",
+    r"\b([Ww]ings?|(ground|this|the) rooms?|[Rr]oofs?|floor plan)\b": "subpackage, module, layer, plugin",
     r"\b(neighbour|millimetre|centre|tumour|normalis|synthesis[ei])": "American spelling",
 }
 OF_ALONE = re.compile(r"^\s+\*{0,2}[a-z_]+: (of|likewise|the same)\b")

@@ -1,4 +1,4 @@
-"""A head CT in, a cubic skull grid out: by the skull bundle's transforms, with the affines back to the CT's own grid."""
+"""A head CT in, a cubic skull grid out by the bundle's transforms, with the affines back to the CT's own grid."""
 
 from __future__ import annotations
 
