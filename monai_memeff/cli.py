@@ -98,23 +98,17 @@ def copy(
 @app.command()
 def merge(
     configs: Annotated[list[Path], typer.Argument(help="Configuration files, in the order MONAI would read them.")],
-    output: Annotated[Path, typer.Option(help="Where to write the merged configuration (.json or .yaml).")],
+    output: Annotated[
+        Path,
+        typer.Option(help="Where to write the merged configuration (.json or .yaml); for a host: its bundle folder."),
+    ],
+    host: Annotated[str | None, typer.Option(help="label: write it where MONAI Label looks for it.")] = None,
 ) -> None:
     """Merge a bundle's configuration with overlays into one file, for hosts that read only one (MONAI Label)."""
-    from monai.bundle import ConfigParser
+    from monai_memeff.hosts.write import write_merged
 
-    from monai_memeff.data import atomic_write
-
-    missing = [str(path) for path in configs if not path.is_file()]
-    if missing:
-        raise InputError(f"no such configuration file: {', '.join(missing)}; give the paths of existing files.")
-    if output.suffix not in (".json", ".yaml", ".yml"):
-        raise InputError(f"a configuration is .json or .yaml, got {output.name!r}; give --output such a name.")
-    parser = ConfigParser()
-    parser.read_config([str(path) for path in configs])
-    with atomic_write(output, *configs) as work:
-        ConfigParser.export_config_file(parser.config, str(work), fmt=output.suffix.lstrip("."), indent=2)
-    typer.echo(f"wrote {output}")
+    for line in write_merged(configs, output, host):
+        typer.echo(line)
 
 
 @app.command()

@@ -138,4 +138,5 @@ def test_verify_net_in_out(stock: Path, name: str) -> None:
         meta_file=str(stock / "configs" / "metadata.json"),
         config_file=[str(stock / "configs" / "inference.json"), str(overlay_path(name))],
         device="cpu",
+        **{"network_def#require_weights": False},
     )
