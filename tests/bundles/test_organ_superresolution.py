@@ -95,7 +95,7 @@ def test_an_empty_folder_ends_in_one_line(tmp_path: Path, organ_data: Path) -> N
     ("change", "message"),
     [
         ("label", r"case1.nii.gz holds no voxel of the structure: label 9; set --label, or leave the file out"),
-        ("4d", r"patient.nii.gz has the shape \(2, 20, 20, 10\) with 0 values .*; one finite 3D volume is needed"),
+        ("4d", r"patient.nii.gz holds 2 volumes, and one is needed: split the 4D image"),
     ],
 )
 def test_a_file_it_cannot_use_ends_in_one_line(change: str, message: str, organ_data: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_an_empty_folder_ends_in_one_line(tmp_path: Path) -> None:
             300,
             r"patient.nii.gz has the shape \(1, 20, 20, 20\) with 1 values that are not finite; one ",
         ),
-        ("4d", 300, r"patient.nii.gz has the shape \(2, 20, 20, 10\) with 0 values .*; one finite 3D volume is needed"),
+        ("4d", 300, r"patient.nii.gz holds 2 volumes, and one is needed: split the 4D image"),
     ],
     ids=["no bone", "all bone", "NaN", "4D"],
 )

@@ -569,3 +569,15 @@ def test_a_real_series_with_slices_removed_doubled_mixed_mirrored_and_respaced(d
     assert "it holds 2 series" in refusal(changed("mixed", mix))
     assert "9 of 20 slices have another orientation" in refusal(changed("mirrored", mirror))
     assert "unevenly spaced, 1.6 to 2.4 mm" in refusal(changed("respaced", respace))
+
+
+def test_every_bundle_reads_through_the_same_door() -> None:
+    def loaders(part: Any) -> list[dict[str, Any]]:
+        inner = list(part.values()) if isinstance(part, dict) else part if isinstance(part, list) else []
+        found = [loader for item in inner for loader in loaders(item)]
+        return [part, *found] if isinstance(part, dict) and "LoadImaged" in str(part.get("_target_")) else found
+
+    configs = sorted((Path(__file__).resolve().parents[2] / "bundles").glob("*/configs/*.json"))
+    found = [loader for path in configs for loader in loaders(json.loads(path.read_text(encoding="utf-8")))]
+    assert len(found) >= 10
+    assert {loader.get("reader") for loader in found} == {"monai_memeff.data.VolumeReader"}
