@@ -44,7 +44,7 @@ def demo(
     ] = None,
     threshold: Annotated[float, typer.Option(help="Bone is above this many Hounsfield units.")] = 300.0,
     defects: Annotated[int, typer.Option(help="Unseen defects to test on.")] = 6,
-    seed: Annotated[int, typer.Option(help="Seed of defects and weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of defects and weights.", min=0, max=2**32 - 1)] = 0,
     series: Annotated[str | None, typer.Option(help="SeriesInstanceUID, where a DICOM folder holds several.")] = None,
     resample: Annotated[
         bool, typer.Option("--resample", help="Interpolate DICOM slices that are uneven, missing or tilted.")
@@ -127,10 +127,13 @@ def convert(
 
     try:
         wanted = None if channels is None else tuple(int(number) for number in channels.split(","))
+    except ValueError:
+        raise InputError(f"--channels takes seven numbers with commas in between, got {channels!r}") from None
+    try:
         state, found = convert_file(str(checkpoint), wanted)
     except InputError:
         raise
-    except ValueError as error:
+    except (ValueError, RuntimeError, LookupError, TypeError) as error:  # of tensors that no network of ours has
         raise InputError(f"cannot convert {checkpoint}: {error}") from None
     with atomic_write(output, checkpoint) as work:
         torch.save(state, work)

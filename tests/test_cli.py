@@ -73,7 +73,9 @@ def test_missing_truncated_and_foreign_files(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [("--size", 32), ("--size", 100000), ("--seconds", -1), ("--defects", 0)], ids=["small", "big", "s", "d"]
+    "words",
+    [("--size", 32), ("--size", 100000), ("--size", "x"), ("--seconds", -1), ("--defects", 0), ("--seed", -1)],
+    ids=["small", "big", "word", "seconds", "defects", "seed"],
 )
 def test_bad_options_end_in_one_line(words, tmp_path, monkeypatch, capsys):
     status, _, err = run(monkeypatch, capsys, "demo", "--output", tmp_path / "out", *words)
@@ -158,6 +160,7 @@ def checkpoints(folder: Path) -> dict[str, Path]:
     torch.save({"weight": torch.zeros(100, 100)}, whole)
     torch.save({"network": torch.nn.Conv3d(1, 1, 3)}, folder / "object.pt")
     torch.save([torch.zeros(3)], folder / "list.pt")
+    torch.save({f"layer{number}.kernel": torch.tensor(1.0) for number in range(13)}, folder / "scalars.pt")
     content = {"text": b"not a checkpoint\n", "empty": b"", "truncated": whole.read_bytes()[:20_000]}
     content |= {"damaged": whole.read_bytes()[:200] + bytes(300) + whole.read_bytes()[500:], "pickle": b"\x80\x02X"}
     for name, data in content.items():
@@ -177,6 +180,11 @@ def test_what_is_no_checkpoint_is_not_converted(tmp_path, monkeypatch, capsys):
     assert "no checkpoint" in said["text"]
     assert "other objects than tensors" in said["object"]
     assert "13 convolutions" in said["whole"]
+    for numbers in ("a,b", "1,2", ",", "0,0,0,0,0,0,0"):
+        status, _, err = run(
+            monkeypatch, capsys, "convert", tmp_path / "whole.pt", tmp_path / "out", "--channels", numbers
+        )
+        assert (status, len(err.strip().splitlines())) == (2, 1), numbers
     assert not (tmp_path / "out").exists()
 
 

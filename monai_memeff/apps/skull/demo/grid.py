@@ -59,5 +59,11 @@ def _steps(options: dict[str, Any]) -> list[Callable[[Any], Any]]:
     parser = ConfigParser()
     parser.read_config(str(bundle_path("skull_completion_sparse") / "configs" / "inference.json"))
     parser.update(options)
-    steps = parser.get_parsed_content("preprocessing::transforms")
-    return [step for step in steps if type(step).__name__ not in READING and "bone" not in step.keys]
+    name = "preprocessing::transforms"
+    wanted = [i for i, entry in enumerate(parser[name]) if _follows_reading(entry)]
+    steps = [parser.get_parsed_content(f"{name}::{i}") for i in wanted]
+    return [step for step in steps if step is not None]  # None: disabled
+
+
+def _follows_reading(entry: dict[str, Any]) -> bool:
+    return entry["keys"] == "image" and entry["_target_"].rpartition(".")[2] not in READING
