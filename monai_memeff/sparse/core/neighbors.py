@@ -91,7 +91,8 @@ class NeighborTable:
         row_at[self.slots.long()] = torch.arange(num_in, dtype=torch.int32, device=row_at.device)
         steps = torch.arange(self.window, dtype=torch.int32, device=row_at.device)
         starts = self.entries.t().unsqueeze(1) + steps[:, None]
-        return row_at.index_select(0, starts.flatten()).view(-1, len(self.entries))
+        offsets = self.entries.shape[1] * self.window
+        return row_at.index_select(0, starts.flatten()).view(offsets, len(self.entries))
 
 
 def plan_neighbors(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> NeighborTable:
