@@ -45,6 +45,14 @@ def test_it_trains_infers_and_keeps_the_geometry(data: Path, tmp_path: Path) -> 
     np.testing.assert_allclose(written, affine, atol=1e-4)
 
 
+def test_an_empty_folder_ends_in_one_line(tmp_path: Path) -> None:
+    configs = ROOT / "bundles" / "liver_tumor_halo" / "configs"
+    with pytest.raises(SystemExit, match=r"in pairs, found 0 in imagesTr and 0 in labelsTr of .*; set --dataset_dir"):
+        run_here([configs / "train.json"], dataset_dir=str(tmp_path))
+    with pytest.raises(SystemExit, match=r"no image: nothing in .*imagesTs; set --dataset_dir"):
+        run_here([configs / "inference.json"], "infer", dataset_dir=str(tmp_path))
+
+
 def test_the_network_fits_its_description() -> None:
     configs = ROOT / "bundles" / "liver_tumor_halo" / "configs"
     small = {"network_def#features": [2, 4, 8, 16], "network_def#convs": 1}
