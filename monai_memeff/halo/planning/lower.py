@@ -134,6 +134,8 @@ class _Lowering:
         self, node: fx.Node, target: Any, args: Any, kwargs: Any, pick: int | None, value: torch.Tensor, where: Where
     ) -> Ref:
         name = node.name if pick is None else f"{node.name}_{pick}"
+        if not all(isinstance(n, int) for n in value.shape):
+            raise NotPartitionableError(f"{where}: {target} has a result whose size depends on the data")
         made = Value(name, tuple(int(n) for n in value.shape), value.dtype, target, args, kwargs, pick, where)
         made.dependent = any(self.program[i].dependent for i in made.refs())
         expander = EXPANDERS.get(target)

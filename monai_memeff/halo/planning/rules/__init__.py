@@ -9,7 +9,20 @@ import torch
 from monai_memeff.halo.planning.errors import NoTileError, NotPartitionableError
 from monai_memeff.halo.planning.layout import Layout
 from monai_memeff.halo.planning.program import Value
-from monai_memeff.halo.planning.rules import convolution, norm, pointwise, random, reduction
+from monai_memeff.halo.planning.rules import (
+    convolution,
+    mixing,
+    norm,
+    padding,
+    pointwise,
+    pooling,
+    random,
+    reduction,
+    reshape,
+    resize,
+    select,
+    transposed,
+)
 from monai_memeff.halo.planning.rules.base import Context, Env, Read, Reduction, Step, Whole, whole_step
 from monai_memeff.halo.planning.rules.table import RULES, Rule
 
@@ -41,7 +54,7 @@ def _check(value: Value) -> None:
     why = None
     if torch.Tag.nondeterministic_seeded in target.tags:
         why = "draws random numbers"
-    elif torch.Tag.dynamic_output_shape in target.tags or torch.Tag.data_dependent_output in target.tags:
+    elif torch.Tag.data_dependent_output in target.tags:
         why = "has a result whose size depends on the data"
     elif target._schema.is_mutable:
         why = "has a side effect"
@@ -49,17 +62,8 @@ def _check(value: Value) -> None:
         raise NotPartitionableError(f"{value.where}: {target} {why}, which no part can repeat")
 
 
-__all__ = [
-    "Context",
-    "Env",
-    "Layout",
-    "Read",
-    "Reduction",
-    "Step",
-    "Whole",
-    "bind",
-    "convolution",
-    "norm",
-    "random",
-    "reduction",
-]
+FAMILIES = (
+    convolution, mixing, norm, padding, pointwise, pooling, random, reduction, reshape, resize, select, transposed,
+)  # fmt: skip
+
+__all__ = ["FAMILIES", "RULES", "Context", "Env", "Layout", "Read", "Reduction", "Step", "Whole", "bind"]
