@@ -28,8 +28,9 @@ class _StorageReference(weakref.ref):
 class StorageTracker:
     """Which storages are alive, how many bytes above entry that makes, and how high it has been."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "cpu") -> None:
         self.peak = 0
+        self._kind = kind  # "cpu", or "meta" for a dry run
         self._live = 0
         self._entries: dict[int, _StorageReference] = {}
         self._survivors: dict[int, StorageWeakRef] = {}
@@ -57,7 +58,7 @@ class StorageTracker:
         entry = _StorageReference(storage, self._forget)
         entry.address = storage._cdata
         # Storages of foreign memory (numpy, mapped files) cannot be resized: they are known, and count nothing.
-        entry.nbytes = storage.nbytes() if storage.device.type == "cpu" and storage.resizable() else 0
+        entry.nbytes = storage.nbytes() if storage.device.type == self._kind and storage.resizable() else 0
         self._entries[entry.address] = entry
         if is_new:
             self._move(entry.nbytes)
@@ -65,7 +66,7 @@ class StorageTracker:
     def follow(self, storage: torch.UntypedStorage) -> None:
         """Correct the count of a storage whose size has changed."""
         entry = self._entries.get(storage._cdata)
-        if entry is not None and storage.device.type == "cpu":
+        if entry is not None and storage.device.type == self._kind:
             change, entry.nbytes = storage.nbytes() - entry.nbytes, storage.nbytes()
             self._move(change)
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from monai_memeff.halo.planning.binding import Bound, bind_program
 from monai_memeff.halo.planning.capture import capture
-from monai_memeff.halo.planning.layout import Box, Layout, crop, narrow, source_box
+from monai_memeff.halo.planning.layout import Box, Layout, crop, narrow, put, source_box
 from monai_memeff.halo.planning.program import Ref, flatten_call
 from monai_memeff.halo.planning.rules.base import Env, Read, Reduction, Step, Whole
 
@@ -62,7 +62,7 @@ class Parts:
             reads = step.needs(box)
             part = step.compute([self.rows(step, r) for r in reads], reads, box, self.env)
             assert (tuple(part.shape), part.dtype) == (step.out.part_shape(box), step.value.dtype), step
-            narrow(out, step.out, step.out.whole, box).copy_(part)
+            put(out, step.out, box, part)
         return out
 
     def __call__(self) -> Any:

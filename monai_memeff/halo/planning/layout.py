@@ -126,6 +126,17 @@ def narrow(tensor: torch.Tensor, layout: Layout, have: Box, want: Box) -> torch.
     return tensor
 
 
+def put(whole: torch.Tensor, layout: Layout, box: Box, part: torch.Tensor, non_blocking: bool = False) -> None:
+    """Write the rows `box` into a whole contiguous tensor."""
+    sizes: list[int] = []
+    view = whole.view([n for dim in layout.dims for n, _ in dim])
+    for d, (_, axis) in enumerate(f for dim in layout.dims for f in dim):
+        if axis >= 0:
+            view = view.narrow(d, box[axis][0], box[axis][1] - box[axis][0])
+        sizes.append(view.shape[d])
+    view.copy_(part.reshape(sizes), non_blocking=non_blocking)
+
+
 def _stride(layout: Layout, axis: int) -> tuple[int, int, int]:
     """(dimension, elements before, elements per row) of a spread axis."""
     place = layout.places[axis]

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+DRY: dict[str, str] = {}
+"""While a plan is made, "meta" -> the type of the device the plan is for: a dry run takes the same path."""
+
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def _direct(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether oneDNN is to be called directly: torch's own choice falls to a slow kernel for thin float32 tiles."""
-    if x.device.type != "cpu" or weight.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != x.dtype:
+    if DRY.get(x.device.type, x.device.type) != "cpu" or x.device.type != weight.device.type or x.dtype != torch.float32 or weight.dtype != x.dtype:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
@@ -37,6 +40,8 @@ def convolve(
     """
     kernel = getattr(torch.ops.aten, "mkldnn_convolution", None)
     if kernel is not None and torch.backends.mkldnn.enabled and _direct(x, weight):
-        result: torch.Tensor = kernel(x.contiguous(), weight, bias, padding, stride, dilation, groups)
-        return result
+        x = x.contiguous()
+        if x.device.type != "meta":
+            result: torch.Tensor = kernel(x, weight, bias, padding, stride, dilation, groups)
+            return result
     return CONV[weight.dim() - 2](x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)

@@ -1,0 +1,172 @@
+"""Bytes of every step, by a dry run of the code that is executed later: nothing is computed, every storage is counted."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+
+from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.planning.layout import Box, narrow
+from monai_memeff.halo.planning.rules.base import Env, State
+from monai_memeff.halo.planning.rules.kernels import DRY
+from monai_memeff.halo.planning.schedule import Job, Schedule
+from monai_memeff.halo.planning.tile import Worker, compile_tile
+from monai_memeff.memory.tracker import StorageTracker, Watcher
+
+META = torch.device("meta")
+
+
+class Estimate:
+    """Counts the bytes of a schedule's jobs on one kind of device.
+
+    Args:
+        schedule: what is to be run.
+        device: where; on a GPU the rows read are copies and count too.
+    """
+
+    def __init__(self, schedule: Schedule, device: torch.device) -> None:
+        self.schedule, self.device = schedule, device
+        self._wholes: dict[int, torch.Tensor] = {}
+        self._known: dict[tuple[int, tuple[int, ...]], int] = {}
+
+    def _whole(self, index: int) -> torch.Tensor:
+        if index not in self._wholes:
+            value = self.schedule.bound.program[index]
+            self._wholes[index] = torch.empty(value.shape, dtype=value.dtype, device=META)
+        return self._wholes[index]
+
+    def _load(self, index: int, box: Box) -> torch.Tensor:
+        layout = self.schedule.bound.layouts[index]
+        value = self.schedule.bound.program[index]
+        copied = self.device.type != "cpu" and index not in self.schedule.kept and index not in value_state(self.schedule)
+        if copied or any(hi <= lo for lo, hi in box):
+            return torch.empty(layout.part_shape(box), dtype=value.dtype, device=META)
+        return narrow(self._whole(index), layout, layout.whole, box)
+
+    def _signature(self, job: Job, box: Box) -> tuple[int, ...]:
+        step = self.schedule.bound.step(job.index)
+        key = (job.index, box)
+        if hasattr(step, "partial") and len(step.inputs) == 1:
+            key = (step.inputs[0], box)
+        found = [hi - lo for lo, hi in box]
+        for instruction in compile_tile(self.schedule, key):
+            found += [hi - lo for lo, hi in instruction.key[1]]
+        return tuple(found)
+
+    def tile(self, job: Job, box: Box) -> int:
+        """Peak bytes of one tile."""
+        key = (job.index, self._signature(job, box))
+        if key not in self._known:
+            self._known[key] = self._dry(job, box)
+        return self._known[key]
+
+    def _dry(self, job: Job, box: Box) -> int:
+        wholes = [job.index, *job.sources, *job.taps]
+        for index in wholes:
+            self._whole(index)
+        tracker = StorageTracker("meta")
+        worker = Worker(self.schedule, self._load, Env(META))
+        states: dict[int, State] = {}
+        whole = self._whole(job.index) if job.index in self.schedule.stored else None
+        with torch.no_grad(), dry(self.device), Watcher(tracker):
+            for _ in range(2):  # the second time with the partial results of the first
+                kept = worker.tile(job, box, whole, states)
+                del kept
+            for index, state in states.items():
+                step = self.schedule.bound.step(index)
+                kept = step.finish(state, worker.env)  # type: ignore[attr-defined]
+                del kept
+        tracker.close()
+        return tracker.peak
+
+    def job(self, job: Job, tiles: int) -> int:
+        """Peak bytes of a job cut into so many tiles."""
+        peak = 0
+        for lo, hi in job.cuts(tiles):
+            peak = max(peak, self.tile(job, job_box(job, lo, hi)))
+        return peak
+
+    def kept_bytes(self) -> list[int]:
+        """Bytes of the small values that stay on the device while each job runs, its own results included."""
+        program, alive, found = self.schedule.bound.program, 0, []
+        for job in self.schedule.jobs:
+            mine = sum(program[i].nbytes for i in (job.index, *job.taps) if i in self.schedule.kept)
+            alive += mine
+            found.append(alive)
+            alive -= sum(program[i].nbytes for i in job.frees if i in self.schedule.kept)
+        return found
+
+    def store_bytes(self) -> int:
+        """Highest number of bytes in the store."""
+        program, alive, peak = self.schedule.bound.program, 0, 0
+        for job in self.schedule.jobs:
+            if job.index in self.schedule.stored:
+                alive += program[job.index].nbytes
+            peak = max(peak, alive)
+            alive -= sum(program[i].nbytes for i in job.frees if i in self.schedule.stored)
+        return peak
+
+
+def value_state(schedule: Schedule) -> dict[int, str]:
+    """Values that are parameters and buffers: they are on the device already."""
+    return schedule.bound.program.state
+
+
+def job_box(job: Job, lo: int, hi: int) -> Box:
+    """The box of one tile: the first split axis is cut, others are whole."""
+    return ((lo, hi), *job.domain.whole[1:])
+
+
+@contextlib.contextmanager
+def dry(device: torch.device) -> Iterator[None]:
+    """Kernels are chosen as on that device."""
+    DRY["meta"] = device.type
+    try:
+        yield
+    finally:
+        DRY.pop("meta", None)
+
+
+def by_partitions(estimate: Estimate, partitions: int) -> None:
+    """Give every job as few tiles as keep it under the peak of `partitions` equal tiles everywhere."""
+    jobs, kept = estimate.schedule.jobs, estimate.kept_bytes()
+    for job, base in zip(jobs, kept, strict=True):
+        job.tiles = min(partitions, job.rows)
+        job.peak = base + estimate.job(job, job.tiles)
+    limit = max((job.peak for job in jobs), default=0)
+    for job, base in zip(jobs, kept, strict=True):
+        _fewest(estimate, job, base, limit)
+
+
+def by_budget(estimate: Estimate, budget: int, advice: str = "") -> None:
+    """Give every job as few tiles as keep it within a budget.
+
+    Raises:
+        NotPartitionableError: if one row of a job, or an operator that runs whole, needs more.
+    """
+    for job, base in zip(estimate.schedule.jobs, estimate.kept_bytes(), strict=True):
+        if not _fewest(estimate, job, base, budget):
+            value = estimate.schedule.bound.program[job.index]
+            least = base + estimate.job(job, job.rows)
+            raise NotPartitionableError(
+                f"{value.where}: {value.operator} needs {least} bytes even in {job.rows} tiles but the memory budget is "
+                f"{budget} bytes; allow more{advice}"
+            )
+
+
+def _fewest(estimate: Estimate, job: Job, base: int, limit: int) -> bool:
+    """Set the smallest number of tiles within a limit; False if there is none."""
+    tiles = 1
+    while True:
+        peak = base + estimate.job(job, tiles)
+        if peak <= limit:
+            job.tiles, job.peak = tiles, peak
+            return True
+        if tiles >= job.rows:
+            return False
+        # a tile's bytes are roughly a constant plus its share of the rows
+        guess = math.ceil(tiles * max(peak - base, 1) / max(limit - base, 1)) if limit > base else job.rows
+        tiles = min(max(tiles + 1, guess), job.rows)

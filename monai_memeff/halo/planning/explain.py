@@ -1,0 +1,32 @@
+"""Why a network cannot be partitioned: every reason, by module, operator and line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from monai_memeff.halo.planning.binding import bind_program
+from monai_memeff.halo.planning.capture import capture
+from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.planning.plan import examples
+
+
+def explain(network: nn.Module, inputs: Any, axis: int = 0, kwargs: dict[str, Any] | None = None) -> list[str]:
+    """The reasons why a network cannot be partitioned exactly; empty if it can.
+
+    Args:
+        network: any nn.Module; it is not changed, and nothing is computed.
+        inputs: shape of the input (B, C, spatial...), or a tuple of example arguments on any device, meta included.
+        axis: spatial axis that is to be cut.
+        kwargs: example keyword arguments.
+
+    Example:
+        >>> explain(torch.nn.Conv3d(1, 1, 3), (1, 1, 16, 16, 16))
+        []
+    """
+    try:
+        bind_program(capture(network, examples(inputs, network), kwargs), (axis,))
+    except NotPartitionableError as refusal:
+        return refusal.reasons
+    return []

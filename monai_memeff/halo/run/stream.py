@@ -1,0 +1,158 @@
+"""Runs a plan on one device: whole tensors in a store, tiles on the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree  # read in torch 2.6 to 2.14
+
+from monai_memeff.halo.planning.capture import bare
+from monai_memeff.halo.planning.estimate import job_box
+from monai_memeff.halo.planning.layout import Box, narrow
+from monai_memeff.halo.planning.plan import Plan
+from monai_memeff.halo.planning.program import Ref, flatten_call
+from monai_memeff.halo.planning.rules.base import Env, Reduction, State
+from monai_memeff.halo.planning.schedule import Job
+from monai_memeff.halo.planning.tile import Worker
+from monai_memeff.halo.run.copies import to_device
+from monai_memeff.halo.run.stores import Store
+from monai_memeff.memory.meter import CUDAPeakMeter
+from monai_memeff.memory.tracker import StorageTracker, Watcher
+
+
+class Stream:
+    """One run of a plan.
+
+    Args:
+        plan: what to run.
+        network: whose parameters and buffers are used.
+        store: where whole tensors wait.
+        on_tile: called after every tile.
+        seed: of random numbers.
+
+    Attributes:
+        peak_bytes: highest number of activation bytes on the device.
+        moved_bytes: bytes copied between device and store, both ways.
+    """
+
+    def __init__(
+        self, plan: Plan, network: nn.Module, store: Store, on_tile: Callable[[], object] | None = None, seed: int = 0
+    ) -> None:
+        self.plan, self.store, self.on_tile = plan, store, on_tile
+        self.schedule, self.bound = plan.schedule, plan.schedule.bound
+        self.env = Env(plan.device, seed)
+        self.peak_bytes = self.moved_bytes = 0
+        self.wholes: dict[int, torch.Tensor] = {}
+        self._read_state(bare(network))
+
+    def _read_state(self, network: nn.Module) -> None:
+        state = dict(network.named_parameters(remove_duplicate=False))
+        state.update(network.named_buffers(remove_duplicate=False))
+        program = self.bound.program
+        for index, name in program.state.items():
+            found = state[name] if name in state else program.constants[program[index].name]
+            self.wholes[index] = found.detach().to(self.env.device)
+
+    def load(self, index: int, box: Box) -> torch.Tensor:
+        """Rows of a value that is stored, kept, an input or a parameter, on the device."""
+        layout = self.bound.layouts[index]
+        if any(hi <= lo for lo, hi in box):
+            value = self.bound.program[index]
+            return torch.empty(layout.part_shape(box), dtype=value.dtype, device=self.env.device)
+        rows = narrow(self.wholes[index], layout, layout.whole, box)
+        if index in self.schedule.stored or index in self.bound.program.inputs.values():
+            self.moved_bytes += rows.numel() * rows.element_size()
+            return to_device(rows, self.env.device)
+        return rows
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the network returns for these arguments.
+
+        The caller's arguments are changed as the network would change them.
+        """
+        program = self.bound.program
+        flat, _ = flatten_call(args, kwargs)
+        for position, index in program.inputs.items():
+            self.wholes[index] = flat[position].detach()
+        with torch.no_grad(), self._measured():
+            for job in self.schedule.jobs:
+                self._job(job)
+        for position, index in program.input_mutations.items():
+            flat[position].copy_(self.wholes[index])
+        leaves = [self._output(leaf) for leaf in program.outputs]
+        return pytree.tree_unflatten(leaves, program.output_spec)
+
+    def _output(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Ref):
+            return leaf
+        found = self.wholes[leaf.index]
+        if leaf.index in self.bound.program.inputs.values() or leaf.index in self.bound.program.state:
+            return found.clone()
+        return found
+
+    def _job(self, job: Job) -> None:
+        step, program = self.bound.step(job.index), self.bound.program
+        worker = Worker(self.schedule, self.load, self.env)
+        whole = None
+        if job.index in self.schedule.stored:
+            whole = self.store.allocate(program[job.index].shape, program[job.index].dtype)
+        states: dict[int, State] = {}
+        kept = None
+        for lo, hi in job.cuts():
+            kept = worker.tile(job, job_box(job, lo, hi), whole, states)
+            if self.on_tile is not None:
+                self.on_tile()
+        if whole is not None:
+            self.moved_bytes += whole.numel() * whole.element_size()
+            if self.env.device.type == "cuda":
+                torch.cuda.current_stream(self.env.device).synchronize()
+            self.wholes[job.index] = whole
+        elif kept is not None:
+            self.wholes[job.index] = kept
+        for index, state in states.items():
+            reduction = self.bound.step(index)
+            assert isinstance(reduction, Reduction)
+            self.wholes[index] = reduction.finish(state, self.env)
+        del step
+        for index in job.frees:
+            self.wholes.pop(index, None)
+
+    @contextlib.contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Measure the highest number of bytes on the device while the block runs."""
+        if self.env.device.type == "cuda":
+            with CUDAPeakMeter(self.env.device) as meter:
+                yield
+            self.peak_bytes = meter.peak_bytes
+            return
+        tracker = StorageTracker(self.env.device.type)
+        try:
+            with Watcher(tracker), _hidden(self, tracker):
+                yield
+        finally:
+            tracker.close()
+        self.peak_bytes = tracker.peak
+
+
+@contextlib.contextmanager
+def _hidden(stream: Stream, tracker: StorageTracker) -> Iterator[None]:
+    """What the store gives out is not on the device, although both may be host memory."""
+    plain = stream.store
+
+    class Quiet:
+        def reserve(self, nbytes: int) -> None:
+            plain.reserve(nbytes)
+
+        def allocate(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+            with torch.utils._python_dispatch._disable_current_modes():
+                return plain.allocate(shape, dtype)
+
+    stream.store = Quiet()
+    try:
+        yield
+    finally:
+        stream.store = plain
