@@ -28,9 +28,10 @@ class _StorageReference(weakref.ref):
 class StorageTracker:
     """Which storages are alive, how many bytes above entry that makes, and how high it has been."""
 
-    def __init__(self, kind: str = "cpu") -> None:
+    def __init__(self, kind: str = "cpu", count_older: bool = True) -> None:
         self.peak = 0
         self._kind = kind  # "cpu", or "meta" for a dry run
+        self._count_older = count_older  # whether storages from before lower the level when they go
         self._live = 0
         self._entries: dict[int, _StorageReference] = {}
         self._survivors: dict[int, StorageWeakRef] = {}
@@ -58,7 +59,8 @@ class StorageTracker:
         entry = _StorageReference(storage, self._forget)
         entry.address = storage._cdata
         # Storages of foreign memory (numpy, mapped files) cannot be resized: they are known, and count nothing.
-        entry.nbytes = storage.nbytes() if storage.device.type == self._kind and storage.resizable() else 0
+        counts = storage.device.type == self._kind and storage.resizable() and (is_new or self._count_older)
+        entry.nbytes = storage.nbytes() if counts else 0
         self._entries[entry.address] = entry
         if is_new:
             self._move(entry.nbytes)

@@ -67,7 +67,7 @@ class Estimate:
         wholes = [job.index, *job.sources, *job.taps]
         for index in wholes:
             self._whole(index)
-        tracker = StorageTracker("meta")
+        tracker = StorageTracker("meta", count_older=False)
         worker = Worker(self.schedule, self._load, Env(META))
         states: dict[int, State] = {}
         whole = self._whole(job.index) if job.index in self.schedule.stored else None

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree  # read in torch 2.6 to 2.14
+from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
+from torch.utils import _pytree as pytree
 
 from monai_memeff.halo.planning.capture import bare
 from monai_memeff.halo.planning.estimate import job_box
@@ -129,7 +130,7 @@ class Stream:
                 yield
             self.peak_bytes = meter.peak_bytes
             return
-        tracker = StorageTracker(self.env.device.type)
+        tracker = StorageTracker(self.env.device.type, count_older=False)
         try:
             with Watcher(tracker), _hidden(self, tracker):
                 yield
@@ -148,8 +149,10 @@ def _hidden(stream: Stream, tracker: StorageTracker) -> Iterator[None]:
             plain.reserve(nbytes)
 
         def allocate(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
-            with torch.utils._python_dispatch._disable_current_modes():
-                return plain.allocate(shape, dtype)
+            with _python_dispatch._disable_current_modes():
+                whole = plain.allocate(shape, dtype)
+            tracker.track(whole.untyped_storage(), is_new=False)
+            return whole
 
     stream.store = Quiet()
     try:
