@@ -1,5 +1,6 @@
-"""Halo wing: split the volume, share the edges; any CNN over many devices or streamed through one."""
+"""Halo: a network run in parts of the volume with the result of the whole, streamed through one device or over many."""
 
+from monai_memeff.halo.check import verify
 from monai_memeff.halo.communicator import close, init_mesh
 from monai_memeff.halo.engine import (
     GatheredNetwork,
@@ -13,7 +14,9 @@ from monai_memeff.halo.inferer import SpatialPartitionInferer, StreamingReport
 from monai_memeff.halo.loss import SpatialLoss
 from monai_memeff.halo.mesh import HaloMesh, no_mesh, virtual_mesh
 from monai_memeff.halo.network import spatial_partition, unpartition
-from monai_memeff.halo.proof import verify
+from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.planning.explain import explain
+from monai_memeff.halo.planning.plan import Plan, plan
 from monai_memeff.halo.region import NotPartitionable
 from monai_memeff.halo.transforms import PartitionCrop, PartitionCropD, PartitionCropd, PartitionCropDict
 from monai_memeff.halo.unet import VolumeUNet
@@ -25,16 +28,19 @@ __all__ = [
     "HaloMesh",
     "Hub",
     "NotPartitionable",
+    "NotPartitionableError",
     "PartitionCrop",
     "PartitionCropD",
     "PartitionCropDict",
     "PartitionCropd",
     "PartitionPrepareBatch",
+    "Plan",
     "SpatialLoss",
     "SpatialPartitionInferer",
     "StreamingReport",
     "VolumeUNet",
     "close",
+    "explain",
     "gather",
     "init_mesh",
     "launch",
@@ -42,6 +48,7 @@ __all__ = [
     "no_mesh",
     "on_rank_zero",
     "parallel",
+    "plan",
     "scatter",
     "spatial_partition",
     "unpartition",

@@ -162,21 +162,14 @@ class SpatialPartitionInferer(Inferer):
         return HostStore(device) if self.store == "host" else FolderStore(Path(self.store))
 
     def _plan(self, network: nn.Module, call: Any, flat: list[Any], device: torch.device) -> Plan:
-        key = (fingerprint(network), call_key(flat), mode_key(), str(device), self.partitions, self.memory_budget)
-        key = (*key, self.axis, self.labels)
+        options = (str(device), self.partitions, self.memory_budget, self.axis, self.labels)
+        key = (fingerprint(network), call_key(flat), mode_key(), options)
         found = self._plans.get(key)
         if found is not None and found[0]() is network and found[1].fresh_budget(self._budget(device)):
             return found[1]
-        plan = make_plan(
-            network,
-            *call,
-            partitions=self.partitions,
-            budget=self._budget(device),
-            share_store=self.memory_budget is None and device.type == "cpu" and self.store == "host",
-            axis=self.axis,
-            device=device,
-            labels=self.labels,
-        )
+        shared = self.memory_budget is None and device.type == "cpu" and self.store == "host"
+        budget, args, kwargs = self._budget(device), call[0], call[1]
+        plan = make_plan(network, args, kwargs, self.partitions, budget, self.axis, device, self.labels, shared)
         self._plans = {k: v for k, v in list(self._plans.items())[-3:] if v[0]() is not None}
         self._plans[key] = (weakref.ref(network), plan)
         return plan

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class _StorageReference(weakref.ref):
     """A weak reference to a storage that remembers its address and the bytes counted for it."""
 
-    __slots__ = ("address", "nbytes")
+    __slots__ = ("address", "counts", "nbytes")
     address: int
+    counts: bool
     nbytes: int
 
 
@@ -53,14 +54,14 @@ class StorageTracker:
         """Enter a storage on first sight; follow its size afterwards."""
         entry = self._entries.get(storage._cdata)
         if entry is not None:
-            if storage.nbytes() != entry.nbytes and storage.resizable():
+            if entry.counts and storage.nbytes() != entry.nbytes and storage.resizable():
                 self.follow(storage)
             return
         entry = _StorageReference(storage, self._forget)
         entry.address = storage._cdata
         # Storages of foreign memory (numpy, mapped files) cannot be resized: they are known, and count nothing.
-        counts = storage.device.type == self._kind and storage.resizable() and (is_new or self._count_older)
-        entry.nbytes = storage.nbytes() if counts else 0
+        counts = storage.device.type == self._kind and (is_new or self._count_older)
+        entry.counts, entry.nbytes = counts, storage.nbytes() if counts and storage.resizable() else 0
         self._entries[entry.address] = entry
         if is_new:
             self._move(entry.nbytes)
@@ -68,7 +69,7 @@ class StorageTracker:
     def follow(self, storage: torch.UntypedStorage) -> None:
         """Correct the count of a storage whose size has changed."""
         entry = self._entries.get(storage._cdata)
-        if entry is not None and storage.device.type == self._kind:
+        if entry is not None and entry.counts:
             change, entry.nbytes = storage.nbytes() - entry.nbytes, storage.nbytes()
             self._move(change)
 

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from monai_memeff.halo import (
     Hub,
     PartitionPrepareBatch,
-    SpatialPartitionInferer,
     no_mesh,
     norm,
     scatter,
@@ -23,10 +22,8 @@ from monai_memeff.halo import (
     virtual_mesh,
 )
 from monai_memeff.halo.mesh import HaloMesh
-from monai_memeff.halo.pager import HostStore
 from monai_memeff.memory import checkpoint, measure_peak
 from tests.fake_cuda import fake_cuda_device
-from tests.halo.networks import unet
 
 
 class Recomputed(nn.Module):
@@ -133,19 +130,6 @@ def test_statistics_of_half_precision_need_no_float_copy(dtype: torch.dtype, mon
     assert bool(found[1].isfinite().all())
 
 
-def test_auto_asks_for_the_memory_of_the_networks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    inferer, network, x = SpatialPartitionInferer("auto"), unet().eval(), torch.zeros(1, 1, 64, 32, 32)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match="not on a GPU"):
-        inferer(x, network)
-    asked = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (2**20, 2**33))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**33)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)
-    assert inferer._parts(network, x, torch.device("cuda", 1)) == 1  # what torch holds in reserve is free for us
-    assert asked == [torch.device("cuda", 1)]
-
-
 def test_a_volume_on_the_host_is_sent_by_nccl_from_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     hub, volume = Hub(2), torch.randn(1, 1, 8, 4, 4)
     mesh = virtual_mesh(hub, (2,))
@@ -154,23 +138,6 @@ def test_a_volume_on_the_host_is_sent_by_nccl_from_the_gpu(monkeypatch: pytest.M
         parts = hub.run(lambda rank: scatter(volume if rank == 0 else None, mesh, src=0))
         assert [part.device.type for part in parts] == ["cuda", "cuda"]
         assert torch.equal(torch.cat([part.cpu() for part in parts], 2), volume)
-
-
-def test_pinned_buffers_are_not_rounded_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty, sizes = torch.empty, []
-
-    def pinned(count: int, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
-        assert pin_memory
-        sizes.append(count)
-        return empty(count, dtype=dtype)
-
-    store, data = HostStore(torch.device("cuda")), torch.randint(256, (5 * 2**20 + 77,), dtype=torch.uint8)
-    monkeypatch.setattr(torch, "empty", pinned)
-    slot = store.write(data)
-    found = torch.zeros_like(data)
-    store.read(slot, found)
-    assert sizes == [2**22, 2**20, 77]
-    assert torch.equal(found, data)
 
 
 def test_a_batch_is_cut_before_it_travels(monkeypatch: pytest.MonkeyPatch) -> None:

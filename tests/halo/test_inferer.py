@@ -10,7 +10,7 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
-from monai_memeff.halo import NotPartitionable, SpatialPartitionInferer
+from monai_memeff.halo import NotPartitionableError, SpatialPartitionInferer
 from monai_memeff.halo.inferer import whole_peak_bytes
 from monai_memeff.memory.meter import measure_peak
 from tests.halo.networks import NETWORKS, snippets, unet
@@ -29,9 +29,10 @@ def test_equal_to_the_whole_volume(name: str, partitions: int) -> None:
     inferer = SpatialPartitionInferer(partitions)
     expected = whole(network, x)
     torch.testing.assert_close(inferer(x, network), expected, atol=1e-11, rtol=0)
-    assert inferer.last_report is not None
-    assert inferer.last_report.partitions == partitions
-    assert not hasattr(network, "halo_key")
+    report = inferer.last_report
+    assert report is not None
+    assert report.partitions == partitions
+    assert 0.9 * report.planned_peak_bytes <= report.device_peak_bytes <= report.planned_peak_bytes
 
 
 def test_float32_and_uneven_parts_along_another_axis() -> None:
@@ -66,18 +67,16 @@ def test_a_folder_bounds_the_memory_of_the_process(tmp_path: Path) -> None:
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
         assert inferer.last_report is not None
         peaks[store] = streamed.peak_bytes
-        assert streamed.peak_bytes >= inferer.last_report.device_peak_bytes
     assert peaks["host"] > ordinary.peak_bytes / 2  # the meter sees what waits in memory
     assert peaks[tmp_path] < ordinary.peak_bytes / 6
     assert not list(tmp_path.iterdir())
 
 
-def test_odd_sizes_are_padded_with_zeros_and_cropped() -> None:
-    network, x = unet().eval(), torch.randn(1, 1, 18, 9, 8)
-    padded = torch.zeros(1, 1, 20, 12, 8)
-    padded[:, :, :18, :9] = x
-    got = SpatialPartitionInferer(2)(x, network)
-    torch.testing.assert_close(got, whole(network, padded)[:, :, :18, :9], atol=1e-5, rtol=0)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_odd_sizes_run_as_they_are(axis: int) -> None:
+    network, x = nets.BasicUNet(features=(2, 2, 4, 4, 4, 2)).eval().double(), torch.randn(1, 1, 45, 19, 18).double()
+    got = SpatialPartitionInferer(3, axis=axis)(x, network)
+    torch.testing.assert_close(got, whole(network, x), atol=1e-11, rtol=0)
 
 
 def test_labels_are_the_argmax(tmp_path: Path) -> None:
@@ -109,9 +108,9 @@ def test_auto_takes_as_few_parts_as_fit() -> None:
     inferer = SpatialPartitionInferer("auto", memory_budget=total // 3)
     inferer(x, network)
     assert inferer.last_report is not None
-    assert 3 < inferer.last_report.partitions <= 5
+    assert 1 < inferer.last_report.partitions <= 5
     assert inferer.last_report.device_peak_bytes <= total // 3
-    with pytest.raises(ValueError, match="No number of partitions fits 1000 bytes"):
+    with pytest.raises(NotPartitionableError, match=r"needs .* bytes even in .* tiles but the memory budget is 1000"):
         SpatialPartitionInferer("auto", memory_budget=1000)(x, network)
 
 
@@ -125,13 +124,11 @@ def test_metatensors_progress_and_refusals(capfd: pytest.CaptureFixture[str]) ->
     got = SpatialPartitionInferer(2, progress=True)(MetaTensor(x), network)
     assert isinstance(got, MetaTensor)
     torch.testing.assert_close(got.as_tensor(), whole(network, x), atol=1e-5, rtol=0)
-    assert "2 partitions" in capfd.readouterr().err
+    assert "tiles" in capfd.readouterr().err
     with pytest.raises(ValueError, match="positive number"):
         SpatialPartitionInferer(0)
-    with pytest.raises(ValueError, match="16 voxels cut at multiples of 4 has at most 4 parts, got 5"):
-        SpatialPartitionInferer(5)(x, network)
-    with pytest.raises(NotPartitionable, match="LocalResponseNorm"):
-        SpatialPartitionInferer(2)(x, nn.Sequential(nn.Conv3d(1, 1, 1), nn.LocalResponseNorm(1)))
+    with pytest.raises(ValueError, match="regions"):
+        SpatialPartitionInferer(labels="all")
     with pytest.raises(TypeError, match=r"nn\.Module"):
         SpatialPartitionInferer(2)(x, lambda t: t)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from monai_memeff.halo import verify
+from monai_memeff.halo.proof import verify
 
 
 def after_conv(*layers: nn.Module) -> nn.Sequential:

@@ -18,9 +18,9 @@ from monai_memeff.halo import (
     scatter,
     spatial_partition,
     unpartition,
-    verify,
     virtual_mesh,
 )  # fmt: skip
+from monai_memeff.halo.proof import verify
 from tests.halo.networks import NETWORKS, unet
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # read in torch 2.6 to 2.14
+from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.lower import lower
@@ -108,6 +109,25 @@ def _eager(network: nn.Module) -> Iterator[None]:
             m._compiled_call_impl = call
 
 
+class _Attributes:
+    """A module's attributes as they are, lists and dicts among them by content: forward may cache what is not real."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.attributes = module, dict(module.__dict__)
+        self.contents = {k: copy.copy(v) for k, v in self.attributes.items() if type(v) in (list, dict, set)}
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for key, content in self.contents.items():
+            kept = self.attributes[key]
+            kept.clear()
+            kept.extend(content) if isinstance(kept, list) else kept.update(content)
+        now = self.module.__dict__
+        for key in now.keys() - self.attributes.keys():
+            del now[key]
+        now.update(self.attributes)
+
+
 def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Program:
     """Capture a network at the shapes of its arguments.
 
@@ -127,10 +147,11 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
     flat, spec = flatten_call(tuple(args), dict(kwargs or {}))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = home(network)
-    fake_args, fake_kwargs = unflatten([_fake(leaf, mode, device) for leaf in flat], spec)
-    saved = [(m, dict(m.__dict__)) for m in network.modules()]
+    with _python_dispatch._disable_current_modes():  # a caller's meter is not to count what is never allocated
+        fake_args, fake_kwargs = unflatten([_fake(leaf, mode, device) for leaf in flat], spec)
+    saved = [_Attributes(m) for m in network.modules()]
     try:
-        with torch.no_grad(), _no_hidden_draws(), _eager(network):
+        with _python_dispatch._disable_current_modes(), torch.no_grad(), _no_hidden_draws(), _eager(network):
             exported = torch.export.export(network, fake_args, fake_kwargs, strict=False)
             exported = exported.run_decompositions({})
     except NotPartitionableError:
@@ -142,10 +163,8 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
             + (f" ({line})" if line else "")
         ) from error
     finally:
-        for m, attributes in saved:
-            if m.__dict__.keys() != attributes.keys() or any(m.__dict__[k] is not v for k, v in attributes.items()):
-                m.__dict__.clear()
-                m.__dict__.update(attributes)
+        for attributes in saved:
+            attributes.restore()
     program = lower(exported, network, flat)
     program.call_spec = copy.copy(spec)
     return program

@@ -1,4 +1,4 @@
-"""Bytes of every step, by a dry run of the code that is executed later: nothing is computed, every storage is counted."""
+"""Bytes of every step, by a dry run of the code that is executed later."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.layout import Box, narrow
 from monai_memeff.halo.planning.rules.base import Env, State
-from monai_memeff.halo.planning.rules.kernels import DRY
+from monai_memeff.halo.planning.rules.windowed.kernels import DRY
 from monai_memeff.halo.planning.schedule import Job, Schedule
 from monai_memeff.halo.planning.tile import Worker, compile_tile
 from monai_memeff.memory.tracker import StorageTracker, Watcher
@@ -41,7 +42,9 @@ class Estimate:
     def _load(self, index: int, box: Box) -> torch.Tensor:
         layout = self.schedule.bound.layouts[index]
         value = self.schedule.bound.program[index]
-        copied = self.device.type != "cpu" and index not in self.schedule.kept and index not in value_state(self.schedule)
+        copied = (
+            self.device.type != "cpu" and index not in self.schedule.kept and index not in value_state(self.schedule)
+        )
         if copied or any(hi <= lo for lo, hi in box):
             return torch.empty(layout.part_shape(box), dtype=value.dtype, device=META)
         return narrow(self._whole(index), layout, layout.whole, box)
@@ -71,7 +74,7 @@ class Estimate:
         worker = Worker(self.schedule, self._load, Env(META))
         states: dict[int, State] = {}
         whole = self._whole(job.index) if job.index in self.schedule.stored else None
-        with torch.no_grad(), dry(self.device), Watcher(tracker):
+        with _python_dispatch._disable_current_modes(), torch.no_grad(), dry(self.device), Watcher(tracker):
             for _ in range(2):  # the second time with the partial results of the first
                 kept = worker.tile(job, box, whole, states)
                 del kept
@@ -138,7 +141,7 @@ def by_partitions(estimate: Estimate, partitions: int) -> None:
         job.peak = base + estimate.job(job, job.tiles)
     limit = max((job.peak for job in jobs), default=0)
     for job, base in zip(jobs, kept, strict=True):
-        _fewest(estimate, job, base, limit)
+        _fewest(estimate, job, base, limit, job.tiles)
 
 
 def by_budget(estimate: Estimate, budget: int, advice: str = "") -> None:
@@ -148,25 +151,25 @@ def by_budget(estimate: Estimate, budget: int, advice: str = "") -> None:
         NotPartitionableError: if one row of a job, or an operator that runs whole, needs more.
     """
     for job, base in zip(estimate.schedule.jobs, estimate.kept_bytes(), strict=True):
-        if not _fewest(estimate, job, base, budget):
+        if not _fewest(estimate, job, base, budget, job.rows):
             value = estimate.schedule.bound.program[job.index]
             least = base + estimate.job(job, job.rows)
             raise NotPartitionableError(
-                f"{value.where}: {value.operator} needs {least} bytes even in {job.rows} tiles but the memory budget is "
-                f"{budget} bytes; allow more{advice}"
+                f"{value.where}: {value.operator} needs {least} bytes even in {job.rows} tiles but the memory budget "
+                f"is {budget} bytes; allow more{advice}"
             )
 
 
-def _fewest(estimate: Estimate, job: Job, base: int, limit: int) -> bool:
-    """Set the smallest number of tiles within a limit; False if there is none."""
+def _fewest(estimate: Estimate, job: Job, base: int, limit: int, most: int) -> bool:
+    """Set a small number of tiles that keeps within a limit; False if not even `most` do."""
     tiles = 1
     while True:
         peak = base + estimate.job(job, tiles)
         if peak <= limit:
             job.tiles, job.peak = tiles, peak
             return True
-        if tiles >= job.rows:
+        if tiles >= most:
             return False
         # a tile's bytes are roughly a constant plus its share of the rows
-        guess = math.ceil(tiles * max(peak - base, 1) / max(limit - base, 1)) if limit > base else job.rows
-        tiles = min(max(tiles + 1, guess), job.rows)
+        guess = math.ceil(tiles * max(peak - base, 1) / max(limit - base, 1)) if limit > base else most
+        tiles = min(max(tiles + 1, guess), most)

@@ -28,7 +28,7 @@ def _key(value: Any, depth: int = 0) -> Hashable:
 
 
 def _module_key(module: nn.Module) -> Hashable:
-    found: list[Hashable] = [id(module), type(module)]
+    found: list[Any] = [id(module), type(module)]
     for name, value in module.__dict__.items():
         if name == "_buffers":  # running statistics change their content, which the plan does not hold
             found.append(tuple((k, None if t is None else _key(t)[:4]) for k, t in value.items()))  # type: ignore[index]

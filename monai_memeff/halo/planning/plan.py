@@ -31,7 +31,9 @@ class Plan:
         budget: bytes the plan was made for, None if it was made for a number of partitions.
     """
 
-    def __init__(self, schedule: Schedule, axis: int, device: torch.device, estimate: Estimate, budget: int | None) -> None:
+    def __init__(
+        self, schedule: Schedule, axis: int, device: torch.device, estimate: Estimate, budget: int | None
+    ) -> None:
         self.schedule, self.axis, self.device, self.budget = schedule, axis, device, budget
         self.peak_bytes = max((job.peak for job in schedule.jobs), default=0)
         self.store_bytes = estimate.store_bytes()
@@ -49,8 +51,9 @@ class Plan:
         """One line for each job."""
         program = self.schedule.bound.program
         lines = [
-            f"{len(self.schedule.jobs)} steps in up to {self.partitions} tiles along spatial axis {self.axis}; peak "
-            f"{_mega(self.peak_bytes)} on the device, {_mega(self.store_bytes)} stored, {_mega(self.moved_bytes)} moved",
+            f"{len(self.schedule.jobs)} steps in up to {self.partitions} tiles along spatial axis {self.axis}; "
+            f"peak {_mega(self.peak_bytes)} on the device, {_mega(self.store_bytes)} stored, "
+            f"{_mega(self.moved_bytes)} moved",
             f"{'module':40} {'operator':28} {'rows':>6} {'tiles':>5} {'peak':>10} {'stored':>10}  reads",
         ]
         for job in self.schedule.jobs:
@@ -176,4 +179,4 @@ def make_plan(
     return made
 
 
-__all__ = ["Plan", "make_plan", "examples", "plan", "written_bytes"]
+__all__ = ["Plan", "examples", "make_plan", "plan", "written_bytes"]

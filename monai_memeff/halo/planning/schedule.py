@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from monai_memeff.halo.planning.binding import Bound
@@ -45,7 +46,7 @@ class Job:
     def cuts(self, tiles: int | None = None) -> list[tuple[int, int]]:
         """The row ranges of its tiles."""
         at = bounds(self.rows, tiles or self.tiles)
-        return list(zip(at, at[1:], strict=False))
+        return list(itertools.pairwise(at))
 
 
 @dataclass
@@ -187,5 +188,3 @@ def _lifetimes(schedule: Schedule) -> None:
     outputs = set(schedule.bound.program.wanted())
     for position, job in enumerate(schedule.jobs):
         job.frees = tuple(i for i, p in last.items() if p == position and i not in outputs)
-
-

@@ -1,4 +1,4 @@
-"""One tile as a straight list of steps: what is read from the store, what is computed on the fly, what is dropped when."""
+"""One tile as a straight list of steps: what is read, what is computed on the fly, what is dropped when."""
 
 from __future__ import annotations
 

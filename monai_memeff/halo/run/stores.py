@@ -39,7 +39,8 @@ class HostStore:
         free = available_memory()
         if free is not None and nbytes > free:
             raise MemoryError(
-                f"The store needs {nbytes} bytes of host memory but {free} are free; give store= a folder on a local disk."
+                f"The store needs {nbytes} bytes of host memory but {free} are free; "
+                "give store= a folder on a local disk."
             )
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -62,7 +63,8 @@ class FolderStore:
         free = shutil.disk_usage(self._folder).free
         return OSError(
             errno.ENOSPC,
-            f"The store needs {nbytes} bytes but the disk of {self._folder} has {free} left; free some, or choose another folder.",
+            f"The store needs {nbytes} bytes but the disk of {self._folder} has {free} left; "
+            "free some, or choose another folder.",
         )
 
     def reserve(self, nbytes: int) -> None:

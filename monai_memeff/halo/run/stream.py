@@ -149,7 +149,7 @@ def _hidden(stream: Stream, tracker: StorageTracker) -> Iterator[None]:
             plain.reserve(nbytes)
 
         def allocate(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
-            with _python_dispatch._disable_current_modes():
+            with _python_dispatch._pop_mode_temporarily():  # the innermost mode: ours
                 whole = plain.allocate(shape, dtype)
             tracker.track(whole.untyped_storage(), is_new=False)
             return whole

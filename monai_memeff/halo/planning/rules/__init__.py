@@ -9,22 +9,10 @@ import torch
 from monai_memeff.halo.planning.errors import NoTileError, NotPartitionableError
 from monai_memeff.halo.planning.layout import Layout
 from monai_memeff.halo.planning.program import Value
-from monai_memeff.halo.planning.rules import (
-    convolution,
-    mixing,
-    norm,
-    padding,
-    pointwise,
-    pooling,
-    random,
-    reduction,
-    reshape,
-    resize,
-    select,
-    transposed,
-)
+from monai_memeff.halo.planning.rules import mixing, norm, pointwise, random, reduction, reshape, select
 from monai_memeff.halo.planning.rules.base import Context, Env, Read, Reduction, Step, Whole, whole_step
 from monai_memeff.halo.planning.rules.table import RULES, Rule
+from monai_memeff.halo.planning.rules.windowed import convolution, padding, pooling, resize, transposed
 
 
 def bind(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:

@@ -1,4 +1,4 @@
-"""Operators that mix some dimensions and leave the others: matrix products, attention, softmax, norms of the last dimensions."""
+"""Operators that mix some dimensions only: products, attention, softmax, norms of the last dimensions."""
 
 from __future__ import annotations
 
@@ -6,20 +6,36 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from monai_memeff.halo.planning.errors import NoTileError
-from monai_memeff.halo.planning.layout import Box, Dim, Layout
+from monai_memeff.halo.planning.layout import Dim, Layout
 from monai_memeff.halo.planning.program import Ref, Value
-from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, aligned, arguments, free
+from monai_memeff.halo.planning.rules.base import Context, Step, aligned, arguments, free
 from monai_memeff.halo.planning.rules.norm import spread_norm
 from monai_memeff.halo.planning.rules.table import Expansion, expander, rule
 
-_ONE_DIM = (
-    "softmax.int _softmax.default log_softmax.int _log_softmax.default cumsum.default cumprod.default logcumsumexp.default "
-    "cummax.default cummin.default sort.default sort.stable argsort.default topk.default kthvalue.default median.dim "
-    "mode.default glu.default index_select.default diff.default _weight_norm.default renorm.default"
-).split()
+_ONE_DIM = [
+    "softmax.int",
+    "_softmax.default",
+    "log_softmax.int",
+    "_log_softmax.default",
+    "cumsum.default",
+    "cumprod.default",
+    "logcumsumexp.default",
+    "cummax.default",
+    "cummin.default",
+    "sort.default",
+    "sort.stable",
+    "argsort.default",
+    "topk.default",
+    "kthvalue.default",
+    "median.dim",
+    "mode.default",
+    "glu.default",
+    "index_select.default",
+    "diff.default",
+    "_weight_norm.default",
+    "renorm.default",
+]
 
 
 @rule(_ONE_DIM, "mixing", "along a dimension that is not cut")
@@ -44,7 +60,9 @@ def _dropped(value: Value, natives: Sequence[Layout], ctx: Context, args: dict[s
         raise NoTileError("an unusual shape")
     dim = args["dim"] % n
     free(native, [dim])
-    return Step(value, value.refs(), [native], Layout(tuple(f for d, f in enumerate(native.dims) if d != dim), native.axes))
+    return Step(
+        value, value.refs(), [native], Layout(tuple(f for d, f in enumerate(native.dims) if d != dim), native.axes)
+    )
 
 
 @rule(["prelu.default", "_prelu_kernel.default"], "pointwise", "one slope for every channel")
@@ -65,7 +83,9 @@ def bind_linear(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     free(native, [-1])
     if natives[1].spread:
         raise NoTileError("a spread weight")
-    out = Layout((*native.dims[: len(value.shape) - 1], *[((n, -1),) for n in value.shape[len(native.dims) - 1 :]]), native.axes)
+    out = Layout(
+        (*native.dims[: len(value.shape) - 1], *[((n, -1),) for n in value.shape[len(native.dims) - 1 :]]), native.axes
+    )
     step = Step(value, value.refs(), [native, *(ctx.whole(x.shape) for x in natives[1:])], out)
     step.heavy = True
     return step
@@ -107,7 +127,11 @@ def bind_labels(value: Value, natives: Sequence[Layout], labels: Sequence[str], 
     return Product(value, value.refs(), reads, layout(value.shape, result))
 
 
-@rule(["matmul.default", "bmm.default", "mm.default", "baddbmm.default", "addmm.default"], "mixing", "rows of a batch or of the left matrix")
+@rule(
+    ["matmul.default", "bmm.default", "mm.default", "baddbmm.default", "addmm.default"],
+    "mixing",
+    "rows of a batch or of the left matrix",
+)
 def bind_matmul(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     """A matrix product, batched or not."""
     if not any(n.spread for n in natives):
@@ -162,7 +186,11 @@ def expand_layer_norm(x: Expansion) -> Ref | None:
     return spread_norm(x, args["input"], args["normalized_shape"], args["weight"], args["bias"], args["eps"])
 
 
-@rule(["layer_norm.default", "rms_norm.default", "native_layer_norm.default", "_fused_rms_norm.default"], "norm", "over the last dimensions")
+@rule(
+    ["layer_norm.default", "rms_norm.default", "native_layer_norm.default", "_fused_rms_norm.default"],
+    "norm",
+    "over the last dimensions",
+)
 def bind_last(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     """A norm over the last dimensions, none of which is cut."""
     native, count = natives[0], len(arguments(value)["normalized_shape"])
@@ -178,7 +206,11 @@ class Sampler(Step):
     heavy = True
 
 
-@rule(["grid_sampler.default", "grid_sampler_3d.default", "grid_sampler_2d.default"], "resize", "rows of the grid; the image whole")
+@rule(
+    ["grid_sampler.default", "grid_sampler_3d.default", "grid_sampler_2d.default"],
+    "resize",
+    "rows of the grid; the image whole",
+)
 def bind_sampler(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     """Sampling at a grid."""
     image, grid = natives

@@ -13,7 +13,7 @@ from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, alig
 from monai_memeff.halo.planning.rules.table import Expansion, expander, rule
 
 UNTAGGED = [
-        "selu",
+    "selu",
     "celu",
     "relu6",
     "rrelu",

@@ -70,7 +70,18 @@ class View(Step):
         return (Read(0, rows),)
 
 
-_VIEWS = "view _unsafe_view reshape flatten unflatten squeeze unsqueeze _reshape_alias view_copy squeeze_copy".split()
+_VIEWS = [
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "_reshape_alias",
+    "view_copy",
+    "squeeze_copy",
+]
 
 
 @rule(_VIEWS, "reshape", "the split axis followed through the factors of both shapes")
@@ -154,7 +165,17 @@ def _order(value: Value, n: int) -> tuple[int, ...]:
 
 
 @rule(
-    "permute.default transpose.int t.default movedim.intlist movedim.int permute_copy transpose_copy swapaxes swapdims".split(),
+    [
+        "permute.default",
+        "transpose.int",
+        "t.default",
+        "movedim.intlist",
+        "movedim.int",
+        "permute_copy",
+        "transpose_copy",
+        "swapaxes",
+        "swapdims",
+    ],
     "reshape",
     "the split axis moves with its dimension",
 )
@@ -175,7 +196,9 @@ class Expand(Step):
         return tensors[0].expand(self.out.part_shape(box))
 
 
-@rule(["expand.default", "expand_copy.default", "broadcast_to.default", "expand_as.default"], "reshape", "one row for all")
+@rule(
+    ["expand.default", "expand_copy.default", "broadcast_to.default", "expand_as.default"], "reshape", "one row for all"
+)
 def bind_expand(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     """A broadcast; only its first tensor is read."""
     out = broadcast_layout(value.shape, natives[:1], ctx)

@@ -11,8 +11,8 @@ from monai_memeff.halo.planning.errors import NoTileError
 from monai_memeff.halo.planning.layout import Box, Dim, Layout, along
 from monai_memeff.halo.planning.program import Ref, Value
 from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, aligned, arguments, broadcast_layout
-from monai_memeff.halo.planning.rules.padding import refined
 from monai_memeff.halo.planning.rules.table import Expansion, expander, rule
+from monai_memeff.halo.planning.rules.windowed.padding import refined
 
 aten = torch.ops.aten
 
@@ -134,10 +134,7 @@ def bind_cat(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
         raise NoTileError("torch's legacy empty tensors")
     spread = [n for n in natives if n.spread]
     model = max(spread, key=lambda n: n.shape[dim]) if spread else None
-    if model is None:
-        base = ctx.default(value.shape) if ctx.volume(value.shape) else ctx.whole(value.shape)
-    else:
-        base = model
+    base = model or (ctx.default(value.shape) if ctx.volume(value.shape) else ctx.whole(value.shape))
     axis = _row_axis(base, dim)
     if axis is None:
         dims = list(base.dims)
@@ -166,7 +163,16 @@ def expand_stack(x: Expansion) -> Ref:
     return x.add("", aten.cat.default, x.value.shape, [parts, dim])
 
 
-@expander(["split.Tensor", "split_with_sizes.default", "chunk.default", "split.sizes", "tensor_split.sections", "tensor_split.indices"])
+@expander(
+    [
+        "split.Tensor",
+        "split_with_sizes.default",
+        "chunk.default",
+        "split.sizes",
+        "tensor_split.sections",
+        "tensor_split.indices",
+    ]
+)
 def expand_split(x: Expansion) -> Ref | None:
     """One part of a split is a slice."""
     args = arguments(x.value)

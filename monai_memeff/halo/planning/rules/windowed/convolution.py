@@ -10,9 +10,9 @@ import torch
 from monai_memeff.halo.planning.layout import Box, Layout
 from monai_memeff.halo.planning.program import Value
 from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, arguments
-from monai_memeff.halo.planning.rules.kernels import convolve
 from monai_memeff.halo.planning.rules.table import rule
-from monai_memeff.halo.planning.rules.windows import clipped, pad_rows, range_of, tuple_of, window_layouts
+from monai_memeff.halo.planning.rules.windowed.kernels import convolve
+from monai_memeff.halo.planning.rules.windowed.windows import clipped, pad_rows, range_of, tuple_of, window_layouts
 
 
 class Convolution(Step):

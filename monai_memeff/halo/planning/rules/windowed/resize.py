@@ -12,9 +12,10 @@ from monai_memeff.halo.planning.layout import Box, Layout, Range
 from monai_memeff.halo.planning.program import Value
 from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, arguments
 from monai_memeff.halo.planning.rules.table import rule
-from monai_memeff.halo.planning.rules.windows import range_of, window_layouts
+from monai_memeff.halo.planning.rules.windowed.windows import range_of, window_layouts
 
 aten = torch.ops.aten
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CUBIC = -0.75  # torch's coefficient
 
 
@@ -98,13 +99,14 @@ class Resize(Step):
         self.align = bool(args.get("align_corners"))
         factors = args.get("scale_factors")
         if factors is None:
-            factors = [args.get(k) for k in ("scales_d", "scales_h", "scales_w")][-n:] if n > 1 else [args.get("scales")]
+            factors = (
+                [args.get(k) for k in ("scales_d", "scales_h", "scales_w")][-n:] if n > 1 else [args.get("scales")]
+            )
         self.factors = list(factors) if factors else [None] * n
         source, out, self.sliding = window_layouts(natives[0], value.shape, ctx, 2, n)
         super().__init__(value, value.refs(), [source], out)
-        if not natives[0].shape or value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            if self.mode not in ("nearest", "nearest-exact"):
-                raise NoTileError("rounded numbers")
+        if value.dtype not in _FLOATS and not self.mode.startswith("nearest"):
+            raise NoTileError("rounded numbers")
         self.taps = {a: self._taps(d) for a, d in self.sliding.items()}
         self.times = {a: self._times(d) for a, d in self.sliding.items()}
 
@@ -113,7 +115,7 @@ class Resize(Step):
         return Taps(self.mode, self.reads[0].shape[d], self.value.shape[d], self.factors[d - 2], self.align, wide)
 
     def _times(self, d: int) -> int:
-        """The whole number of output rows of each input row, if torch's kernel may be used on some of the rows; or 0."""
+        """Output rows for each input row, if a whole number and torch's kernel may be used on some rows; or 0."""
         rows, size, factor = self.reads[0].shape[d], self.value.shape[d], self.factors[d - 2]
         times = size // rows
         exact = times * rows == size and (factor is None or factor == times)
@@ -171,5 +173,3 @@ class Resize(Step):
 def bind_resize(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     """A resize without antialiasing (with it, the operator runs whole)."""
     return Resize(value, natives, ctx)
-
-

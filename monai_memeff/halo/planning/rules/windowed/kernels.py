@@ -15,7 +15,12 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 def _direct(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether oneDNN is to be called directly: torch's own choice falls to a slow kernel for thin float32 tiles."""
-    if DRY.get(x.device.type, x.device.type) != "cpu" or x.device.type != weight.device.type or x.dtype != torch.float32 or weight.dtype != x.dtype:
+    if (
+        DRY.get(x.device.type, x.device.type) != "cpu"
+        or x.device.type != weight.device.type
+        or x.dtype != torch.float32
+        or weight.dtype != x.dtype
+    ):
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False

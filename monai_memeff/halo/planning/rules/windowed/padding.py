@@ -148,7 +148,9 @@ def bind_pad(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     n = len(native.shape)
     if not native.spread and ctx.volume(value.shape):
         native = ctx.default(native.shape)
-    source = refined(native) if any(not native.plain(d) and _pads_of(pads, d, n) != (0, 0) for d in range(n)) else native
+    source = (
+        refined(native) if any(not native.plain(d) and _pads_of(pads, d, n) != (0, 0) for d in range(n)) else native
+    )
     order: dict[int, Rows] = {}
     dims: list[Dim] = list(source.dims)
     for d in range(n):

@@ -13,7 +13,7 @@ from monai_memeff.halo.planning.layout import Box, Layout, Range
 from monai_memeff.halo.planning.program import Value
 from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, arguments
 from monai_memeff.halo.planning.rules.table import rule
-from monai_memeff.halo.planning.rules.windows import clipped, pad_rows, range_of, tuple_of, window_layouts
+from monai_memeff.halo.planning.rules.windowed.windows import clipped, pad_rows, range_of, tuple_of, window_layouts
 
 _MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG = {2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -68,7 +68,13 @@ class MaxPool(_Pool):
         lowest = float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
         x, padding = self.filled(x, reads, box, lowest)
         found = _MAX[self.n](
-            x, self.kernel, self.stride, padding, self.dilation, ceil_mode=self.ceil, return_indices=self.value.pick == 1
+            x,
+            self.kernel,
+            self.stride,
+            padding,
+            self.dilation,
+            ceil_mode=self.ceil,
+            return_indices=self.value.pick == 1,
         )
         if self.value.pick != 1:
             return found
@@ -124,7 +130,9 @@ class Adaptive(Step):
 
     heavy = True
 
-    def __init__(self, value: Value, natives: Sequence[Layout], ctx: Context, size: Sequence[int], largest: bool) -> None:
+    def __init__(
+        self, value: Value, natives: Sequence[Layout], ctx: Context, size: Sequence[int], largest: bool
+    ) -> None:
         n = len(size)
         self.largest, self.n, self.first = largest, n, len(value.shape) - n
         source, out, self.sliding = window_layouts(natives[0], value.shape, ctx, self.first, n)
