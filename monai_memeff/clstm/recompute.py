@@ -52,6 +52,8 @@ class _KeepConvolutions(TorchDispatchMode):
             output = func(*args, **(kwargs or {}))
             self.kept.append(self.store(output))
             return output
+        # The second pass runs the same convolutions in the same order, so the n-th call gets the n-th kept output;
+        # detached, as autograd, which works above this mode, records a node of its own for it.
         self.turn += 1
         return self.kept[self.turn - 1].to(args[0].device).detach()
 
@@ -71,6 +73,8 @@ def checkpoint_keeping(
         return checkpoint(function, *args)
     mode = _KeepConvolutions(kept_from, store)
 
+    # The mode is shared by both passes: torch calls `run` once forward and once in the backward pass, and `recomputing`
+    # tells them apart. `turn` begins anew, as a graph may be run backwards twice.
     def run(*inputs: Any) -> Any:
         mode.turn = 0
         with mode:

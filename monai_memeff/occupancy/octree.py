@@ -77,6 +77,8 @@ class NodeGrid:
 
     def boundary_cells(self, cells: Tensor) -> Tensor:
         """Those of the cells (M,) whose corners have more than one label."""
+        # A cell is named by its first corner; the other corners lie at fixed steps in the flat grid, so that comparing
+        # labels is an indexed read per corner, without coordinates.
         labels, found = self.labels.view(-1), []
         for part in cells.split(_CELLS_AT_ONCE):
             first = labels[part]
@@ -109,6 +111,8 @@ class NodeGrid:
 
     def boundary_cells_around(self, keys: Tensor) -> Tensor:
         """The boundary cells that have one of the nodes as a corner, each once."""
+        # A node is corner c of the cell that begins c before it. Cells beyond the last node of an axis do not exist,
+        # and a flat index would wrap into the next line: hence the check of places.
         places, found = self._places(keys), []
         for corner, offset in zip(self._corners, self._offsets, strict=True):
             inside = self._is_cell([place - c for place, c in zip(places, corner, strict=True)])
@@ -118,6 +122,8 @@ class NodeGrid:
     def refined(self) -> NodeGrid:
         """The grid of half the stride; a new node is assumed to have the label of its cell's first corner."""
         stride = tuple(max(s // 2, 1) for s in self.stride)
+        # Axis by axis, the last one first: the array is largest for the copies along axis 0, which move whole planes.
+        # Axes whose stride is 1 already stay as they are.
         labels, queried = self.labels, self.queried
         for axis, count in reversed(list(enumerate(node_counts(self.shape, stride)))):  # copies of long rows come last
             if stride[axis] < self.stride[axis]:
@@ -180,6 +186,8 @@ def propagate(grid: NodeGrid, cells: Tensor, evaluate: Evaluate, points_per_pass
     Returns:
         All boundary cells, each once, their corners now all queried; and the number of rounds with queries.
     """
+    # A wrongly assumed corner makes cells around it boundary cells. Only those are looked at in the next round, so the
+    # cost of a round is the front's, not the volume's; each point is queried once, which bounds the rounds.
     met, rounds = [cells], 0
     while cells.numel():
         keys = grid.unqueried(cells)

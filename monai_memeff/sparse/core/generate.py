@@ -31,6 +31,8 @@ def _generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
     grid = _finer_grid(coarse, shape.stride)
     batch, *axes = coarse.coordinates.unbind(1)
     (i, in_i), (j, in_j), (k, in_k) = (_reached_along(c, axis, shape, grid) for axis, c in enumerate(axes))
+    # A key is ((batch * H + i) * W + j) * D + k, built by broadcasting over the kernel's three axes. What falls outside
+    # is masked afterwards: its key would be that of another voxel.
     height, width, depth = grid.spatial_shape
     planes = (batch * height)[:, None] + i
     lines = planes[:, :, None] * width + j[:, None]

@@ -149,6 +149,8 @@ def _choose_layout(pairs: list[tuple[Tensor, Tensor]], num_in: int, num_out: int
     device = pairs[0][0].device
     entries = torch.full((num_out, len(pairs)), num_in, dtype=torch.int32, device=device)
     in_rows, out_rows = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+    # Dense table of the few rows: entry (output row, offset) is the input row, num_in where the pair does not exist;
+    # the pairs come offset by offset, so their offsets are runs of one value.
     counts = torch.tensor([rows.numel() for rows, _ in pairs], device=device)
     offsets = torch.arange(len(pairs), device=device).repeat_interleave(counts)
     entries[out_rows.long(), offsets] = in_rows
@@ -163,6 +165,8 @@ def kernel_map_between(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) 
     """
     if inputs is outputs:
         return inputs.planned(("within", shape), lambda: plan_kernel_map(inputs, inputs, shape))
+    # The coarse set keeps the map in both cases, under the finer set's part in its making: one plan serves the
+    # convolution down to it and, transposed, the one up again.
     origin = outputs.finer is inputs
     if origin or outputs.has_generated(inputs):
         return outputs.planned(("finer", shape, origin), lambda: plan_kernel_map(inputs, outputs, shape))

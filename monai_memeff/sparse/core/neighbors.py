@@ -81,12 +81,16 @@ class NeighborTable:
             buffer[self.absent :] = 0
         else:
             buffer.zero_().index_copy_(0, self.slots.long(), features)
+        # Window n is the rows n ... n + window - 1 of the buffer, which are one piece of memory: a view whose step is
+        # one row overlaps its neighbors and copies nothing.
         return buffer.as_strided((self.absent + 1, self.window * features.shape[1]), (features.shape[1], 1))
 
     def rows(self, num_in: int) -> Tensor:
         """(num_offsets, num_out) int32 input rows, ``num_in`` where there is none."""
         if self.slots is None:
             return self.entries.t().contiguous()
+        # The inverse of `slots`: which input row stands in a slot. Slots of zeros hold num_in, "no row", so a window
+        # read from here names its rows, absent ones included.
         row_at = self.entries.new_full((self.absent + self.window,), num_in)
         row_at[self.slots.long()] = torch.arange(num_in, dtype=torch.int32, device=row_at.device)
         steps = torch.arange(self.window, dtype=torch.int32, device=row_at.device)
@@ -119,6 +123,8 @@ def plan_neighbors(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> N
             f"{len(inputs)}; use a smaller batch, or crop the volume."
         )
     grown = voxels.regrid(inputs.keys, inputs.spatial_shape, extents, shift=margins)
+    # On the grown grid a key plus a fixed step is the key of the neighbor, even across a border: the margin holds no
+    # voxels. So one search per line of the kernel and output is enough.
     slots, absent = _slots(grown, window)
     if inputs is outputs:  # the kernel begins a fixed step before the voxel itself
         first = grown - ((margins[0] * extents[1] + margins[1]) * extents[2] + margins[2])
@@ -143,6 +149,8 @@ def _slots(keys: Tensor, window: int) -> tuple[Tensor | None, int]:
     """Where rows stand with zeros in the gaps along k, int32, and the first slot after them: see NeighborTable."""
     if window == 1 or len(keys) == 0:
         return None, len(keys)
+    # Rows whose keys differ by d stand min(d, window) slots apart: a window never reaches over more, and so the slots
+    # are at most `window` times as many as the rows, however sparse the volume is.
     steps = keys.diff(prepend=keys[:1] - window).clamp_(max=window)
     slots = steps.cumsum_(0).sub_(1).to(torch.int32)
     return slots, int(slots[-1]) + 1
