@@ -32,16 +32,6 @@ from monai_memeff.sparse.nn.blocks import (
 )
 from monai_memeff.sparse.nn.conv import SparseConv3d, SparseConvTranspose3d
 from monai_memeff.sparse.nn.convert import to_sparse
-from monai_memeff.sparse.transforms.coarse_masks import (
-    DownsampleMask,
-    DownsampleMaskD,
-    DownsampleMaskd,
-    DownsampleMaskDict,
-    ResampleToGrid,
-    ResampleToGridD,
-    ResampleToGridd,
-    ResampleToGridDict,
-)
 from monai_memeff.sparse.transforms.coordinates import (
     SparseCollate,
     SparseCoordinates,
@@ -49,6 +39,18 @@ from monai_memeff.sparse.transforms.coordinates import (
     SparseCoordinatesd,
     SparseCoordinatesDict,
     sparse_collate,
+)
+from monai_memeff.sparse.transforms.downsample_mask import (
+    DownsampleMask,
+    DownsampleMaskD,
+    DownsampleMaskd,
+    DownsampleMaskDict,
+)
+from monai_memeff.sparse.transforms.resample_to_grid import (
+    ResampleToGrid,
+    ResampleToGridD,
+    ResampleToGridd,
+    ResampleToGridDict,
 )
 from monai_memeff.sparse.transforms.segmentation_errors import (
     RandSegmentationErrors,

@@ -40,7 +40,8 @@ from torch import Tensor
 
 from monai_memeff.memory import measure_peak
 from monai_memeff.sparse import SparseCompletionLoss, SparseCompletionNet
-from monai_memeff.sparse.transforms.coarse_masks import DownsampleMask, ResampleToGrid
+from monai_memeff.sparse.transforms.downsample_mask import DownsampleMask
+from monai_memeff.sparse.transforms.resample_to_grid import ResampleToGrid
 from monai_memeff.sparse.transforms.segmentation_errors import RandSegmentationErrors
 
 RATE, BATCH = 1e-2, 2

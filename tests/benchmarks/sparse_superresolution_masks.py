@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from monai_memeff.sparse.transforms.coarse_masks import DownsampleMask
+from monai_memeff.sparse.transforms.downsample_mask import DownsampleMask
 
 TRAINED = {1: "spleen", 2: "right kidney", 3: "left kidney", 5: "liver", 6: "stomach", 20: "colon", 25: "sacrum"} | {
     27: "L5",

@@ -13,12 +13,12 @@ from monai.utils import SpaceKeys
 
 from monai_memeff.apps.skull.defects import vault_mask
 from monai_memeff.apps.skull.demo.volume import prepare_head
-from monai_memeff.apps.skull.preparation import UpperSkullCrop
+from monai_memeff.apps.skull.upper_skull import UpperSkullCrop
 from monai_memeff.clstm.slabs import check_that_slabs_continue
 from monai_memeff.geometry import ras_affine, space_of, to_ras
 from monai_memeff.occupancy.mesh import labels_to_mesh, logits_to_mesh, write_mesh
 from monai_memeff.sparse.points import mask_from_points, points_from_mask
-from monai_memeff.sparse.transforms.coarse_masks import ResampleToGrid
+from monai_memeff.sparse.transforms.resample_to_grid import ResampleToGrid
 
 RAS = torch.tensor(
     [[-0.9, 0.1, 0.0, 60.0], [0.1, 1.1, 0.0, 185.0], [0.0, 0.0, 2.0, -30.0], [0, 0, 0, 1]], dtype=torch.float64

@@ -8,16 +8,8 @@ from monai_memeff.apps.skull.implant import (
     ImplantFromCompletionDict,
 )
 from monai_memeff.apps.skull.metrics import ImplantMetric
-from monai_memeff.apps.skull.preparation import (
-    SkullShell,
-    SkullShellD,
-    SkullShelld,
-    SkullShellDict,
-    UpperSkullCrop,
-    UpperSkullCropD,
-    UpperSkullCropd,
-    UpperSkullCropDict,
-)
+from monai_memeff.apps.skull.shell import SkullShell, SkullShellD, SkullShelld, SkullShellDict
+from monai_memeff.apps.skull.upper_skull import UpperSkullCrop, UpperSkullCropD, UpperSkullCropd, UpperSkullCropDict
 
 __all__ = [
     "ImplantFromCompletion",

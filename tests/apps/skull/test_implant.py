@@ -18,7 +18,7 @@ from monai_memeff.apps.skull.implant import (
     ImplantFromCompletiond,
     ImplantFromCompletionDict,
 )
-from monai_memeff.apps.skull.preparation import SkullShelld
+from monai_memeff.apps.skull.shell import SkullShelld
 
 SHAPE = (1, 18, 15, 17)
 

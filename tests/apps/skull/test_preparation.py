@@ -14,16 +14,8 @@ from monai.transforms import Compose, LoadImage, Orientation
 from scipy import ndimage
 
 from monai_memeff.apps.skull.phantom import head_phantom
-from monai_memeff.apps.skull.preparation import (
-    SkullShell,
-    SkullShellD,
-    SkullShelld,
-    SkullShellDict,
-    UpperSkullCrop,
-    UpperSkullCropD,
-    UpperSkullCropd,
-    UpperSkullCropDict,
-)
+from monai_memeff.apps.skull.shell import SkullShell, SkullShellD, SkullShelld, SkullShellDict
+from monai_memeff.apps.skull.upper_skull import UpperSkullCrop, UpperSkullCropD, UpperSkullCropd, UpperSkullCropDict
 
 SHAPE = (7, 9, 8)
 

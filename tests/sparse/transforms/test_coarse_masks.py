@@ -13,14 +13,13 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Flipd, Orientation, Resize
 
 from monai_memeff.geometry.grid import resize_affine
-from monai_memeff.sparse.transforms.coarse_masks import (
+from monai_memeff.sparse.transforms.downsample_mask import (
     DownsampleMask,
     DownsampleMaskD,
     DownsampleMaskd,
     DownsampleMaskDict,
-    ResampleToGrid,
-    ResampleToGridd,
 )
+from monai_memeff.sparse.transforms.resample_to_grid import ResampleToGrid, ResampleToGridd
 
 FINE = (9, 14, 5)
 TILTED = torch.tensor(
