@@ -45,7 +45,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "OccupancyNet": lambda: OccupancyNet(1, 2, channels=(2, 4), variant="interpolated", width=8),
     "OccupancyNet as published": lambda: OccupancyNet(1, 1, SHAPE[2:], channels=(2, 4), variant="d", width=8),
     "CLSTMUNet": clstm,
-    "CLSTMUNet waiting on the host": lambda: clstm(host=True, recompute=0.5),
+    "CLSTMUNet waiting on the host": lambda: clstm(offload_to_cpu=True, recompute=0.5),
 }
 
 

@@ -17,7 +17,7 @@ def require_in_use(overlay: str, found: Mapping[str, Any], wanted: Mapping[str, 
         overlay: its name, for the message.
         found: argument of the engine -> what the bundle gives there, which a configuration reads as
             ``%evaluator#inferer`` without making the engine.
-        wanted: the same argument -> name of the class it must have, after DistributedDataParallel is taken off.
+        wanted: Argument -> name of the class it must have, after DistributedDataParallel is taken off.
 
     Raises:
         InputError: another class is in use; the message names it.
