@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("env", help="print the line that tells nnU-Net where the trainers are, for a shell to eval")
     doctor = commands.add_parser("doctor", help="say what nnU-Net finds, from which file, and what is missing")
-    doctor.add_argument("name", nargs="?", help="a trainer name to explain, as given to -tr")
+    doctor.add_argument("name", nargs="?", help="a trainer name to explain, as given to -tr; or: lean")
     commands.add_parser("predict", help="nnUNetv2_predict with its arguments, in less memory", add_help=False)
     choice, rest = parser.parse_known_args(arguments)
     if choice.command == "predict":

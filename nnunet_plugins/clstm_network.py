@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from monai_memeff.clstm import CLSTMUNet
+from nnunet_plugins.class_layers import mark_class_layers
 
 NORM = ("instance", {"affine": True, "eps": 1e-5})  # nnU-Net's; the same in training and prediction
 
@@ -41,24 +43,65 @@ class CLSTMPlansUNet(CLSTMUNet):
         norm: str | tuple | list | None = NORM,
         deep_supervision: bool = False,
     ) -> None:
-        super().__init__(
-            3,
-            input_channels,
-            num_classes,
+        options = (
             channels,
             hidden_channels,
             bidirectional,
             checkpoint,
-            axis=0,
-            norm=tuple(norm) if isinstance(norm, list) else norm,
-            recompute=recompute,
-            offload_to_cpu=offload_to_cpu,
+            True,
+            0,
+            tuple(norm) if isinstance(norm, list) else norm,
+            "relu",
+            False,
+            3,
+            recompute,
+            offload_to_cpu,
         )
+        super().__init__(3, input_channels, num_classes, *options)
+        mark_class_layers(self, lambda: CLSTMUNet(3, input_channels, num_classes + 1, *options))
+        self.sink: LogitsSink | None = None
 
     def predict_volume(self, image: Tensor) -> Tensor:
-        """Logits (1, K, X, Y, Z) of a whole image on the host; a slice at a time is on the network's device."""
-        chosen, self.offload_to_cpu = self.offload_to_cpu, True
+        """Logits (1, K, X, Y, Z) of a whole image in half precision on the host; a slice at a time is on the device.
+
+        Raises:
+            RuntimeError: logits beyond half precision, as in nnU-Net.
+        """
+        offload, self.offload_to_cpu = self.offload_to_cpu, True
+        self.sink = LogitsSink((image.shape[0], self.out_channels, *image.shape[2:]), self.bidirectional)
         try:
-            return self(image.float().cpu()).float()
+            self(image.float().cpu())
+            return self.sink.logits
         finally:
-            self.offload_to_cpu = chosen
+            self.offload_to_cpu, self.sink = offload, None
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, slices, K, rows, columns) of some slices; in prediction they go to the sink and are not kept."""
+        logits = super()._logits(hidden)
+        if self.sink is None:
+            return logits
+        self.sink.put(logits)
+        return logits.new_empty((*logits.shape[:2], 0, 1, 1))
+
+
+class LogitsSink:
+    """One half-precision array (B, K, X, Y, Z) on the host that is filled slice by slice, from either end.
+
+    Args:
+        shape: (B, K, X, Y, Z).
+        from_the_end: The last slices come first.
+    """
+
+    def __init__(self, shape: tuple[int, ...], from_the_end: bool) -> None:
+        self.logits = torch.empty(shape, dtype=torch.half)
+        self.from_the_end, self.filled = from_the_end, 0
+
+    def put(self, logits: Tensor) -> None:
+        """Take logits (B, slices, K, Y, Z) of the next slices."""
+        count, depth = logits.shape[1], self.logits.shape[2]
+        first = depth - self.filled - count if self.from_the_end else self.filled
+        part = logits.movedim(1, 2).to(device="cpu", dtype=torch.half)
+        if torch.isinf(part).any():
+            raise RuntimeError("Encountered inf in predicted array: the logits are too large for half precision.")
+        self.logits[:, :, first : first + count] = part
+        self.filled += count

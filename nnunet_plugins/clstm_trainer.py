@@ -17,7 +17,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_plugins import whole_volume
-from nnunet_plugins.split import SplitErrorMixin
+from nnunet_plugins.trainer_mixin import TrainerMixin
 
 KEY = "clstm_trainer"
 """Key of a configuration in the plans: settings to change beforehand, and afterwards what was used."""
@@ -29,7 +29,7 @@ SETTINGS = ("channels", "hidden_channels", "bidirectional", "checkpoint", "recom
 whole_volume.install()
 
 
-class CLSTMTrainer(SplitErrorMixin, nnUNetTrainer):
+class CLSTMTrainer(TrainerMixin, nnUNetTrainer):
     """``nnUNetv2_train DATASET 3d_fullres 0 -tr CLSTMTrainer``: one whole image per iteration, any dataset.
 
     No patches and no stitching: every training and validation iteration sees one preprocessed image as a whole,
@@ -58,6 +58,7 @@ class CLSTMTrainer(SplitErrorMixin, nnUNetTrainer):
         norm: Norm of the U-Net; None or a list as in MONAI, such as ["instance", {"affine": true}] or "batch".
     """
 
+    settings_key = KEY
     channels = (64, 128, 256, 512, 1024)
     hidden_channels = 8
     bidirectional = False

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nnunet_plugins import TRAINERS
+from nnunet_plugins.doctor_lean import LEAN, lean_report
 from nnunet_plugins.environment import VARIABLE, ext_folder, is_listed, listed_folders, why_not_listed
 
 MINIMUM = (2, 8)  # the first nnU-Net release that reads the variable
@@ -25,7 +26,7 @@ def diagnose(name: str | None = None) -> int:
     """Print the report, on one trainer name or on all of ours.
 
     Args:
-        name: the trainer name given to nnU-Net's `-tr`; None reports on the whole installation.
+        name: the trainer name given to nnU-Net's `-tr`, or `lean`; None reports on the whole installation.
 
     Returns:
         0 when nnU-Net finds every trainer in question, else 1.
@@ -33,19 +34,37 @@ def diagnose(name: str | None = None) -> int:
     print(f"nnU-Net: {host_line()}")
     print(f"{VARIABLE}: {', '.join(listed_folders()) or 'not set'}")
     problems = host_problems()
-    for trainer in [name] if name else list(TRAINERS):
-        if not problems or (trainer not in TRAINERS and can_look_up()):
-            problems = problems + report(trainer)
-        else:
-            print(f"  {trainer}: not found")
+    if name != LEAN:
+        problems += trainers([name] if name else list(TRAINERS))
     if name is None:
         for other, file in others():
             print(f"  {other}: {file} (not ours)")
+    if name in (None, LEAN) and host_folder() is not None:
+        line, wrong = lean_report(always=name == LEAN)
+        print(f"lean prediction: {line}")
+        problems += wrong
     for problem in problems:
         print(f"problem: {problem}")
     if not problems:
         print("nothing is missing")
     return 1 if problems else 0
+
+
+def trainers(names: list[str]) -> list[str]:
+    """Print where nnU-Net finds each trainer; returns what is wrong with those it does not find."""
+    problems: list[str] = []
+    unlisted = False
+    for name in names:
+        found = report(name) if can_look_up() else ["not looked up"]
+        if found and name in TRAINERS and not is_listed():
+            unlisted = True
+        elif can_look_up():
+            problems += found
+        if found:
+            print(f"  {name}: not found")
+    if unlisted and can_look_up():
+        problems.insert(0, f"{VARIABLE} does not name {ext_folder()}: {why_not_listed()}; or run {ENV_LINE}")
+    return problems
 
 
 def host_line() -> str:
@@ -76,15 +95,16 @@ def can_look_up() -> bool:
 
 
 def host_problems() -> list[str]:
-    """List what keeps every one of our trainers from being found, each with the way out."""
+    """List what is wrong with the host and the variable, each with the way out."""
     if host_folder() is None:
         return [f"nnunetv2 is not installed: {INSTALL}"]
     problems = []
     if not can_look_up():
         needed = ".".join(map(str, MINIMUM))
         problems.append(f"nnunetv2 {host_version()} does not read {VARIABLE}, {needed} does: {INSTALL}")
-    if not is_listed():
-        problems.append(f"{VARIABLE} does not name {ext_folder()}: {why_not_listed()}; or run {ENV_LINE}")
+    for folder in listed_folders():
+        if not Path(folder).is_dir():
+            problems.append(f"{VARIABLE} names {folder}, which is no folder: nnU-Net skips it without a word")
     return problems
 
 

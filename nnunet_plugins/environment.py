@@ -11,6 +11,7 @@ from pathlib import Path
 # the start-up file must stand alone, so it says these names for itself; a test holds both to the same behavior
 VARIABLE = "nnUNet_extTrainer"
 OPT_OUT = "MEMEFF_NO_NNUNET"
+SWITCH = "MEMEFF_NNUNET"
 STARTUP = "_monai_memeff_nnunet"
 
 
@@ -36,7 +37,19 @@ def export_line(windows: bool = os.name == "nt") -> str:
 
 
 def why_not_listed() -> str:
-    """Say in one sentence why the start-up file did not name our folder in this process."""
+    """Say in one sentence why the start-up file did not name our folder in this process, or who took it out."""
+    if startup_ran() and os.environ.get(OPT_OUT, "0") in ("", "0"):
+        return "the start-up file added it, but this process, or who started it, set the variable anew afterwards"
+    return why_not_run()
+
+
+def startup_ran() -> bool:
+    """Whether Python ran the start-up file when this process started."""
+    return STARTUP in sys.modules
+
+
+def why_not_run() -> str:
+    """Say in one sentence why the start-up file did nothing in this process."""
     if os.environ.get(OPT_OUT, "0") not in ("", "0"):
         return f"{OPT_OUT} is set, which switches the start-up file off: unset it"
     if sys.flags.no_site:
@@ -46,4 +59,6 @@ def why_not_listed() -> str:
         return "the start-up file is not installed (this is a source tree on the path, not a pip install)"
     if not Path(module.origin).with_name("monai_memeff_nnunet.pth").is_file():
         return f"monai_memeff_nnunet.pth is missing beside {module.origin}: reinstall monai-memeff"
+    if startup_ran():
+        return "the variable was set after Python had started"
     return f"{Path(module.origin).parent} is no site-packages folder of this Python, so its start-up files are not run"

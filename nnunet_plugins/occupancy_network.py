@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from monai_memeff.occupancy import OccupancyNet
 from monai_memeff.occupancy.inferer import OctreeInferer
+from nnunet_plugins.class_layers import mark_class_layers
 
 
 class OccupancyPlansNet(OccupancyNet):
@@ -45,16 +47,15 @@ class OccupancyPlansNet(OccupancyNet):
     ) -> None:
         if inference not in ("octree", "dense"):
             raise ValueError(f"inference must be 'octree' or 'dense', got {inference!r}.")
-        super().__init__(
-            input_channels,
-            num_classes,
-            None,
-            tuple(channels),
-            "interpolated",
-            width=width,
-            blocks=blocks,
-            points_per_pass=points_per_pass,
-        )
+        options: dict[str, Any] = {
+            "channels": tuple(channels),
+            "variant": "interpolated",
+            "width": width,
+            "blocks": blocks,
+            "points_per_pass": points_per_pass,
+        }
+        super().__init__(input_channels, num_classes, **options)
+        mark_class_layers(self, lambda: OccupancyNet(input_channels, num_classes + 1, **options))
         self.octree = OctreeInferer(points_per_pass, initial) if inference == "octree" else None
 
     @torch.compiler.disable

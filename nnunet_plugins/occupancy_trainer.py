@@ -15,7 +15,7 @@ from torch import nn
 
 from monai_memeff.occupancy import Lookahead, OccupancyLoss, occupancy_optimizer
 from monai_memeff.occupancy.engine import draw_batch
-from nnunet_plugins.split import SplitErrorMixin
+from nnunet_plugins.trainer_mixin import TrainerMixin
 
 KEY = "occupancy_trainer"
 """Key of a configuration in the plans: settings to change beforehand, and afterwards what was used."""
@@ -25,7 +25,7 @@ NETWORK_SETTINGS = ("channels", "width", "blocks", "points_per_pass", "inference
 SETTINGS = (*NETWORK_SETTINGS, "patch_size", "points", "sampling", "coarse_weight", "learning_rate")
 
 
-class OccupancyTrainer(SplitErrorMixin, nnUNetTrainer):
+class OccupancyTrainer(TrainerMixin, nnUNetTrainer):
     """``nnUNetv2_train DATASET 3d_fullres 0 -tr OccupancyTrainer``: any dataset with exclusive labels, 3D.
 
     The network is the default :class:`~monai_memeff.occupancy.OccupancyNet`. A training step answers random points of
@@ -58,6 +58,7 @@ class OccupancyTrainer(SplitErrorMixin, nnUNetTrainer):
         learning_rate: at the start.
     """
 
+    settings_key = KEY
     channels: Sequence[int] = (32, 64, 128, 128)
     width: int = 128
     blocks: int = 3

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from monai_memeff.sparse.networks.coarse_to_sparse import CoarseToSparseUNet
+from nnunet_plugins.class_layers import mark_class_layers
 
 ACTIVATION = ("leakyrelu", {"negative_slope": 0.01, "inplace": True})  # nnU-Net's
 NORM = ("instance", {"affine": True, "eps": 1e-5})
@@ -64,26 +66,25 @@ class CoarseToSparsePlansUNet(CoarseToSparseUNet):
                 "strides must name two or more 3D stages, the first one [1, 1, 1], and features_per_stage one number "
                 f"for each; got {[list(stage) for stage in stages]} and {list(features_per_stage)}."
             )
-        super().__init__(
-            3,
-            input_channels,
-            num_classes,
-            tuple(features_per_stage),
-            ((1, 1, 1), *stages[2:]),
-            num_res_units=num_res_units,
-            act=ACTIVATION,
-            norm=NORM,
-            coarse_factor=stages[1],
-            refine_channels=tuple(refine_channels),
-            refine_strides=((1, 1, 1), stages[1]),
-            context_channels=context_channels,
-            max_active=max_active,
-            certainty=certainty,
-            dilation=dilation,
-            sigmoid=sigmoid,
-            deep_supervision=deep_supervision,
-            use_checkpoint=use_checkpoint,
-        )
+        options: dict[str, Any] = {
+            "channels": tuple(features_per_stage),
+            "strides": ((1, 1, 1), *stages[2:]),
+            "num_res_units": num_res_units,
+            "act": ACTIVATION,
+            "norm": NORM,
+            "coarse_factor": stages[1],
+            "refine_channels": tuple(refine_channels),
+            "refine_strides": ((1, 1, 1), stages[1]),
+            "context_channels": context_channels,
+            "max_active": max_active,
+            "certainty": certainty,
+            "dilation": dilation,
+            "sigmoid": sigmoid,
+            "deep_supervision": deep_supervision,
+            "use_checkpoint": use_checkpoint,
+        }
+        super().__init__(3, input_channels, num_classes, **options)
+        mark_class_layers(self, lambda: CoarseToSparseUNet(3, input_channels, num_classes + 1, **options))
 
     @property
     def decoder(self) -> CoarseToSparsePlansUNet:

@@ -113,6 +113,23 @@ def largest_patch(
     return grown(patch, image, steps, limit)
 
 
+def why_not_larger(edited: dict) -> str:
+    """Say why the patch of an edited configuration is the stock plan's."""
+    settings, patch, image = edited[KEY], edited["patch_size"], edited["median_image_size_in_voxels"]
+    if settings["patch_size"]:
+        return f'"patch_size" under "{KEY}" says so'
+    strides = edited["architecture"]["arch_kwargs"]["strides"]
+    steps = [math.prod(stride[axis] for stride in strides) for axis in range(3)]
+    if all(
+        extent + step > math.ceil(size / step) * step for extent, step, size in zip(patch, steps, image, strict=True)
+    ):
+        return f"it covers the median image, {[round(size) for size in image]} voxels, already"
+    return (
+        f"one step larger would need more memory than memory_share = {settings['memory_share']} of the stock step's; "
+        "raise memory_share, or lower max_active"
+    )
+
+
 def grown(patch: Sequence[int], image: Sequence[float], steps: Sequence[int], limit: int) -> list[int]:
     """Grow a patch step by step within the image and within ``limit`` voxels (see :func:`largest_patch`)."""
     patch = list(patch)

@@ -9,13 +9,13 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from nnunet_plugins.sparse_plans import KEY, NETWORK_SETTINGS, edit_plans
-from nnunet_plugins.split import SplitErrorMixin
+from nnunet_plugins.sparse_plans import KEY, NETWORK_SETTINGS, edit_plans, why_not_larger
+from nnunet_plugins.trainer_mixin import TrainerMixin
 
 SETTINGS = ("memory_share", "patch_size", *NETWORK_SETTINGS)
 
 
-class SparseTrainer(SplitErrorMixin, nnUNetTrainer):
+class SparseTrainer(TrainerMixin, nnUNetTrainer):
     """``nnUNetv2_train DATASET 3d_fullres 0 -tr SparseTrainer``: any dataset, 3d_fullres and 3d_lowres.
 
     The plan's U-Net is replaced by :class:`nnunet_plugins.plans_network.CoarseToSparsePlansUNet`: its first stage, at
@@ -49,6 +49,7 @@ class SparseTrainer(SplitErrorMixin, nnUNetTrainer):
         use_checkpoint: recompute activations in the backward pass instead of keeping them.
     """
 
+    settings_key = KEY
     memory_share: float = 1.0
     patch_size: Sequence[int] | None = None
     max_active: float = 0.06
@@ -71,7 +72,12 @@ class SparseTrainer(SplitErrorMixin, nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         stock = self.configuration_manager.configuration[KEY]["stock"]["patch_size"]
         patch = self.configuration_manager.patch_size
-        self.print_to_log_file(f"SparseTrainer: patch size {list(patch)} instead of {list(stock)}")
+        name = type(self).__name__
+        if list(patch) == list(stock):
+            reason = why_not_larger(self.configuration_manager.configuration)
+            self.print_to_log_file(f"{name}: patch size {list(patch)}, as in the stock plan: {reason}")
+        else:
+            self.print_to_log_file(f"{name}: patch size {list(patch)} instead of {list(stock)}")
 
     def _do_i_compile(self) -> bool:
         return False

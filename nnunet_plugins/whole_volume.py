@@ -12,12 +12,16 @@ from torch import Tensor
 
 from nnunet_plugins.networks import unwrapped
 
+STOCK_STEP = 0.5
+"""nnU-Net's own step between tiles."""
+
 
 def install() -> None:
     """Let nnUNetPredictor hand whole images to networks that have ``predict_volume``; others run as ever.
 
-    Such a network gets the preprocessed image (1, C, X, Y, Z) on the host and gives logits (1, K, X, Y, Z), on the
-    host, too. It wraps one public method, once; called by the modules of trainers whose networks need it.
+    Such a network gets the preprocessed image (1, C, X, Y, Z) on the host and gives logits (1, K, X, Y, Z), on the host
+    too and in half precision as nnU-Net's. It wraps one public method, once; called by the modules of trainers whose
+    networks need it.
     """
     stock = nnUNetPredictor.predict_sliding_window_return_logits
     if hasattr(stock, "whole_volume"):
@@ -28,6 +32,8 @@ def install() -> None:
         network = unwrapped(self.network)
         if not hasattr(network, "predict_volume"):
             return predict.__wrapped__(self, input_image)  # stock, or lean prediction
+        if self.tile_step_size != STOCK_STEP:
+            print(f"-step_size {self.tile_step_size} has no effect: {type(network).__name__} predicts whole images.")
         network.to(self.device).eval()
         axes = self.allowed_mirroring_axes if self.use_mirroring else None
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=self.device.type == "cuda"):

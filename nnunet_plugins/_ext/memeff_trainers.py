@@ -16,6 +16,7 @@ def __getattr__(name: str) -> Any:
         import nnunet_plugins
     except ImportError:  # the variable came from another environment: this one does not have the package
         raise AttributeError(name) from None
-    if name not in nnunet_plugins.TRAINERS:
+    trainer = name.partition(" (of monai-memeff")[0]  # checkpoints say where a trainer comes from, for who has it not
+    if trainer not in nnunet_plugins.TRAINERS:
         raise AttributeError(name)
-    return getattr(nnunet_plugins, name)
+    return getattr(nnunet_plugins, trainer)

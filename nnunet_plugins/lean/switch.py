@@ -114,6 +114,19 @@ class _Blocks:
     switched = False
 
 
+@contextmanager
+def stock_prediction() -> Iterator[None]:
+    """Predict as nnU-Net does inside the block, also while lean prediction is on."""
+    with _lock:
+        names = [name for name in TABLE if any(key[0].startswith(name) for key in REPLACED)]
+        _restore()
+        try:
+            yield
+        finally:
+            for name in names:
+                _replace(name)
+
+
 def is_on() -> bool:
     """Whether lean functions stand in nnU-Net's modules now."""
     return bool(REPLACED)
@@ -121,7 +134,7 @@ def is_on() -> bool:
 
 def _replace(name: str) -> None:
     """Put our functions into a module of nnU-Net and wherever else its own were imported to."""
-    module = sys.modules[name]
+    module, moved = sys.modules[name], []
     for owner_name, attribute, ours in TABLE[name]:
         owner = getattr(module, owner_name) if owner_name else module
         key = (f"{name}.{owner_name}" if owner_name else name, attribute)
@@ -130,7 +143,8 @@ def _replace(name: str) -> None:
         new = getattr(import_module(_OURS + ours), attribute)
         REPLACED[key] = _put(owner, attribute, new)
         if not owner_name:
-            _everywhere(REPLACED[key], new)
+            moved.append((REPLACED[key], new))
+    _everywhere(moved)
 
 
 def _put(owner: Any, attribute: str, new: Any) -> Any:
@@ -145,20 +159,24 @@ def _put(owner: Any, attribute: str, new: Any) -> Any:
 
 def _restore() -> None:
     """Give nnU-Net its own functions back."""
+    moved = []
     for name, rows in TABLE.items():
         for owner_name, attribute, _ in rows:
-            module = sys.modules[name]
-            owner = getattr(module, owner_name) if owner_name else module
-            old = REPLACED.pop((f"{name}.{owner_name}" if owner_name else name, attribute))
-            new = _put(owner, attribute, old)
+            key = (f"{name}.{owner_name}" if owner_name else name, attribute)
+            if key not in REPLACED:
+                continue
+            old, module = REPLACED.pop(key), sys.modules[name]
+            new = _put(getattr(module, owner_name) if owner_name else module, attribute, old)
             if not owner_name:
-                _everywhere(new, old)
+                moved.append((new, old))
+    _everywhere(moved)
 
 
-def _everywhere(old: Any, new: Any) -> None:
-    """Replace a function in all modules that imported it by name."""
-    for module in list(sys.modules.values()):
+def _everywhere(moved: list[tuple[Any, Any]]) -> None:
+    """Replace functions, given as (old, new), in all modules that imported them by name."""
+    others = {id(old): new for old, new in moved}
+    for module in list(sys.modules.values()) if moved else []:
         if isinstance(module, ModuleType) and not module.__name__.startswith(_OURS):
             for attribute, value in list(vars(module).items()):
-                if value is old:
-                    setattr(module, attribute, new)
+                if id(value) in others:
+                    setattr(module, attribute, others[id(value)])

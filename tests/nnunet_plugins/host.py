@@ -121,19 +121,29 @@ class Host:
     def run_in_one_process(self, *commands: list[object], **extra: str) -> str:
         """Run several commands' entry points one after the other in one new process (the imports are paid once).
 
-        Those with ``-device cuda`` get a fake CUDA device.
+        Those with ``-device cuda`` get a fake CUDA device. A word ``env:NAME=VALUE`` sets a variable from then on; the word
+        ``fails`` says that the command must raise an error, which is printed.
         """
         script = self.folder / "run_commands.py"
         script.write_text(
-            "import contextlib, json, sys\nfrom importlib.metadata import entry_points\nimport torch\n"
+            "import contextlib, json, os, sys\nfrom importlib.metadata import entry_points\nimport torch\n"
             "from tests.fake_cuda import fake_cuda_device\n"
             'if __name__ == "__main__":\n'
             "    scripts = {script.name: script for script in entry_points(group='console_scripts')}\n"
             "    torch.set_num_interop_threads = lambda _: None  # can be set once in a process\n"
             "    for command in json.loads(sys.argv[1]):\n"
-            "        sys.argv = command\n"
-            "        with fake_cuda_device() if 'cuda' in command else contextlib.nullcontext():\n"
-            "            scripts[command[0]].load()()\n"
+            "        os.environ.update(word[4:].split('=', 1) for word in command if word.startswith('env:'))\n"
+            "        fails = 'fails' in command\n"
+            "        sys.argv = [word for word in command if word != 'fails' and not word.startswith('env:')]\n"
+            "        try:\n"
+            "            with fake_cuda_device() if 'cuda' in command else contextlib.nullcontext():\n"
+            "                scripts[sys.argv[0]].load()()\n"
+            "        except Exception as error:\n"
+            "            if not fails:\n"
+            "                raise\n"
+            "            print('FAILED WITH', type(error).__name__, error)\n"
+            "        else:\n"
+            "            assert not fails, command\n"
         )
         listed = json.dumps([[str(word) for word in command] for command in commands])
         return self._run([sys.executable, str(script), listed], extra)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -16,12 +18,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 
+import blosc2
+
 from nnunet_plugins import lean_prediction
-from nnunet_plugins.lean import switch, window
+from nnunet_plugins.lean import export, switch, window
 from nnunet_plugins.lean.files import FOLDER_VARIABLE, NoRoomError, ScratchFile
 from nnunet_plugins.lean.labels import RunningArgmax
 from nnunet_plugins.lean.logits import LogitsFile, StoredArray, StoredLogits
-from nnunet_plugins.lean.trial import TrialModel, predictor_of
+from nnunet_plugins.lean.trial import TrialModel, predictor_of, write_image
 
 SMALL = {"max_examples": 20, "deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
@@ -146,6 +150,50 @@ def test_cascade(tmp_path: Path, flat: bool) -> None:
     model = TrialModel(exclusive(4), patch=(6, 6) if flat else (6, 6, 6), cascade=not flat, folds=2)
     previous = None if flat else np.random.default_rng(1).integers(0, 4, (1, 9, 8, 10)).astype(np.int8)
     compare(predictor_of(model.write(tmp_path)), noise((9, 8, 10), 1), (1.0, 1.5, 1.0), previous=previous)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_cascade_from_files(tmp_path: Path, regions: bool) -> None:
+    model = TrialModel(*((REGIONS, (1, 2, 3)) if regions else (exclusive(4), None)), patch=(6, 6, 6), cascade=True)
+    predictor = predictor_of(model.write(tmp_path / "model"))
+    write_image(tmp_path / "images" / "a_0000.nii.gz", (9, 8, 4), (1.0, 1.5, 0.8), 1)
+    previous = np.random.default_rng(1).integers(0, 4, (9, 8, 4)).astype(np.uint8)
+    (tmp_path / "previous").mkdir()
+    nibabel.save(nibabel.Nifti1Image(previous, np.diag([1.0, 1.5, 0.8, 1.0])), tmp_path / "previous" / "a.nii.gz")
+    found = []
+    for way in (contextlib.nullcontext, lean_prediction):
+        out = tmp_path / way.__name__
+        out.mkdir()
+        with way():
+            arguments = (str(tmp_path / "images"), str(out), True, True, str(tmp_path / "previous"))
+            predictor.predict_from_files_sequential(*arguments)
+        found.append((np.asarray(nibabel.load(out / "a.nii.gz").dataobj), np.load(out / "a.npz")["probabilities"]))
+    assert same(*found)
+
+
+def test_labels_for_the_next_stage(tmp_path: Path) -> None:
+    from nnunetv2.inference.export_prediction import resample_and_save
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
+
+    logits = np.random.default_rng(0).normal(0, 1, (4, 5, 6, 7)).astype(np.float16)
+    predictor = predictor_of(TrialModel(exclusive(4), patch=(4, 4, 4)).write(tmp_path / "model"))
+    managers = (predictor.plans_manager, predictor.configuration_manager)
+    properties = {"spacing": [1.0, 1.0, 2.0], "shape_after_cropping_and_before_resampling": (5, 6, 7)}
+    for kind in (None, nnUNetDatasetBlosc2, nnUNetDatasetNumpy):
+        found = []
+        for way in (contextlib.nullcontext, lean_prediction):
+            out = tmp_path / f"{way.__name__}{getattr(kind, '__name__', '')}"
+            out.mkdir()
+            with way():
+                function = export.resample_and_save if way is lean_prediction else resample_and_save
+                function(logits, [9, 11, 12], str(out / "a"), *managers, properties, predictor.dataset_json, 1, kind)
+            (file,) = out.iterdir()
+            if file.suffix == ".npz":
+                found.append(np.load(file)["seg"])
+            else:
+                found.append(blosc2.open(str(file))[:])
+        assert same(*found)
+        assert found[0].shape[-3:] == (9, 11, 12)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e9])

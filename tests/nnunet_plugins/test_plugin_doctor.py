@@ -81,8 +81,52 @@ def test_a_variable_that_does_not_name_us_is_explained(listed, fake_host, capsys
     assert 'eval "$(python -m nnunet_plugins env)"' in printed
 
 
+def test_a_misspelt_folder_is_named(listed, tmp_path, capsys):
+    pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
+    listed.setenv(VARIABLE, os.pathsep.join([str(tmp_path / "trianers"), ext_folder()]))
+    assert main(["doctor", "SparseTrainer"]) == 1
+    printed = capsys.readouterr().out
+    assert f"problem: {VARIABLE} names {tmp_path / 'trianers'}, which is no folder" in printed
+    assert "SparseTrainer: not found" not in printed
+
+
+def test_a_trainer_that_nnunet_finds_elsewhere_is_not_called_missing(listed, tmp_path, capsys):
+    pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
+    link = tmp_path / "somewhere"
+    plugin(link, "memeff_trainers", (Path(ext_folder()) / "memeff_trainers.py").read_text())
+    listed.setenv(VARIABLE, str(link))
+    assert main(["doctor", "SparseTrainer"]) == 0
+    assert "SparseTrainer: " + nnunet_plugins.__file__.replace("__init__", "sparse_trainer") in capsys.readouterr().out
+
+
+def test_a_variable_overwritten_in_the_process_is_said(listed, tmp_path, capsys):
+    pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
+    listed.setitem(sys.modules, "_monai_memeff_nnunet", sys)
+    listed.setenv(VARIABLE, str(tmp_path))
+    assert main(["doctor", "SparseTrainer"]) == 1
+    assert "set the variable anew afterwards" in capsys.readouterr().out
+
+
+def test_lean_prediction_is_reported_and_proved(listed, capsys):
+    pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
+    listed.delenv("MEMEFF_NNUNET", raising=False)
+    assert main(["doctor", "lean"]) == 0
+    assert "lean prediction: off here, possible; 0 of 9072 voxels of a trial model differ" in capsys.readouterr().out
+    listed.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f).__name__ != "SwitchFinder"])
+    listed.setenv("MEMEFF_NNUNET", "lean")
+    assert main(["doctor", "lean"]) == 1
+    assert "problem: MEMEFF_NNUNET=lean has no effect: " in capsys.readouterr().out
+    listed.setattr(sys, "meta_path", [type("SwitchFinder", (), {"find_spec": lambda *_: None})(), *sys.meta_path])
+    assert main(["doctor", "lean"]) == 0
+    assert "lean prediction: on; 0 of 9072 voxels" in capsys.readouterr().out
+    listed.setenv("MEMEFF_NNUNET", "whole")
+    assert main(["doctor", "lean"]) == 1
+    assert "got 'whole'" in capsys.readouterr().out
+
+
 def test_why_not_listed(listed, tmp_path):
     name = "_monai_memeff_nnunet"
+    listed.delitem(sys.modules, name, raising=False)
     listed.setattr(environment, "find_spec", lambda _: None)
     assert "not a pip install" in environment.why_not_listed()
     spec = type("Spec", (), {"origin": str(tmp_path / f"{name}.py")})

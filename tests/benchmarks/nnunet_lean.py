@@ -1,0 +1,166 @@
+"""Stock nnU-Net's prediction against lean prediction: memory of all processes, time, and voxels that differ.
+
+    python tests/benchmarks/nnunet_lean.py --classes 3 16 61 --folds 1 5 --output 256 256 256 > lean.jsonl
+
+One line of JSON per cell. Models have random weights and nnU-Net's own plans; the image is smooth noise. Memory is the
+peak of the proportional set sizes of the process tree, seen ten times a second; CPU seconds are of all processes. With
+``--lean-only`` stock is not run; its memory is then computed by the rule in :func:`stock_rule`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+
+from nnunet_plugins import lean_prediction
+from nnunet_plugins.lean.trial import TrialModel, predictor_of, write_image
+
+GIB = 2**30
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", type=int, nargs="+", default=[3, 16, 61])
+    parser.add_argument("--folds", type=int, nargs="+", default=[1])
+    parser.add_argument("--output", type=int, nargs=3, default=[256, 256, 256], help="voxels of the image")
+    parser.add_argument("--scale", type=float, default=2.0, help="voxel size of the network's grid over the image's")
+    parser.add_argument("--patch", type=int, nargs=3, default=[64, 64, 64])
+    parser.add_argument("--features", type=int, nargs="+", default=[8, 16], help="of the network's stages")
+    parser.add_argument("--mirroring", action="store_true")
+    parser.add_argument("--workers", type=int, default=0, help="processes to preprocess, and to export; 0: none")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--lean-only", action="store_true")
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)  # what one process does: way, model, images
+    return parser.parse_args()
+
+
+def predict(way: str, model: str, images: str, options: argparse.Namespace) -> None:
+    """Predict in this process, for which the parent looks at memory and time."""
+    device = torch.device(options.device)
+    predictor = predictor_of(Path(model), device=device, use_mirroring=options.mirroring)
+    out = Path(images).parent / way
+    out.mkdir(exist_ok=True)
+
+    def run() -> None:
+        if options.workers:
+            predictor.predict_from_files(images, str(out), False, True, options.workers, options.workers)
+        else:
+            predictor.predict_from_files_sequential(images, str(out), False, True)
+
+    started = time.time()
+    if way == "lean":
+        with lean_prediction():
+            run()
+    else:
+        run()
+    gpu = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
+    print("RESULT " + json.dumps({"seconds_without_imports": round(time.time() - started, 1), "gpu_gib": gpu}))
+
+
+def measured(way: str, model: Path, images: Path) -> dict[str, float]:
+    """Run a process; returns GiB, wall and CPU seconds."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--run", way, str(model), str(images)]
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(memory_of(pid) for pid in tree(process.pid)))
+        time.sleep(0.1)
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert process.returncode == 0, printed[-2000:]
+    found = json.loads(
+        next(line for line in printed.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT ")
+    )
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"gib": round(peak / GIB, 3), "wall": round(time.time() - started, 1), "cpu": round(cpu, 1), **found}
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(below for child in children for below in tree(int(child)))]
+
+
+def memory_of(pid: int) -> int:
+    """Proportional set size in bytes."""
+    try:
+        rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * sum(int(row.split()[1]) for row in rows if row.startswith("Pss:"))
+
+
+def stock_rule(classes: int, folds: int, voxels: int, output: int) -> float:
+    """GiB that stock needs for logits, from measurements of nnunetv2 2.8.1.
+
+    The larger of two moments: prediction, 5.1 bytes per voxel and class (7.1 with several folds), and export, 4.1 bytes
+    per voxel of the image and class.
+    """
+    return max((7.1 if folds > 1 else 5.1) * classes * voxels, 4.1 * classes * output) / GIB
+
+
+def cell(classes: int, folds: int, options: argparse.Namespace) -> dict[str, object]:
+    """Measure one model and image both ways."""
+    labels = {"background": 0, **{f"label{number}": number for number in range(1, classes)}}
+    model = TrialModel(
+        labels,
+        patch=options.patch,
+        folds=folds,
+        spacing=[options.scale] * 3,
+        features=options.features,
+        mirroring=(0, 1, 2) if options.mirroring else None,
+    )
+    network = [round(extent / options.scale) for extent in options.output]
+    described = {
+        "classes": classes,
+        "folds": folds,
+        "network": network,
+        "output": options.output,
+        "patch": options.patch,
+    }
+    described |= {"mirroring": options.mirroring, "workers": options.workers, "device": options.device}
+    described["rule_gib"] = round(stock_rule(classes, folds, math.prod(network), math.prod(options.output)), 1)
+    with tempfile.TemporaryDirectory(dir=os.environ.get("MEMEFF_NNUNET_TMP")) as name:
+        folder = Path(name)
+        model.write(folder / "model")
+        write_image(folder / "images" / "a_0000.nii.gz", options.output)
+        described["lean"] = measured("lean", folder / "model", folder / "images")
+        if not options.lean_only:
+            described["stock"] = measured("stock", folder / "model", folder / "images")
+            stock, lean = (np.asarray(nibabel.load(folder / way / "a.nii.gz").dataobj) for way in ("stock", "lean"))
+            described["voxels_that_differ"] = int((stock != lean).sum())
+            described["labels_seen"] = len(np.unique(stock))
+    return described
+
+
+def main() -> None:
+    """Measure every cell."""
+    options = parsed()
+    if options.run:
+        predict(*options.run, options)
+        return
+    for folds in options.folds:
+        for classes in options.classes:
+            print(json.dumps(cell(classes, folds, options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
