@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.clstm import CLSTMUNet
-from nnunet_plugins.class_layers import mark_class_layers
+from nnunet_plugins.networks import mark_class_layers
 
 NORM = ("instance", {"affine": True, "eps": 1e-5})  # nnU-Net's; the same in training and prediction
 

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nnunet_plugins import TRAINERS
-from nnunet_plugins.doctor_lean import LEAN, lean_report
 from nnunet_plugins.environment import VARIABLE, ext_folder, is_listed, listed_folders, why_not_listed
+from nnunet_plugins.lean.doctor import LEAN, lean_report
 
 MINIMUM = (2, 8)  # the first nnU-Net release that reads the variable
 INSTALL = "pip install 'monai-memeff[nnunet]'"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from monai_memeff.occupancy import OccupancyNet
 from monai_memeff.occupancy.inferer import OctreeInferer
-from nnunet_plugins.class_layers import mark_class_layers
+from nnunet_plugins.networks import mark_class_layers
 
 
 class OccupancyPlansNet(OccupancyNet):

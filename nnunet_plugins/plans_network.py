@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse.networks.coarse_to_sparse import CoarseToSparseUNet
-from nnunet_plugins.class_layers import mark_class_layers
+from nnunet_plugins.networks import mark_class_layers
 
 ACTIVATION = ("leakyrelu", {"negative_slope": 0.01, "inplace": True})  # nnU-Net's
 NORM = ("instance", {"affine": True, "eps": 1e-5})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from nnunet_plugins.lean.failures import PredictionError, one_line
+from nnunet_plugins.lean.cases.failures import PredictionError, one_line
 from nnunet_plugins.lean.stock import PREDICTOR, stock
 from nnunet_plugins.lean.switch import lean_prediction, refusal
 

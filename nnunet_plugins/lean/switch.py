@@ -11,7 +11,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from nnunet_plugins.lean import files, fingerprint
+from nnunet_plugins.lean import fingerprint
+from nnunet_plugins.lean.predict import files
 from nnunet_plugins.lean.stock import EXPORT, PREDICTOR, REPLACED
 
 VARIABLE = "MEMEFF_NNUNET"
@@ -21,19 +22,19 @@ _OURS = "nnunet_plugins.lean."
 # nnU-Net's module -> (class or "", name, our module with a function of that name)
 TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     EXPORT: (
-        ("", "convert_predicted_logits_to_segmentation_with_correct_shape", "export"),
-        ("", "export_prediction_from_logits", "export"),
-        ("", "resample_and_save", "export"),
+        ("", "convert_predicted_logits_to_segmentation_with_correct_shape", "export.functions"),
+        ("", "export_prediction_from_logits", "export.functions"),
+        ("", "resample_and_save", "export.functions"),
     ),
     PREDICTOR: (
-        ("nnUNetPredictor", "_internal_maybe_mirror_and_predict", "sliding"),
-        ("nnUNetPredictor", "predict_sliding_window_return_logits", "sliding"),
-        ("nnUNetPredictor", "predict_logits_from_preprocessed_data", "folds"),
-        ("nnUNetPredictor", "_internal_get_data_iterator_from_lists_of_filenames", "preprocessing"),
-        ("nnUNetPredictor", "predict_from_data_iterator", "cases"),
-        ("nnUNetPredictor", "predict_from_files_sequential", "cases"),
-        ("", "predict_entry_point", "cases"),
-        ("", "predict_entry_point_modelfolder", "cases"),
+        ("nnUNetPredictor", "_internal_maybe_mirror_and_predict", "predict.sliding"),
+        ("nnUNetPredictor", "predict_sliding_window_return_logits", "predict.sliding"),
+        ("nnUNetPredictor", "predict_logits_from_preprocessed_data", "predict.folds"),
+        ("nnUNetPredictor", "_internal_get_data_iterator_from_lists_of_filenames", "cases.preprocessing"),
+        ("nnUNetPredictor", "predict_from_data_iterator", "cases.loop"),
+        ("nnUNetPredictor", "predict_from_files_sequential", "cases.loop"),
+        ("", "predict_entry_point", "cases.loop"),
+        ("", "predict_entry_point_modelfolder", "cases.loop"),
     ),
 }
 

@@ -121,8 +121,8 @@ class Host:
     def run_in_one_process(self, *commands: list[object], **extra: str) -> str:
         """Run several commands' entry points one after the other in one new process (the imports are paid once).
 
-        Those with ``-device cuda`` get a fake CUDA device. A word ``env:NAME=VALUE`` sets a variable from then on; the word
-        ``fails`` says that the command must raise an error, which is printed.
+        Those with ``-device cuda`` get a fake CUDA device. A word ``env:NAME=VALUE`` sets a variable from then on; the
+        word ``fails`` says that the command must raise an error, which is printed.
         """
         script = self.folder / "run_commands.py"
         script.write_text(

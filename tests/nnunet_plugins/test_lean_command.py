@@ -21,11 +21,11 @@ pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 from nnunet_plugins import lean_prediction
 from nnunet_plugins.__main__ import main
 from nnunet_plugins.lean import fingerprint, switch
-from nnunet_plugins.lean.failures import PredictionError
-from nnunet_plugins.lean.files import FOLDER_VARIABLE
-from nnunet_plugins.lean.output import PREFIX, complete_files
+from nnunet_plugins.lean.cases.failures import PredictionError
+from nnunet_plugins.lean.cases.workers import WorkerDiedError, Workers
+from nnunet_plugins.lean.export.output import PREFIX, complete_files
+from nnunet_plugins.lean.predict.files import FOLDER_VARIABLE
 from nnunet_plugins.lean.trial import TrialModel, predictor_of, write_image
-from nnunet_plugins.lean.workers import WorkerDiedError, Workers
 from tests.nnunet_plugins.host import ROOT, labels_of
 
 STARTUP = ROOT / "nnunet_plugins" / "_startup"
@@ -193,7 +193,7 @@ def test_a_worker_that_dies_does_not_stop_the_others() -> None:
 
 def test_a_killed_process_leaves_nothing_for_long(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys\nfrom nnunet_plugins.lean.output import complete_files\n"
+        "import os, signal, sys\nfrom nnunet_plugins.lean.export.output import complete_files\n"
         "with complete_files(sys.argv[1]) as name:\n"
         "    open(name + '.nii.gz', 'w').close()\n    os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -21,10 +21,12 @@ pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 import blosc2
 
 from nnunet_plugins import lean_prediction
-from nnunet_plugins.lean import export, switch, window
-from nnunet_plugins.lean.files import FOLDER_VARIABLE, NoRoomError, ScratchFile
-from nnunet_plugins.lean.labels import RunningArgmax
-from nnunet_plugins.lean.logits import LogitsFile, StoredArray, StoredLogits
+from nnunet_plugins.lean import switch
+from nnunet_plugins.lean.export import functions as export
+from nnunet_plugins.lean.export.labels import RunningArgmax
+from nnunet_plugins.lean.predict import window
+from nnunet_plugins.lean.predict.files import FOLDER_VARIABLE, NoRoomError, ScratchFile
+from nnunet_plugins.lean.predict.logits import LogitsFile, StoredArray, StoredLogits
 from nnunet_plugins.lean.trial import TrialModel, predictor_of, write_image
 
 SMALL = {"max_examples": 20, "deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -229,7 +231,7 @@ def test_off_means_untouched(tmp_path: Path) -> None:
     before = [dict(vars(owner)) for owner in owners]
     with lean_prediction():
         assert switch.is_on()
-        assert nnUNetTrainer.export_prediction_from_logits.__module__ == "nnunet_plugins.lean.export"
+        assert nnUNetTrainer.export_prediction_from_logits.__module__ == "nnunet_plugins.lean.export.functions"
         with lean_prediction():
             assert switch.is_on()
         assert switch.is_on()

@@ -15,8 +15,8 @@ import torch
 pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 
 from nnunet_plugins import TRAINERS
-from nnunet_plugins.class_layers import WORD, mark_class_layers
 from nnunet_plugins.clstm_network import CLSTMPlansUNet
+from nnunet_plugins.networks import WORD, mark_class_layers
 from nnunet_plugins.occupancy_network import OccupancyPlansNet
 from nnunet_plugins.plans_network import CoarseToSparsePlansUNet
 from nnunet_plugins.sparse_plans import why_not_larger

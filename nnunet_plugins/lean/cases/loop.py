@@ -17,11 +17,11 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunet_plugins.lean import export
-from nnunet_plugins.lean.failures import FailedCase, Failures, PredictionError, case_name
-from nnunet_plugins.lean.preprocessing import cases
+from nnunet_plugins.lean.cases.failures import FailedCase, Failures, PredictionError, case_name
+from nnunet_plugins.lean.cases.preprocessing import cases
+from nnunet_plugins.lean.cases.workers import Job, Workers
+from nnunet_plugins.lean.export import functions as export
 from nnunet_plugins.lean.stock import PREDICTOR, stock
-from nnunet_plugins.lean.workers import Job, Workers
 
 
 def predict_from_data_iterator(

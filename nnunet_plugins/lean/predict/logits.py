@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_plugins.lean.files import ScratchFile
+from nnunet_plugins.lean.predict.files import ScratchFile
 
 
 class LogitsFile:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunet_plugins.lean.files import ScratchFile
-from nnunet_plugins.lean.logits import release
+from nnunet_plugins.lean.predict.files import ScratchFile
+from nnunet_plugins.lean.predict.logits import release
 
 IN_MEMORY = 64 * 2**20
 """Bytes of a window that stay in memory; a larger one is a scratch file, of which a part at a time is in memory."""

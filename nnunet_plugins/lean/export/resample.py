@@ -19,7 +19,7 @@ from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
 from scipy.ndimage import map_coordinates
 from skimage.transform import resize
 
-from nnunet_plugins.lean.window import BLOCK
+from nnunet_plugins.lean.predict.window import BLOCK
 
 BY_CLASS = (resample_data_or_seg_to_shape, no_resampling_hack)
 

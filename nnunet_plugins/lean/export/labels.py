@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_plugins.lean.window import BLOCK
+from nnunet_plugins.lean.predict.window import BLOCK
 
 
 class RunningArgmax:

@@ -9,9 +9,9 @@ from nnunetv2.configuration import default_num_processes
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 
-from nnunet_plugins.lean.logits import LogitsFile, StoredLogits
-from nnunet_plugins.lean.previous_stage import WithPreviousStage
-from nnunet_plugins.lean.sliding import predict_sliding_window_return_logits, stream
+from nnunet_plugins.lean.predict.logits import LogitsFile, StoredLogits
+from nnunet_plugins.lean.predict.previous_stage import WithPreviousStage
+from nnunet_plugins.lean.predict.sliding import predict_sliding_window_return_logits, stream
 from nnunet_plugins.networks import unwrapped
 
 METHOD = "predict_sliding_window_return_logits"

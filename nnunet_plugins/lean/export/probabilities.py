@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from nnunetv2.utilities.helpers import softmax_helper_dim0
 
-from nnunet_plugins.lean.files import ScratchFile
-from nnunet_plugins.lean.window import BLOCK
+from nnunet_plugins.lean.predict.files import ScratchFile
+from nnunet_plugins.lean.predict.window import BLOCK
 
 STEP = 64
 """Values that make whole vectors for every instruction set, twice."""

@@ -15,10 +15,10 @@ from nnunetv2.utilities.helpers import dummy_context, empty_cache
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_plugins.lean.logits import LogitsFile
-from nnunet_plugins.lean.previous_stage import WithPreviousStage
-from nnunet_plugins.lean.window import Window, blocks, first_open_rows, rows_of
-from nnunet_plugins.lean.writer import RowWriter
+from nnunet_plugins.lean.predict.logits import LogitsFile
+from nnunet_plugins.lean.predict.previous_stage import WithPreviousStage
+from nnunet_plugins.lean.predict.window import Window, blocks, first_open_rows, rows_of
+from nnunet_plugins.lean.predict.writer import RowWriter
 
 Sink = Callable[[int, int, Tensor], None]
 """Takes (row, first class, planes (classes, Y, Z)) without padding, on the CPU."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from nnunet_plugins.lean.failures import FailedCase, one_line
-from nnunet_plugins.lean.previous_stage import WithPreviousStage
-from nnunet_plugins.lean.workers import Workers
+from nnunet_plugins.lean.cases.failures import FailedCase, one_line
+from nnunet_plugins.lean.cases.workers import Workers
+from nnunet_plugins.lean.predict.previous_stage import WithPreviousStage
 
 
 def preprocess(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
 
-from nnunet_plugins.lean.probabilities import ProbabilityFile
+from nnunet_plugins.lean.export.probabilities import ProbabilityFile
 
 
 class CropAndTranspose:

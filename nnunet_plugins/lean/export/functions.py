@@ -16,12 +16,12 @@ from nnunetv2.utilities.helpers import softmax_helper_dim0
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from nnunet_plugins.lean import output, probabilities
-from nnunet_plugins.lean.labels import RegionsInOrder, RunningArgmax, label_type, labels_of
-from nnunet_plugins.lean.logits import class_volumes
-from nnunet_plugins.lean.npz import CropAndTranspose, save_probabilities_npz
-from nnunet_plugins.lean.probabilities import ProbabilityFile
-from nnunet_plugins.lean.resample import class_by_class, function_of, resampled
+from nnunet_plugins.lean.export import output, probabilities
+from nnunet_plugins.lean.export.labels import RegionsInOrder, RunningArgmax, label_type, labels_of
+from nnunet_plugins.lean.export.npz import CropAndTranspose, save_probabilities_npz
+from nnunet_plugins.lean.export.probabilities import ProbabilityFile
+from nnunet_plugins.lean.export.resample import class_by_class, function_of, resampled
+from nnunet_plugins.lean.predict.logits import class_volumes
 from nnunet_plugins.lean.stock import EXPORT, stock
 
 Logits: TypeAlias = Tensor | np.ndarray

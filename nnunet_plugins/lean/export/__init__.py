@@ -1,0 +1,1 @@
+"""From logits to label maps and files, a class at a time."""

@@ -1,0 +1,1 @@
+"""Prediction by tiles, whose logits go to disk as they are done."""
