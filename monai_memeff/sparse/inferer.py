@@ -9,6 +9,7 @@ from monai.inferers import Inferer
 from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
+from monai_memeff.errors import InputError
 from monai_memeff.sparse.core.tensor import SparseTensor
 
 
@@ -43,6 +44,7 @@ class SparseInferer(Inferer):
 
         Raises:
             TypeError: the network does not say which voxels are active.
+            InputError: the network's voxels lie on another grid than the volume, whose space they would be given.
         """
         bare = getattr(network, "module", network)
         device = self.device or next(bare.parameters()).device
@@ -54,5 +56,11 @@ class SparseInferer(Inferer):
                 "use a network of monai_memeff.sparse, or MONAI's SlidingWindowInferer for dense networks."
             )
         logits = network(bare.sparsify(inputs).to(device), *args, **kwargs)
+        shape = tuple(inputs.shape[2:])
+        if logits.spatial_shape != shape:
+            raise InputError(
+                f"the network gave voxels on a grid of {logits.spatial_shape}, the volume has {shape}; "
+                "bring the volume to the fine grid first, or call the network itself."
+            )
         dense = bare.densify(logits.to(inputs.device))
         return convert_to_dst_type(dense, inputs, dtype=dense.dtype, device=dense.device)[0]

@@ -15,6 +15,7 @@ from monai_memeff.sparse import (
     SparseCompletionNet,
     SparseConv3d,
     SparseConvTranspose3d,
+    SparseInferer,
     SparseMaxPool3d,
     SparseTensor,
     concatenate_channels,
@@ -142,3 +143,27 @@ def test_the_completion_network_and_its_loss_take_targets_of_their_grid_only(
         net(x, target)
     with pytest.raises(ValueError, match="does not lie on the grid of the logits"):
         SparseCompletionLoss()(net(x, x), target)
+
+
+def test_an_output_on_another_grid_does_not_get_the_inputs_space() -> None:
+    class Finer(nn.Module):
+        """Doubles the resolution."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = SparseConvTranspose3d(1, 1, 2, 2, generative=True)
+
+        def sparsify(self, volume: torch.Tensor) -> SparseTensor:
+            """All voxels."""
+            return SparseTensor.from_dense(volume, torch.ones_like(volume).bool())
+
+        def densify(self, x: SparseTensor) -> torch.Tensor:
+            """Zeros elsewhere."""
+            return x.dense()
+
+        def forward(self, x: SparseTensor) -> SparseTensor:
+            """Twice as many voxels along every axis."""
+            return self.layer(x)
+
+    with pytest.raises(ValueError, match=r"on a grid of \(4, 6, 8\), the volume has \(2, 3, 4\)"):
+        SparseInferer()(torch.randn(1, 1, 2, 3, 4), Finer())
