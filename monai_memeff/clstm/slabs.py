@@ -98,7 +98,7 @@ class NiftiSlabs(Sequence[Tensor]):
         if slab < 1:
             raise ValueError(f"slab must be at least 1, got {slab}.")
         self.path = Path(path)
-        self.image = open_nifti(path)
+        self.image = open_nifti(path, keep_file_open=True)
         if len(self.image.shape) != 3:
             raise InputError(f"NiftiSlabs reads 3D volumes, {os.fspath(path)} has the shape {self.image.shape}.")
         self.slab, self.axis, self.transform = slab, axis % 3, transform

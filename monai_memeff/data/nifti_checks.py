@@ -17,7 +17,7 @@ ENDINGS = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz", ".mgh", ".mg
 BLOCK = 2**20
 
 
-def open_nifti(path: str | os.PathLike[str]) -> Any:
+def open_nifti(path: str | os.PathLike[str], keep_file_open: bool = False) -> Any:
     """Open a volume with nibabel after everything that can be checked without its values was checked.
 
     NIfTI-1 and NIfTI-2 of either byte order, in one file or two (.hdr/.img), with header extensions, packed or not, and
@@ -25,6 +25,7 @@ def open_nifti(path: str | os.PathLike[str]) -> Any:
 
     Args:
         path: File; of a pair either.
+        keep_file_open: For a walk along the slices: a packed file is then unpacked once, not once per slab.
 
     Returns:
         nibabel's image; its affine leads to RAS millimeters, its voxels are still on the disk.
@@ -39,7 +40,7 @@ def open_nifti(path: str | os.PathLike[str]) -> Any:
     import nibabel
 
     try:
-        image: Any = nibabel.load(path)
+        image: Any = nibabel.load(path, keep_file_open=keep_file_open)
         known = isinstance(image, nibabel.Nifti1Pair | nibabel.MGHImage)
         kind = image.get_data_dtype().kind
         with image.file_map["header" if "header" in image.file_map else "image"].get_prepare_fileobj("rb") as file:

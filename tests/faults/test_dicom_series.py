@@ -94,7 +94,7 @@ def test_a_multiframe_file_is_read_by_its_positions(tmp_path: Path) -> None:
         assert found.image.affine[2, 2] == 2
         assert found.image.affine[2, 3] == 40
     write_multiframe(tmp_path / "mf.dcm", volume, [40, 42, 44, 48, 50], slopes)
-    assert "1 slices are missing" in refusal(tmp_path)
+    assert "1 slice is missing" in refusal(tmp_path)
     assert "frame 3 of mf.dcm to frame 4 of mf.dcm" in refusal(tmp_path)
 
 
@@ -128,7 +128,8 @@ def test_real_multiframe_files_agree_with_their_slices(data_dir: Path) -> None:
 def test_missing_slices_are_named(gone: list[int], tmp_path: Path) -> None:
     write_series(tmp_path, numbers(), keep=[k for k in range(COUNT) if k not in gone])
     message = refusal(tmp_path)
-    assert f"{len(gone)} slices are missing where 1.5 mm is the usual step" in message
+    counted = "1 slice is" if len(gone) == 1 else f"{len(gone)} slices are"
+    assert f"{counted} missing where 1.5 mm is the usual step" in message
     first = gone[0]
     assert f"from IM{first:04}.dcm to IM" in message
     assert "--resample" in message
@@ -243,7 +244,7 @@ def test_a_missing_slice_is_interpolated_on_request_and_a_hole_never(tmp_path: P
     kept = [k for k in range(COUNT) if k != 5]
     np.testing.assert_array_equal(values(found)[..., kept], volume[..., kept])
     np.testing.assert_allclose(values(found)[..., 5], (volume[..., 4] / 2 + volume[..., 6] / 2), atol=1e-3)
-    assert "1 slices are missing" in found.notes[0]
+    assert "1 slice is missing" in found.notes[0]
     write_series(tmp_path / "hole", volume, keep=[0, 1, 2, 3, 8, 9, 10, 11])
     assert "a gap too wide to interpolate: 7.5 mm from IM0004.dcm to IM0009.dcm" in refusal(
         tmp_path / "hole", resample=True
@@ -424,7 +425,7 @@ def test_a_random_choice_of_slices_is_read_exactly_or_refused(
 def test_monais_pipelines_read_through_the_same_door(tmp_path: Path) -> None:
     volume = numbers()
     write_series(tmp_path / "s", volume, keep=[k for k in range(COUNT) if k != 5])
-    with pytest.raises(InputError, match="1 slices are missing"):
+    with pytest.raises(InputError, match="1 slice is missing"):
         LoadImage(reader="monai_memeff.data.VolumeReader")(tmp_path / "s")
     write_series(tmp_path / "s", volume)
     image = LoadImage(reader="monai_memeff.data.VolumeReader", ensure_channel_first=True)(tmp_path / "s")
@@ -486,7 +487,7 @@ def case(head: Path, folder: Path, kind: str) -> Path:
     ("kind", "said"),
     [
         ("twenty missing", "20 slices are missing where 2.5 mm is the usual step: 52.5 mm from IM0030.dcm to IM0051"),
-        ("one missing", "1 slices are missing where 2.5 mm is the usual step: 5 mm from IM0040.dcm to IM0042.dcm"),
+        ("one missing", "1 slice is missing where 2.5 mm is the usual step: 5 mm from IM0040.dcm to IM0042.dcm"),
         ("scattered", "20 slices are missing"),
         ("doubled", "same position (1 times)"),
         ("two series", "it holds 2 series"),
@@ -528,7 +529,7 @@ def test_the_demo_takes_a_series_by_name_and_interpolates_on_request(head: Path,
     with pytest.raises(InputError, match="generated head is no DICOM series"):
         load_head(series="1.2")
     said = report.make_report(mended, [], seed=0, shown=0)
-    assert "1 slices are missing" in " ".join(json.loads(report.report_json(said))["notes"])
+    assert "1 slice is missing" in " ".join(json.loads(report.report_json(said))["notes"])
     assert "interpolated on an even grid" in " ".join(report.report_text(said).split())
 
 
@@ -563,7 +564,7 @@ def test_a_real_series_with_slices_removed_doubled_mixed_mirrored_and_respaced(d
         x, y, z = (float(number) for number in data.ImagePositionPatient)
         data.ImagePositionPatient = [x, y, z + (0.4 if k == 9 else 0)]
 
-    assert "1 slices are missing" in refusal(changed("removed", nothing, [7]))
+    assert "1 slice is missing" in refusal(changed("removed", nothing, [7]))
     assert "6 slices are missing" in refusal(changed("more removed", nothing, range(6, 12)))
     assert "same position (1 times)" in refusal(changed("doubled", double))
     assert "it holds 2 series" in refusal(changed("mixed", mix))

@@ -468,3 +468,18 @@ def test_names_that_are_no_volume_are_refused(tmp_path: Path) -> None:
         save_nifti(tmp_path / "a.nii", values(shape=(3, 4)), AFFINE)
     check_other_file(tmp_path / "a", tmp_path / "b")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".mgz"])
+def test_a_walk_along_the_slices_opens_the_file_once(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packed file that is opened anew for every slab is unpacked from its beginning for every slab."""
+    image = nib.MGHImage(values(np.float32), AFFINE) if ending == ".mgz" else nib.Nifti1Image(values(), AFFINE)
+    nib.save(image, tmp_path / f"ct{ending}")
+    slabs = NiftiSlabs(tmp_path / f"ct{ending}", slab=1)
+    opened: list[object] = []
+    before = nib.openers.ImageOpener.__init__
+    monkeypatch.setattr(nib.openers.ImageOpener, "__init__", lambda *a, **k: (opened.append(a), before(*a, **k))[1])
+    assert len(list(slabs)) == 7
+    assert len(opened) <= 1
