@@ -146,7 +146,8 @@ def _fault(stack: Stack) -> str:
         missing = int(sum(round(step / usual) - 1 for step in steps[gaps]))
         places = "; ".join(f"{steps[i]:.4g} mm from {frames[i].name} to {frames[i + 1].name}" for i in gaps[:3])
         more = f" and {len(gaps) - 3} more gaps" if len(gaps) > 3 else ""
-        return f"{missing} {'slice is' if missing == 1 else 'slices are'} missing where {usual:.4g} mm is the usual step: {places}{more}"
+        counted = "1 slice is" if missing == 1 else f"{missing} slices are"
+        return f"{counted} missing where {usual:.4g} mm is the usual step: {places}{more}"
     places = frames[0].position + np.arange(len(frames))[:, None] * stack.step
     off = np.array([frame.position for frame in frames]) - places
     worst = int(np.linalg.norm(off, axis=1).argmax())
