@@ -1,0 +1,55 @@
+"""The documentation holds together: every page is in the navigation, every relative link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+INCLUDE = re.compile(r'--8<-- "([^"]+)"')
+
+
+def relative_links(text: str) -> Iterator[str]:
+    """Targets of links that are neither addresses nor anchors of the same page."""
+    outside_code = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for target in LINK.findall(outside_code):
+        if not re.match(r"[a-z]+:|#", target):
+            yield target.partition("#")[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_links_lead_somewhere(page: Path) -> None:
+    missing = [target for target in relative_links(page.read_text("utf-8")) if not (page.parent / target).is_file()]
+    assert not missing
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), flags=re.MULTILINE))
+    assert listed == {page.relative_to(DOCS).as_posix() for page in PAGES}
+
+
+def test_included_files_exist() -> None:
+    included = [name for page in PAGES for name in INCLUDE.findall(page.read_text("utf-8"))]
+    assert included
+    assert not [name for name in included if not (ROOT / name).is_file()]
+
+
+def test_the_readme_is_short_and_its_paths_exist() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 120
+    named = re.findall(r"`(docs/[^`]+|[A-Z]+\.md)`", text)
+    assert named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_readmes_of_bundles_link_nowhere_outside(tmp_path: Path) -> None:
+    """A bundle is copied out of the package: its README takes no file of the repository along."""
+    for readme in sorted((ROOT / "bundles").glob("*/docs/README.md")):
+        outside = [t for t in relative_links(readme.read_text("utf-8")) if not (readme.parent / t).is_file()]
+        assert not outside, readme
