@@ -51,6 +51,7 @@ def some(shape: tuple[int, ...], fill: float, channels: int = 2, batch: int = 2)
 
 def sparse(shape: tuple[int, ...], fill: float) -> SparseTensor:
     """Such a volume's voxels, with two channels, which want a gradient."""
+    torch.manual_seed(sum(shape))
     volume = some(shape, fill).requires_grad_()
     return SparseTensor.from_dense(volume, (volume != 0).any(1, keepdim=True))
 
@@ -113,6 +114,13 @@ def test_generative_layers_create_what_they_reach_even_if_that_is_nothing(
     grid = F.pad(reached, [n for _ in range(3) for n in (0, 30)])[..., padding:, padding:, padding:]
     expected = int((grid[(..., *(slice(n) for n in y.spatial_shape))] > 0).sum())
     assert len(y) == expected
+    run_back(y.features, SparseConv3d(1, 1)(y).features)
+
+
+def test_a_generative_layer_that_reaches_nothing_from_something() -> None:
+    x = SparseTensor(torch.ones(1, 2, requires_grad=True), torch.tensor([[0, 0, 1, 0]]), (1, 4, 1))
+    y = SparseConvTranspose3d(2, 1, 3, (1, 4, 1), generative=True, padding=4)(x)
+    assert (len(y), y.spatial_shape) == (0, (1, 16, 1))
     run_back(y.features, SparseConv3d(1, 1)(y).features)
 
 

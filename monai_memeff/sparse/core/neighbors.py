@@ -147,8 +147,10 @@ def _line_steps(shape: KernelShape, window: int, extents: Triple) -> list[int]:
 
 def _slots(keys: Tensor, window: int) -> tuple[Tensor | None, int]:
     """Where rows stand with zeros in the gaps along k, int32, and the first slot after them: see NeighborTable."""
-    if window == 1 or len(keys) == 0:
+    if window == 1:
         return None, len(keys)
+    if len(keys) == 0:  # windows all the same: a table of them has one entry for each line, not for each offset
+        return keys.to(torch.int32), 0
     # Rows whose keys differ by d stand min(d, window) slots apart: a window never reaches over more, and so the slots
     # are at most `window` times as many as the rows, however sparse the volume is.
     steps = keys.diff(prepend=keys[:1] - window).clamp_(max=window)
