@@ -20,7 +20,7 @@ Dims = tuple[int, ...]  # the dimension of the tensor that holds each split axis
 
 
 def redistribute(comm: Communicator, x: torch.Tensor, dims: Dims, route: Route) -> torch.Tensor:
-    """Rows of a spread tensor that this rank wants, wherever they are; backward adds their gradients where they came from.
+    """Rows of a spread tensor that this rank wants, wherever they are; backward adds their gradients at their owners.
 
     Args:
         comm: this rank's communicator.

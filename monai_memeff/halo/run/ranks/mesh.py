@@ -65,7 +65,9 @@ class HaloMesh:
             ValueError: if the volume lacks a split axis.
         """
         if max(self.axes) >= len(shape):
-            raise ValueError(f"The mesh splits spatial axes {self.axes} but the volume has spatial shape {tuple(shape)}.")
+            raise ValueError(
+                f"The mesh splits spatial axes {self.axes} but the volume has spatial shape {tuple(shape)}."
+            )
         return tuple(even_cuts(shape[a], n) for a, n in zip(self.axes, self.spatial, strict=True))
 
     def slices(self, shape: Sequence[int]) -> tuple[slice, ...]:

@@ -95,7 +95,7 @@ def gather(output: Any, mesh: HaloMesh) -> Any:
 
 
 def _gathered(tensor: torch.Tensor, mesh: HaloMesh) -> torch.Tensor:
-    part = part_of(tensor) or _unmarked(tensor, mesh)
+    part = part_of(tensor) or unmarked_part(tensor, mesh)
     plain = tensor.detach().as_subclass(torch.Tensor)
     if not part.spread:
         return plain
@@ -106,7 +106,7 @@ def _gathered(tensor: torch.Tensor, mesh: HaloMesh) -> torch.Tensor:
         return redistribute(mesh.comm, plain, part.dims, found)
 
 
-def _unmarked(tensor: torch.Tensor, mesh: HaloMesh) -> Part:
+def unmarked_part(tensor: torch.Tensor, mesh: HaloMesh) -> Part:
     """What an unmarked tensor is a part of, by the shapes of all ranks."""
     if tensor.dim() <= 2 + max(mesh.axes):
         raise ValueError(f"A tensor of shape {tuple(tensor.shape)} lacks spatial axis {max(mesh.axes)} of the mesh.")

@@ -1,0 +1,120 @@
+"""How calls of a partitioned network are led to its plan while the module itself stays as it is.
+
+`nn.Module.__call__` hands over to the instance's `_compiled_call_impl` if there is one, before any hook runs (read in
+torch 2.6 to 2.14). Hooks of the root and of inner modules are part of the captured network, so they see whole tensors
+and must not run on parts. Hooks of torch.distributed (FSDP2) gather and free parameters; they run around the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from monai_memeff.halo.errors import NotPartitionableError
+
+_ROUTED = ("_compiled_call_impl", "forward")
+
+
+def lead(network: nn.Module, call: Callable[..., Any], forward: Callable[..., Any]) -> None:
+    """Lead calls of the network to `call` and of its `forward` to `forward`, and refuse calls of inner modules."""
+    network.__dict__.update(_compiled_call_impl=call, forward=forward)
+    for name, module in network.named_modules():
+        if module is not network and not isinstance(module.__dict__.get("_compiled_call_impl"), _Refusal):
+            module.__dict__["_compiled_call_impl"] = _Refusal(name, module.__dict__.get("_compiled_call_impl"))
+
+
+class _Refusal:
+    """Stands where an inner module is called: outside the network it would see a part and take it for the whole."""
+
+    def __init__(self, name: str, before: Callable[..., Any] | None) -> None:
+        self.name, self.before = name, before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotPartitionableError(
+            f"Module '{self.name}' of a partitioned network was called by itself; call the whole network, or "
+            f"unpartition it first."
+        )
+
+
+def release(network: nn.Module) -> None:
+    """Undo `lead`."""
+    for name in _ROUTED:
+        network.__dict__.pop(name, None)
+    for module in network.modules():
+        found = module.__dict__.get("_compiled_call_impl")
+        if isinstance(found, _Refusal):
+            module.__dict__.pop("_compiled_call_impl")
+            if found.before is not None:
+                module.__dict__["_compiled_call_impl"] = found.before
+
+
+@contextmanager
+def plain(network: nn.Module) -> Iterator[None]:
+    """The network as its author wrote it, for capture: nothing led elsewhere, hooks of torch.distributed set aside."""
+    kept = [(m, {k: m.__dict__.pop(k) for k in _ROUTED if k in m.__dict__ and _ours(m, k)}) for m in network.modules()]
+    hooks = [(table, dict(table)) for table in (network._forward_pre_hooks, network._forward_hooks)]
+    for table, entries in hooks:
+        for key, hook in entries.items():
+            if _of_distributed(hook):
+                del table[key]
+    try:
+        yield
+    finally:
+        for table, entries in hooks:
+            table.clear()
+            table.update(entries)
+        for module, attributes in kept:
+            module.__dict__.update(attributes)
+
+
+def _ours(module: nn.Module, name: str) -> bool:
+    """Whether an attribute leads calls elsewhere: ours, or `module.compile()`, which computes what the module does."""
+    return name == "_compiled_call_impl" or "_memeff_partition" in module.__dict__
+
+
+def _of_distributed(hook: Callable[..., Any]) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed")
+
+
+def sharded_inside(network: nn.Module) -> str | None:
+    """Name of an inner module to which `fully_shard` was applied, if any."""
+    for name, module in network.named_modules():
+        if name and any(_of_distributed(hook) for hook in module._forward_pre_hooks.values()):
+            return name
+    return None
+
+
+def before(network: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Run torch.distributed's hooks that precede the root's forward."""
+    for key, hook in list(network._forward_pre_hooks.items()):
+        if not _of_distributed(hook):
+            continue
+        if key in network._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(network, args, kwargs) or (args, kwargs)
+        else:
+            found = hook(network, args)
+            args = args if found is None else found if isinstance(found, tuple) else (found,)
+    return args, kwargs
+
+
+def after(network: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Run torch.distributed's hooks that follow the root's forward."""
+    for key, hook in list(network._forward_hooks.items()):
+        if not _of_distributed(hook):
+            continue
+        found = (
+            hook(network, args, kwargs, output)
+            if key in network._forward_hooks_with_kwargs
+            else hook(network, args, output)
+        )
+        output = output if found is None else found
+    return output
+
+
+def has_root_hooks(network: nn.Module) -> bool:
+    """Whether somebody's hooks surround the root's forward."""
+    tables = (network._forward_pre_hooks, network._forward_hooks)
+    return any(not _of_distributed(hook) for table in tables for hook in table.values())
