@@ -10,12 +10,12 @@ import torch
 from monai.engines import PrepareBatch, default_prepare_batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
-from monai_memeff.halo.communicator import init_mesh, start_processes
-from monai_memeff.halo.mesh import HaloMesh
-from monai_memeff.halo.network import spatial_partition
-from monai_memeff.halo.volume import gather, scatter, with_meta
+from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.partition import spatial_partition
+from monai_memeff.halo.run.ranks.parts import keeping_marks
+from monai_memeff.halo.run.ranks.process_group import init_mesh, start_processes
+from monai_memeff.halo.run.ranks.volume import gather, scatter, with_meta
 
 _ALONE = ("CheckpointSaver", "StatsHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler", "MLFlowHandler")
 
@@ -27,7 +27,7 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def launch(data: int = -1, spatial: Sequence[int] = (2,), axes: Sequence[int] | None = None) -> HaloMesh:
+def init_from_torchrun(data: int = -1, spatial: Sequence[int] = (2,), axes: Sequence[int] | None = None) -> HaloMesh:
     """Join the processes that torchrun started and arrange them as data x spatial.
 
     Args:
@@ -43,7 +43,7 @@ def launch(data: int = -1, spatial: Sequence[int] = (2,), axes: Sequence[int] | 
     return init_mesh(data, spatial, axes)
 
 
-def parallel(network: nn.Module, mesh: HaloMesh) -> nn.Module:
+def parallelize(network: nn.Module, mesh: HaloMesh) -> nn.Module:
     """Partition a network over the mesh and average its gradients with DistributedDataParallel."""
     device = next(iter(network.parameters())).device
     ids = [device.index] if device.type == "cuda" else None
@@ -56,7 +56,7 @@ def on_rank_zero(handlers: Iterable[Any], mesh: HaloMesh) -> list[Any]:
     return [h for h in handlers if first or type(h).__name__ not in _ALONE]
 
 
-class PartitionPrepareBatch(PrepareBatch):
+class PrepareBatchPartition(PrepareBatch):
     """Hands each rank its part of image and label; all ranks of a spatial group must have loaded the same batch.
 
     Args:
@@ -77,7 +77,7 @@ class PartitionPrepareBatch(PrepareBatch):
         """Image and label of this rank's part, on the device, which the whole volume never is."""
         batch = self.prepare_batch(batchdata, None, non_blocking, **kwargs)
         parts = [scatter(t, self.mesh) if isinstance(t, torch.Tensor) and t.dim() > 2 else t for t in batch]
-        return tree_map_only(torch.Tensor, lambda t: t.to(device=device, non_blocking=non_blocking), tuple(parts))
+        return keeping_marks(lambda t: t.to(device=device, non_blocking=non_blocking), tuple(parts))
 
 
 class GatheredNetwork(nn.Module):

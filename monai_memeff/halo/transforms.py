@@ -11,8 +11,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, SpatialCrop, Transform
 from monai.utils import TransformBackends, convert_to_tensor
 
-from monai_memeff.halo.mesh import HaloMesh
-from monai_memeff.halo.volume import slices
+from monai_memeff.halo.run.ranks.mesh import HaloMesh
 
 
 class PartitionCrop(Transform):
@@ -22,7 +21,7 @@ class PartitionCrop(Transform):
     axis) is read only inside the box.
 
     Args:
-        mesh: where the parts live; partition the network first, which sets where a volume may be cut.
+        mesh: where the parts live.
     """
 
     backend = [TransformBackends.TORCH]
@@ -34,9 +33,9 @@ class PartitionCrop(Transform):
         """Crop one volume.
 
         Raises:
-            ValueError: if the volume is too small for the mesh, on every rank.
+            ValueError: if the volume lacks a split axis, on every rank.
         """
-        spatial = slices(self.mesh, img.shape[1:])
+        spatial = self.mesh.slices(img.shape[1:])
         if isinstance(img, torch.Tensor):
             return SpatialCrop(roi_slices=list(spatial))(img)
         box = (slice(None), *spatial)

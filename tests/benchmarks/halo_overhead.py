@@ -22,9 +22,9 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from monai_memeff.halo import SpatialPartitionInferer, close, launch, parallel
-from monai_memeff.halo.communicator import TorchCommunicator
+from monai_memeff.halo import SpatialPartitionInferer, destroy_mesh, init_from_torchrun, parallelize
 from monai_memeff.halo.inferer import whole_peak_bytes
+from monai_memeff.halo.run.ranks import process_group
 
 
 def network(width: int, deep: bool) -> nn.Module:
@@ -41,10 +41,10 @@ class Waiting:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        TorchCommunicator.all_reduce = self._timed(TorchCommunicator.all_reduce)  # type: ignore[method-assign]
-        from monai_memeff.halo import communicator
-
-        communicator._Works.wait = self._timed(communicator._Works.wait)  # type: ignore[method-assign]
+        kind = process_group.ProcessGroupCommunicator
+        kind.all_reduce = self._timed(kind.all_reduce)  # type: ignore[method-assign]
+        kind.all_gather = self._timed(kind.all_gather)  # type: ignore[method-assign]
+        process_group._Works.wait = self._timed(process_group._Works.wait)  # type: ignore[method-assign]
 
     def _timed(self, call: Any) -> Any:
         def run(*args: Any) -> Any:
@@ -66,11 +66,11 @@ def one_step(model: nn.Module, x: torch.Tensor) -> tuple[float, float]:
 
 def steps(sides: list[int], repeats: int, width: int) -> None:
     """Print one line per side."""
-    mesh = launch(1, (2,))
+    mesh = init_from_torchrun(1, (2,))
     waiting = Waiting()
     for side in sides:
         plain = network(width, True)
-        models = {"ddp": DistributedDataParallel(copy.deepcopy(plain)), "halo": parallel(plain, mesh)}
+        models = {"ddp": DistributedDataParallel(copy.deepcopy(plain)), "halo": parallelize(plain, mesh)}
         x = torch.randn(1, 1, side, side, side)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
         sent, waited = 0, 0.0
@@ -92,7 +92,7 @@ def steps(sides: list[int], repeats: int, width: int) -> None:
                 f"side {side}: CPU x{cpu:.3f}, wall x{wall:.3f} (ddp {alone:.2f} s), "
                 f"exposed wait {waited / repeats:.3f} s/step, sent {sent / 2**20:.2f} MiB"
             )
-    close()
+    destroy_mesh()
 
 
 def stream(side: int, partitions: list[int], width: int, store: str, repeats: int) -> None:

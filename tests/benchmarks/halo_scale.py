@@ -2,8 +2,8 @@
 
     python tests/benchmarks/halo_scale.py [--side 512] [--latency 5e-6] [--bandwidth 2e11] [--flops 2e14]
 
-Every layer runs on the meta device through the same plans and layouts as on real ranks; a communicator that owns no
-neighbor counts messages and bytes of one rank in the middle of the mesh. Peak is that rank's activation bytes in
+The network is captured once at the whole shape; the plan of one rank in the middle of the mesh then runs on the meta
+device with a communicator that owns no neighbor and counts messages and bytes. Peak is that rank's activation bytes in
 inference. The time is a MODEL: compute = 2 x multiply-adds / flops, communication = messages x latency + bytes /
 bandwidth, reductions at 2 log2(ranks) x latency each, nothing overlapped. It is not a measurement.
 """
@@ -12,29 +12,55 @@ from __future__ import annotations
 
 import argparse
 import math
+import weakref
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from monai_memeff.halo import HaloMesh, VolumeUNet, spatial_partition
-from monai_memeff.halo.arithmetic import coordinates, cut
-from monai_memeff.halo.pager import Pager, Watch
-from monai_memeff.halo.transport import Message, NoCommunicator, Pending
+from monai_memeff.halo import HaloMesh, VolumeUNet
+from monai_memeff.halo.planning.capture import capture
+from monai_memeff.halo.planning.program import Program
+from monai_memeff.halo.run.ranks.schedule import RankPlan
+from monai_memeff.halo.run.ranks.transport import Counters, Message
+from monai_memeff.halo.run.ranks.volume import part_of_volume
 
 MESHES = ((2, 1), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8), (16, 16))
 
 
-class CountingCommunicator(NoCommunicator):
+class Live(TorchDispatchMode):
+    """Bytes of the tensors alive on the meta device, without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._holders: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self._hold(storage._cdata, storage.nbytes(), 1)
+                weakref.finalize(tensor, self._hold, storage._cdata, storage.nbytes(), -1)
+        return found
+
+    def _hold(self, key: int, size: int, change: int) -> None:
+        before = self._holders[key] > 0
+        self._holders[key] += change
+        self._now += size * ((self._holders[key] > 0) - before)
+        self.peak = max(self.peak, self._now)
+
+
+class CountingCommunicator(Counters):
     """One rank of a mesh whose other ranks do not exist: counts what would be sent, receives nothing in particular."""
 
-    def __init__(self, rank: int, shapes: Sequence[Sequence[int]]) -> None:
-        super().__init__(rank, len(shapes))
-        self.shapes = shapes
-
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        """Count the messages; the buffers asked for come back as they are."""
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Any:
+        """Count the messages; the buffers come back as they are."""
         self.count(sends)
         buffers = [b for _, b in receives]
         return type("Arrived", (), {"wait": lambda _: buffers})()
@@ -45,33 +71,26 @@ class CountingCommunicator(NoCommunicator):
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The header of every rank: its shape, and this rank's other fields."""
-        rest = [1, 1, 1, 0, 0, 0, 0, 0]
-        return [torch.tensor([*shape, *rest]) for shape in self.shapes]
+        """Count the gathering."""
+        self.reductions += 1
+        return [tensor] * self.size
 
 
-def plan_rank(mesh_shape: tuple[int, int], side: int) -> dict[str, Any]:
+def plan_rank(program: Program, network: torch.nn.Module, mesh_shape: tuple[int, int], side: int) -> dict[str, Any]:
     """Messages, bytes, peak and multiply-adds of the rank in the middle of a mesh."""
-    parts = [cut(side, n, 32) for n in mesh_shape]
-    shapes = []
-    for rank in range(math.prod(mesh_shape)):
-        position = coordinates(rank, mesh_shape)
-        shapes.append([*(b[p + 1] - b[p] for b, p in zip(parts, position, strict=True)), side])
     middle = (mesh_shape[0] // 2) * mesh_shape[1] + mesh_shape[1] // 2
-    comm = CountingCommunicator(middle, shapes)
-    mesh = HaloMesh(mesh_shape, (0, 1), _comms=[comm])
-    with torch.device("meta"):
-        network = VolumeUNet(dropout=0.0).to(torch.bfloat16).train()
-    spatial_partition(network, mesh, multiple=32)
-    pager = Pager(None, torch.device("meta"), network.parameters())
-    x = torch.empty(1, 1, *shapes[middle], dtype=torch.bfloat16, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as flops, Watch(pager):
-        network(x)
+    comm = CountingCommunicator(middle, math.prod(mesh_shape))
+    mesh = HaloMesh(mesh_shape, (0, 1), comm)
+    part = part_of_volume((1, 1, side, side, side), mesh)
+    plan = RankPlan(program, mesh, [part])
+    x = torch.empty(part.local(mesh.position), dtype=torch.bfloat16, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, Live() as live:
+        plan.run(network, [x], 1)
     return {
         "messages": comm.messages,
         "bytes": comm.sent_bytes,
         "reductions": comm.reductions,
-        "peak": pager.peak,
+        "peak": live.peak,
         "flops": flops.get_total_flops(),
     }
 
@@ -86,10 +105,14 @@ def main() -> None:
     options = parser.parse_args()
     print(f"forward pass at {options.side}^3, bfloat16; the last two columns are a model, not a measurement")
     print("mesh     ranks  messages  sent MiB  reductions  peak GiB  TFLOP  compute ms  comm/compute")
+    with torch.device("meta"):
+        network = VolumeUNet(dropout=0.0).to(torch.bfloat16).train()
+    side = options.side
+    program = capture(network, (torch.empty(1, 1, side, side, side, dtype=torch.bfloat16, device="meta"),))
     for shape in MESHES:
         if min(shape) and options.side // 32 < max(shape):
             continue
-        r, ranks = plan_rank(shape, options.side), math.prod(shape)
+        r, ranks = plan_rank(program, network, shape, side), math.prod(shape)
         compute = r["flops"] / options.flops
         hops = 2 * math.log2(ranks)
         comm = (r["messages"] + hops * r["reductions"]) * options.latency + r["bytes"] / options.bandwidth

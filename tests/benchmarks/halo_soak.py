@@ -5,9 +5,9 @@
 Each launch starts new processes that partition a small network, take two training steps, compare the result with the
 whole volume and leave. Ways to meet: "file" (a file that all processes know), "torchrun" (`torchrun --standalone`,
 which takes a free port), "port" (MASTER_ADDR and one fixed MASTER_PORT, as scripts without torchrun do). `--leave exit`
-ends the processes without `close()`. `--busy` idle-looping processes make the machine late on purpose. `--fork` splits
-the processes off one that has imported torch and this package, which leaves out ten seconds of importing and nothing
-else; torchrun always starts new ones.
+ends the processes without `destroy_mesh()`. `--busy` idle-looping processes make the machine late on purpose. `--fork`
+splits the processes off one that has imported torch and this package, which leaves out ten seconds of importing and
+nothing else; torchrun always starts new ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def job(leave: str) -> None:
     import torch.distributed as dist
     from torch import nn
 
-    from monai_memeff.halo import close, init_mesh, launch, parallel, scatter
+    from monai_memeff.halo import destroy_mesh, init_from_torchrun, init_mesh, parallelize, scatter
 
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
@@ -44,10 +44,10 @@ def job(leave: str) -> None:
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world)
         mesh = init_mesh(spatial=(world,))
     else:
-        mesh = launch(1, (world,))
+        mesh = init_from_torchrun(1, (world,))
     torch.manual_seed(0)
     whole = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4), nn.Conv3d(4, 1, 3, padding=1)).double()
-    parts = parallel(copy.deepcopy(whole), mesh)
+    parts = parallelize(copy.deepcopy(whole), mesh)
     x = torch.randn(1, 1, 4 * world, 6, 6, dtype=torch.float64)
     for network, part, factor in ((whole, x, 1.0), (parts, scatter(x, mesh), world)):
         optimizer = torch.optim.SGD(network.parameters(), 1e-3)
@@ -60,7 +60,7 @@ def job(leave: str) -> None:
     )
     assert worst < 1e-10, f"the parameters differ by {worst}"
     if leave == "close":
-        close()
+        destroy_mesh()
     print(f"done {mesh.comm.rank}", flush=True)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import monai.losses as losses
 import pytest
 import torch
 from torch import nn
 
-from monai_memeff.halo import Hub, NotPartitionable, SpatialLoss, scatter, virtual_mesh
+from monai_memeff.apps.liver import LiverTumorLoss
+from monai_memeff.halo import NotPartitionableError, SpatialLoss
+from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from tests.halo.ranks.threads import run_ranks
 
 LOSSES = {
     "Dice": losses.DiceLoss(to_onehot_y=True, softmax=True, squared_pred=True, jaccard=True),
@@ -19,58 +23,96 @@ LOSSES = {
     "generalized Dice": losses.GeneralizedDiceLoss(to_onehot_y=True, softmax=True),
     "Tversky": losses.TverskyLoss(to_onehot_y=True, softmax=True),
     "focal": losses.FocalLoss(to_onehot_y=True),
+    "liver": LiverTumorLoss(),
     "deep supervision": losses.DeepSupervisionLoss(losses.DiceCELoss(to_onehot_y=True, softmax=True)),
 }
-
-
 IN_FLOAT32 = ("DiceFocal", "focal", "deep supervision")  # MONAI computes these, or their weights, in single precision
+ROWS, COLUMNS = ((0, 3), (3, 8)), ((0, 2), (2, 6))  # uneven parts, (2, 2)
+
+
+def own(tensor: torch.Tensor, mesh: HaloMesh) -> torch.Tensor:
+    """This rank's uneven box, unmarked."""
+    a, b = mesh.position
+    return tensor[:, :, slice(*ROWS[a]), slice(*COLUMNS[b])].contiguous()
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("gather", [False, True])
 def test_equal_to_the_whole(name: str, gather: bool) -> None:
-    loss, spatial = LOSSES[name], (2, 2)
+    loss = LOSSES[name]
     target = torch.randint(0, 3, (2, 1, 8, 6, 5)).double()
     whole = torch.randn(2, 3, 8, 6, 5, dtype=torch.float64, requires_grad=True)
     many = (lambda t: [t]) if name == "deep supervision" else (lambda t: t)
     expected = loss(many(whole), target)
     expected.backward()
-    hub = Hub(math.prod(spatial))
-    mesh = virtual_mesh(hub, spatial)
-    mesh.multiple = (3, 2)  # parts of 3 and 5, 2 and 4 rows
 
-    def work(_rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        part = scatter(whole.detach(), mesh).requires_grad_()
-        value = SpatialLoss(loss, mesh, averaged=False, gather=gather)(many(part), scatter(target, mesh))
+    def work(mesh: HaloMesh) -> tuple[torch.Tensor, ...]:
+        part = own(whole.detach(), mesh).requires_grad_()
+        value = SpatialLoss(loss, mesh, averaged=False, gather=gather)(many(part), own(target, mesh))
         value.backward()
-        return value.detach(), part.grad, scatter(whole.grad, mesh)
+        return value.detach(), part.grad, own(whole.grad, mesh)
 
     atol = 1e-7 if name in IN_FLOAT32 else 1e-12
-    for value, got, gradient in hub.run(work):
+    for value, got, gradient in run_ranks(work, (2, 2)):
         torch.testing.assert_close(value, expected.detach(), atol=atol, rtol=1e-12)
         torch.testing.assert_close(got, gradient, atol=atol, rtol=1e-10)
 
 
 def test_averaged_gradients_are_scaled_by_the_number_of_parts() -> None:
-    hub = Hub(2)
-    mesh = virtual_mesh(hub, (2,))
-
-    def work(_rank: int) -> torch.Tensor:
+    def work(mesh: HaloMesh) -> torch.Tensor:
         part = torch.ones(1, 1, 2, 2, 2, requires_grad=True)
         SpatialLoss(nn.MSELoss(), mesh)(part, torch.zeros(1, 1, 2, 2, 2)).backward()
         return part.grad
 
-    assert all(torch.allclose(g, torch.full((1, 1, 2, 2, 2), 2 * 2 / 16)) for g in hub.run(work))
+    assert all(torch.allclose(g, torch.full((1, 1, 2, 2, 2), 2 * 2 / 16)) for g in run_ranks(work))
 
 
-def test_a_loss_that_is_not_a_sum_is_refused_by_name() -> None:
-    class Blurred(nn.Module):
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return (nn.functional.avg_pool3d(x, 3, 1, 1) - y).square().mean()
+def test_an_empty_part_counts_for_nothing() -> None:
+    x, y = torch.randn(1, 3, 2, 4, 4).double(), torch.randint(0, 3, (1, 1, 2, 4, 4))
+    for loss in (
+        losses.DiceCELoss(to_onehot_y=True, softmax=True),
+        losses.FocalLoss(to_onehot_y=True, use_softmax=True),
+    ):
+        expected = loss(x, y)
 
-    hub = Hub(2)
-    mesh = virtual_mesh(hub, (2,))
-    x = torch.zeros(1, 1, 4, 4, 4)
-    with pytest.raises(NotPartitionable, match="'avg_pool3d'"):
-        hub.run(lambda _: SpatialLoss(Blurred(), mesh)(x, x))
-    assert float(Hub(1).run(lambda _: SpatialLoss(Blurred(), virtual_mesh(Hub(1), (1,)), gather=True)(x, x))[0]) == 0.0
+        def work(mesh: HaloMesh, loss: nn.Module = loss) -> torch.Tensor:
+            rows = slice(*((0, 2), (2, 2))[mesh.comm.rank])
+            return SpatialLoss(loss, mesh)(x[:, :, rows], y[:, :, rows])
+
+        assert all(torch.allclose(v, expected, atol=1e-7) for v in run_ranks(work))
+
+
+class Function(nn.Module):
+    """A loss written as a function."""
+
+    def __init__(self, call: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.call(x, y)
+
+
+REFUSED: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "avg_pool3d": lambda x, y: (nn.functional.avg_pool3d(x, 3, 1, 1) - y).square().mean(),
+    "max": lambda x, y: (x - y).abs().max(),
+    "std": lambda x, y: (x - y).std(True),
+    "amax": lambda x, y: (x - y).amax((2, 3, 4)).mean(),
+    "softmax": lambda x, y: (x.softmax(2) - y).square().mean(),
+    "cumsum": lambda x, y: (x.cumsum(2) - y).square().mean(),
+    "getitem": lambda x, y: (x[:, :, 1:] - y[:, :, :-1]).abs().mean(),
+    "unsqueeze": lambda x, y: (x.unsqueeze(-1) - y.unsqueeze(-1)).abs().mean(),
+    "flip": lambda x, y: (x.flip(2) - y).abs().mean(),
+    "sum": lambda x, y: (x.sum(3, keepdim=True) - y).abs().mean(),
+    "select": lambda x, y: x.select(2, 0).mean(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_loss_that_is_not_a_sum_is_refused_by_name(name: str) -> None:
+    x = torch.randn(4, 4, 4, 4, 4)
+    with pytest.raises(NotPartitionableError, match=f"'{name}'|sums over some spatial axes"):
+        run_ranks(lambda mesh: SpatialLoss(Function(REFUSED[name]), mesh)(x, x))
+    whole = torch.cat([x, x], 2)
+    values = run_ranks(lambda mesh: SpatialLoss(Function(REFUSED[name]), mesh, gather=True)(x, x))
+    torch.testing.assert_close(values[0], REFUSED[name](whole, whole))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -10,17 +11,11 @@ import torch
 from monai.data import MetaTensor
 
 from monai_memeff.apps.liver import LiverTumorLoss
-from monai_memeff.halo import (
-    Hub,
-    PartitionCrop,
-    PartitionCropd,
-    SpatialLoss,
-    VolumeUNet,
-    scatter,
-    verify,
-    virtual_mesh,
-)  # fmt: skip
+from monai_memeff.halo import PartitionCrop, PartitionCropd, SpatialLoss, VolumeUNet, scatter
+from monai_memeff.halo.run.ranks.mesh import HaloMesh
 from monai_memeff.halo.unet import FEATURES
+from tests.halo.ranks.compare import worst
+from tests.halo.ranks.threads import run_ranks
 
 
 @pytest.mark.parametrize(("side", "millions"), [(64, 178.7), (128, 183.4), (256, 184.5), (512, 184.8)])
@@ -32,7 +27,8 @@ def test_the_published_number_of_parameters(side: int, millions: float) -> None:
 
 def test_the_published_network_in_parts_equals_the_whole_and_learns_with_adafactor() -> None:
     network = VolumeUNet(features=(2, 4, 8), convs=2, dropout=0.0)
-    assert verify(network, (1, 1, 16, 8, 8), (2, 2)) < 1e-10
+    x = torch.randn(1, 1, 16, 8, 8, dtype=torch.float64)
+    assert worst(copy.deepcopy(network).double(), [x], (2, 2)) < 1e-10
     optimizer = torch.optim.Adafactor(network.parameters(), lr=0.003)
     x, y = torch.randn(1, 1, 8, 8, 8), torch.randint(0, 3, (1, 1, 8, 8, 8))
     values = []
@@ -53,9 +49,7 @@ def test_loss_by_hand_and_in_parts() -> None:
     dice = ((2 * hit / (size + 0.1)).mean() + 2 * hit.sum() / (size.sum() + 0.1)) / 2
     expected = 0.8 * entropy / y.numel() - 0.2 * float(dice)
     assert float(LiverTumorLoss()(x, y)) == pytest.approx(expected, rel=1e-12)
-    hub = Hub(2)
-    mesh = virtual_mesh(hub, (2,))
-    values = hub.run(lambda _: SpatialLoss(LiverTumorLoss(), mesh)(scatter(x, mesh), scatter(y, mesh)))
+    values = run_ranks(lambda mesh: SpatialLoss(LiverTumorLoss(), mesh)(scatter(x, mesh), scatter(y, mesh)))
     assert all(float(v) == pytest.approx(expected, rel=1e-12) for v in values)
 
 
@@ -63,15 +57,13 @@ def test_each_rank_reads_its_own_box(tmp_path: object) -> None:
     volume = np.random.default_rng(0).random((1, 9, 6, 4), dtype=np.float32)
     np.save(f"{tmp_path}/volume.npy", volume)
     affine = torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64))
-    hub = Hub(2)
-    mesh = virtual_mesh(hub, (2,))
 
-    def work(_rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def work(mesh: HaloMesh) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mapped = PartitionCrop(mesh)(np.load(f"{tmp_path}/volume.npy", mmap_mode="r"))
         cropped = PartitionCropd("image", mesh)({"image": MetaTensor(volume, affine=affine)})["image"]
         return mapped, cropped.as_tensor(), cropped.affine
 
-    (a, b, first), (c, d, second) = hub.run(work)
+    (a, b, first), (c, d, second) = run_ranks(work)
     np.testing.assert_array_equal(torch.cat([a, c], 1), volume)
     np.testing.assert_array_equal(torch.cat([b, d], 1), volume)
     assert first[0, 3] == 0

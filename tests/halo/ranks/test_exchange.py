@@ -110,14 +110,16 @@ def test_partial_results_meet_on_all_ranks_and_their_gradients_come_home() -> No
     def work(mesh: HaloMesh) -> list[torch.Tensor]:
         rank = mesh.comm.rank
         mean = torch.full((2,), float(rank + 1), requires_grad=True)
-        count = torch.tensor([rank + 5])
-        rows = gather_partials(mesh.comm, [mean, count])
-        assert [int(c) for _, c in rows] == [5, 6, 7]
-        sum((r + 1) * (rank + 1) * m for r, (m, _) in enumerate(rows)).sum().backward()
-        return [mean.grad]
+        count, wave = torch.tensor([rank + 5]), torch.full((1,), 1j * rank, requires_grad=True)
+        rows = gather_partials(mesh.comm, [mean, count, wave])
+        assert [int(c) for _, c, _ in rows] == [5, 6, 7]
+        assert [complex(w.detach()) for *_, w in rows] == [0, 1j, 2j]
+        sum((r + 1) * (rank + 1) * (m.sum() + w.imag) for r, (m, _, w) in enumerate(rows)).sum().backward()
+        return [mean.grad, wave.grad]
 
-    for rank, (gradient,) in enumerate(run_ranks(work, (3,))):
+    for rank, (gradient, waves) in enumerate(run_ranks(work, (3,))):
         assert gradient.tolist() == [6.0 * (rank + 1)] * 2
+        assert waves.tolist() == [6.0j * (rank + 1)]
 
 
 def test_the_loss_is_the_same_on_all_ranks_and_its_gradient_stays() -> None:

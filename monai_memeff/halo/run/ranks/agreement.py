@@ -10,27 +10,29 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from monai_memeff.halo.errors import NotPartitionableError
+from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.run.ranks.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.parts import Part, part_of
 from monai_memeff.halo.run.ranks.volume import fitted
 
 _DIMS = 8  # most dimensions of a tensor that is spread
 _SMALL = 2**16  # values up to which a tensor that every rank holds is compared in full
-FIELDS = ("inputs", "gradient mode", "training mode", "autocast", "network", "parameters that want gradients", "step")
+FIELDS = ("inputs", "gradient mode", "training mode", "autocast", "network", "parameters that want gradients")
 
 
-def _digest(value: Any) -> int:
+def digest(value: Any) -> int:
     """63 bits of a hash that is the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 1
 
 
-def is_volume(value: Any, mesh: HaloMesh) -> bool:
-    """Whether an argument has all axes that the mesh splits."""
-    return isinstance(value, torch.Tensor) and value.dim() > 2 + max(mesh.axes)
+def volumes_among(leaves: Sequence[Any], mesh: HaloMesh) -> list[int]:
+    """Positions of the volumes: the first tensor with all axes that the mesh splits, and others of as many axes."""
+    tensors = {i: leaf.dim() for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    dims = next((n for n in tensors.values() if n > 2 + max(mesh.axes)), None)
+    return [i for i, n in tensors.items() if n == dims]
 
 
-def agree(mesh: HaloMesh, network: nn.Module, fingerprint: Any, args: Any, kwargs: Any, step: int) -> list[Part | None]:
+def agree(mesh: HaloMesh, network: nn.Module, fingerprint: int, args: Any, kwargs: Any) -> list[Part | None]:
     """How each argument is spread, the same on every rank; None for what every rank holds whole.
 
     The first volume among the arguments may be unmarked (`PartitionCropd` in a data loader): the shapes of all ranks
@@ -39,19 +41,18 @@ def agree(mesh: HaloMesh, network: nn.Module, fingerprint: Any, args: Any, kwarg
     Args:
         mesh: where the parts live.
         network: what is about to run.
-        fingerprint: what else must agree, any value with a stable `repr`.
+        fingerprint: `digest` of the network's settings and the mesh.
         args: positional arguments.
         kwargs: keyword arguments.
-        step: number of the call.
 
     Raises:
         NotPartitionableError: on every rank, if an argument is ambiguous or the ranks differ.
     """
     leaves, spec = tree_flatten((args, kwargs))
-    problem, first = _problem(leaves, mesh), _first(leaves, mesh)
+    problem, first = _problem(leaves, mesh), next(iter(volumes_among(leaves, mesh)), None)
     shape = list(leaves[first].shape) if first is not None else []
     others = [_told(leaf, i == first and part_of(leaf) is None) for i, leaf in enumerate(leaves)]
-    fields = [_digest((str(spec), others)), *_modes(network), _digest(fingerprint), _wants_gradients(network), step]
+    fields = [digest((str(spec), others)), *_modes(network), fingerprint, _wants_gradients(network)]
     header = [1 if problem else 0, len(shape), *shape, *[0] * (_DIMS - len(shape)), *fields]
     device = leaves[first].device if first is not None else mesh.device
     headers = [h.tolist() for h in mesh.comm.all_gather(torch.tensor(header, dtype=torch.int64, device=device))]
@@ -65,13 +66,9 @@ def agree(mesh: HaloMesh, network: nn.Module, fingerprint: Any, args: Any, kwarg
     return parts
 
 
-def _first(leaves: Sequence[Any], mesh: HaloMesh) -> int | None:
-    return next((i for i, leaf in enumerate(leaves) if is_volume(leaf, mesh)), None)
-
-
 def _problem(leaves: Sequence[Any], mesh: HaloMesh) -> str | None:
     """Why the arguments are refused on this rank, if they are."""
-    volumes = [leaf for leaf in leaves if is_volume(leaf, mesh)]
+    volumes = [leaves[i] for i in volumes_among(leaves, mesh)]
     if not volumes:
         return "Expected a volume (B, C, spatial...) among the arguments but found none."
     for number, volume in enumerate(volumes):
@@ -99,11 +96,11 @@ def _told(leaf: Any, unmarked: bool) -> Any:
 
 def _modes(network: nn.Module) -> list[int]:
     low = [(k, torch.is_autocast_enabled(k), str(torch.get_autocast_dtype(k))) for k in ("cpu", "cuda")]
-    return [int(torch.is_grad_enabled()), _digest([m.training for m in network.modules()]), _digest(low)]
+    return [int(torch.is_grad_enabled()), digest([m.training for m in network.modules()]), digest(low)]
 
 
 def _wants_gradients(network: nn.Module) -> int:
-    return _digest([p.requires_grad for p in network.parameters()])
+    return digest([p.requires_grad for p in network.parameters()])
 
 
 def _compare(headers: list[list[int]], problem: str | None) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from monai_memeff.halo.errors import NotPartitionableError
+from monai_memeff.halo.planning.errors import NotPartitionableError
 
-_ROUTED = ("_compiled_call_impl", "forward")
+ROUTED = ("_compiled_call_impl", "forward")
 
 
 def lead(network: nn.Module, call: Callable[..., Any], forward: Callable[..., Any]) -> None:
@@ -41,7 +41,7 @@ class _Refusal:
 
 def release(network: nn.Module) -> None:
     """Undo `lead`."""
-    for name in _ROUTED:
+    for name in ROUTED:
         network.__dict__.pop(name, None)
     for module in network.modules():
         found = module.__dict__.get("_compiled_call_impl")
@@ -54,7 +54,7 @@ def release(network: nn.Module) -> None:
 @contextmanager
 def plain(network: nn.Module) -> Iterator[None]:
     """The network as its author wrote it, for capture: nothing led elsewhere, hooks of torch.distributed set aside."""
-    kept = [(m, {k: m.__dict__.pop(k) for k in _ROUTED if k in m.__dict__ and _ours(m, k)}) for m in network.modules()]
+    kept = [(m, {k: m.__dict__.pop(k) for k in ROUTED if k in m.__dict__ and _ours(m, k)}) for m in network.modules()]
     hooks = [(table, dict(table)) for table in (network._forward_pre_hooks, network._forward_hooks)]
     for table, entries in hooks:
         for key, hook in entries.items():

@@ -131,9 +131,13 @@ def gather_partials(comm: Communicator, partials: Sequence[torch.Tensor]) -> lis
     """
     if comm.size == 1:
         return [list(partials)]
-    gathered = _GatherPartials.apply(comm, *partials)
-    n = len(partials)
-    return [list(gathered[r * n : (r + 1) * n]) for r in range(comm.size)]
+    real = [torch.view_as_real(p) if p.is_complex() else p for p in partials]
+    gathered, n = _GatherPartials.apply(comm, *real), len(partials)
+    back = [
+        torch.view_as_complex(t) if p.is_complex() else t
+        for t, p in zip(gathered, [*partials] * comm.size, strict=True)
+    ]
+    return [back[r * n : (r + 1) * n] for r in range(comm.size)]
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -153,7 +157,7 @@ class _GatherPartials(torch.autograd.Function):
                 size = shape.numel() * dtype.itemsize
                 found.append(row[offset : offset + size].clone().view(dtype).view(shape))
                 offset += size
-        exact = [t for t in found if not (t.is_floating_point() or t.is_complex())]
+        exact = [t for t in found if not t.is_floating_point()]
         ctx.mark_non_differentiable(*exact)
         return tuple(found)
 

@@ -6,6 +6,7 @@ training and run in half the time.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,31 @@ from monai_memeff.halo.run.ranks.transport import Communicator
 
 WIDENED = 2**24
 """Values of half precision that are made float32 at a time for their statistics."""
-Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # mean, biased variance, number of values
+Statistics = tuple[torch.Tensor, torch.Tensor]  # mean and biased variance
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which values share their statistics.
+
+    Attributes:
+        batch: whether the batch shares them (batch normalization).
+        groups: number of groups of channels that share them; None if every channel has its own.
+        count: values of the whole behind each statistic.
+    """
+
+    batch: bool
+    groups: int | None
+    count: int
+
+    def flat(self, x: torch.Tensor) -> tuple[int, int, int]:
+        """(B, C, N) of rows (B, C, spatial...) whose second dimension has statistics of its own."""
+        rows = x.shape[2:].numel()
+        if self.batch:
+            return x.shape[0], x.shape[1], rows
+        if self.groups is not None:
+            return 1, x.shape[0] * self.groups, rows * (x.shape[1] // self.groups)
+        return 1, x.shape[0] * x.shape[1], rows
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -41,7 +66,7 @@ def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def whole_moments(comm: Communicator, x: torch.Tensor) -> Statistics:
-    """Mean and variance per channel of (B, C, N) over all ranks, and the number of values, by one gathering.
+    """Mean and variance per channel of (B, C, N) over all ranks, by one gathering.
 
     Ranks combine their moments as Chan, Golub and LeVeque 1979 do: squares of large means never cancel.
     """
@@ -54,7 +79,7 @@ def whole_moments(comm: Communicator, x: torch.Tensor) -> Statistics:
     total = counts.sum()
     center = (means * counts).sum(0) / total
     spread = ((variances + (means - center).square()) * counts).sum(0) / total
-    return center.to(mean.dtype), spread.to(mean.dtype), total
+    return center.to(mean.dtype), spread.to(mean.dtype)
 
 
 class _Normalize(torch.autograd.Function):
@@ -69,7 +94,7 @@ class _Normalize(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        statistics: Statistics,
+        statistics: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         eps: float,
         comm: Communicator,
         shape: tuple[int, ...],
@@ -128,42 +153,42 @@ def _row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.to(like.dtype).view(1, -1, *[1] * (like.dim() - 2))
 
 
-def _apply(
-    x: Any, weight: Any, bias: Any, statistics: Statistics, eps: float, comm: Any, shape: Any, merge: int = 1
-) -> Any:
-    return _Normalize.apply(x.contiguous(), weight, bias, statistics, eps, comm, shape, merge)
-
-
-def instance_norm(
-    comm: Communicator, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, Statistics]:
-    """Instance normalization over the whole volume; this rank's rows, and the statistics per (B * C)."""
-    batch = x.shape[0]
-    flat = (1, batch * x.shape[1], x.shape[2:].numel())
-    statistics = whole_moments(comm, x.reshape(flat))
-    weight, bias = (None if t is None else t.repeat(batch) for t in (weight, bias))
-    return _apply(x, weight, bias, statistics, eps, comm, flat), statistics
-
-
-def batch_norm(
-    comm: Communicator, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, Statistics]:
-    """Batch normalization over batch and volume; this rank's rows, and the statistics per channel."""
-    flat = (x.shape[0], x.shape[1], x.shape[2:].numel())
-    statistics = whole_moments(comm, x.reshape(flat))
-    return _apply(x, weight, bias, statistics, eps, comm, flat), statistics
-
-
-def group_norm(
-    comm: Communicator, x: torch.Tensor, groups: int, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+def normalize(
+    comm: Communicator,
+    x: torch.Tensor,
+    statistics: Statistics,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    form: Form,
 ) -> torch.Tensor:
-    """Group normalization over the whole volume; this rank's rows."""
+    """This rank's rows, normalized; backward reaches x through the statistics too.
+
+    Args:
+        comm: this rank's communicator.
+        x: this rank's rows (B, C, spatial...).
+        statistics: mean and biased variance of the whole, in the order of `form`.
+        weight: one factor per channel, or None.
+        bias: one summand per channel, or None.
+        eps: added to the variance.
+        form: which values share their statistics.
+    """
     batch, channels, rows = x.shape[0], x.shape[1], x.shape[2:].numel()
-    mean, variance, total = whole_moments(comm, x.reshape(1, batch * groups, rows * (channels // groups)))
-    mean, variance = (t.repeat_interleave(channels // groups) for t in (mean, variance))
-    flat = (1, batch * channels, rows)
-    y = _apply(x, None, None, (mean, variance, total), eps, comm, flat, channels // groups)
-    view = (1, -1, *[1] * (x.dim() - 2))
+    merge = 1 if form.groups is None else channels // form.groups
+    mean, variance = (t.repeat_interleave(merge) for t in statistics)
+    total = torch.full((), form.count, dtype=_wide(x.device), device=x.device)
+    shape = (batch, channels, rows) if form.batch else (1, batch * channels, rows)
+    inside = merge == 1 and weight is not None and bias is not None
+    if inside and not form.batch:
+        affine = [None if t is None else t.repeat(batch) for t in (weight, bias)]
+    else:
+        affine = [weight, bias] if inside else [None, None]
+    y = _Normalize.apply(x.contiguous(), *affine, (mean, variance, total), eps, comm, shape, merge)
+    return y if inside else _affine(y, weight, bias)
+
+
+def _affine(y: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    view = (1, -1, *[1] * (y.dim() - 2))
     if weight is not None and bias is not None:
         return torch.addcmul(bias.view(view), y, weight.view(view)).to(y.dtype)
     y = y if weight is None else (y * weight.view(view)).to(y.dtype)

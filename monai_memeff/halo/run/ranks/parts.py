@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.run.ranks.routes import Cuts
 
 _MARK = "_memeff_part"
+_COUNTED = "_memeff_counted"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,37 @@ def mark(tensor: torch.Tensor, part: Part) -> torch.Tensor:
 def part_of(tensor: torch.Tensor) -> Part | None:
     """The mark of a tensor, if any; views, casts and copies of a marked tensor have none."""
     return getattr(tensor, _MARK, None)
+
+
+class _SameOnAllRanks(torch.autograd.Function):
+    """An output that every rank holds: a loss must say whether its gradients are going to be averaged or summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, counted: list[bool]) -> torch.Tensor:
+        ctx.counted = counted
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if not ctx.counted:
+            raise NotPartitionableError(
+                f"An output of shape {tuple(gradient.shape)} is the same on every rank, so plain gradients would count "
+                f"it once per rank; pass it, or the term made of it, through SpatialLoss(...).replicated(term, output)."
+            )
+        return gradient, None
+
+
+def same_on_all_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """An output that every rank holds whole; backward refuses it unless `count_once` was called."""
+    counted: list[bool] = []
+    tensor = _SameOnAllRanks.apply(tensor, counted)
+    setattr(tensor, _COUNTED, counted)
+    return tensor
+
+
+def count_once(tensor: torch.Tensor) -> None:
+    """Say that the loss made of this output is scaled for having been computed on every rank."""
+    getattr(tensor, _COUNTED, []).append(True)
 
 
 def keeping_marks(change: Callable[[torch.Tensor], torch.Tensor], values: Any) -> Any:

@@ -1,0 +1,281 @@
+"""A plan for ranks: for every value of a captured network the rows each rank holds, and the moves that feed its rule.
+
+All of it follows from shapes and cuts, so every rank works out the same plan; no rank decides by looking at a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from monai_memeff.halo.planning.binding import bind_program
+from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.planning.layout import Box, Layout, along, crop, length, narrow, source_box, unspread
+from monai_memeff.halo.planning.program import Program, Ref, unflatten
+from monai_memeff.halo.planning.rules.base import Env, Read, Reduction, Step, Whole
+from monai_memeff.halo.planning.rules.norm import Moments, Normalize
+from monai_memeff.halo.planning.rules.random import is_random
+from monai_memeff.halo.run.ranks.exchange import gather_partials
+from monai_memeff.halo.run.ranks.executor import Task, anchored, nothing, run_in_segments, run_tasks, tied
+from monai_memeff.halo.run.ranks.fused import FusedMoments, FusedNormalize, form_of
+from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.norm import Form
+from monai_memeff.halo.run.ranks.parts import Part, mark, same_on_all_ranks
+from monai_memeff.halo.run.ranks.placement import Move, Placement, move, place
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """How one rank gets rows of a value in the layout in which a rule reads them.
+
+    Attributes:
+        source: which of the reader's inputs it is.
+        move: the rows that travel.
+        layout: the layout that the rule wants.
+        box: rows in that layout; None where this rank only sends.
+    """
+
+    source: int
+    move: Move
+    layout: Layout
+    box: Box | None
+
+    def __call__(self, mesh: HaloMesh, x: torch.Tensor) -> torch.Tensor:
+        """The rows."""
+        rows = self.move(mesh, x)
+        return rows if self.box is None else crop(rows, self.move.layout, self.move.want, self.layout, self.box)
+
+
+class RankPlan:
+    """One rank's plan of a captured network.
+
+    Args:
+        program: the network captured at the whole shape.
+        mesh: where the parts live.
+        parts: how each leaf of the arguments is spread; None for what every rank holds whole.
+    """
+
+    def __init__(self, program: Program, mesh: HaloMesh, parts: Sequence[Part | None]) -> None:
+        self.program, self.mesh = program, mesh
+        bound = bind_program(program, mesh.axes, training=True)
+        first = next(p for p in parts if p is not None)
+        self.base = [(b, first.shape[d]) for b, d in zip(_all_cut(first), first.dims, strict=True)]
+        self.placements = {index: place(layout, self.base, mesh.spatial) for index, layout in enumerate(bound.layouts)}
+        self.tasks: list[Task] = []
+        self.forms: dict[int, Form | None] = {}
+        self.moments: dict[str, int] = {}
+        self.random = any(is_random(program.values[index]) for index in bound.order)
+        self.seed = 0
+        for position, index in program.inputs.items():
+            self.placements[index] = self._given(program.values[index].shape, parts[position])
+        for index in bound.order:
+            self._add(index, bound.step(index))
+        for position, index in program.input_mutations.items():
+            if self.placements[program.inputs[position]] != self.placements[index]:
+                raise NotPartitionableError(
+                    f"{program.values[index].where}: the network writes into its argument {position} rows that lie on "
+                    f"other ranks; give it a copy"
+                )
+
+    def _given(self, shape: tuple[int, ...], part: Part | None) -> Placement:
+        axes = len(self.mesh.axes)
+        if part is None:
+            return Placement(unspread(shape, axes), (None,) * axes, self.mesh.spatial)
+        return Placement(along(shape, dict(enumerate(part.dims)), axes), part.cuts, self.mesh.spatial)
+
+    def _add(self, index: int, step: Step) -> None:
+        out = self.placements[index]
+        known = self.moments.setdefault(repr(step.value.args), index) if isinstance(step, Moments) else index
+        if known != index:  # batch norm's result and its two running statistics ask for the same moments
+            self.forms[index] = self.forms[known]
+            self.tasks.append(Task(index, (known,), _same))
+            return
+        form = self.forms[index] = self._form(index, step)
+        if form is not None:
+            kind = FusedMoments if isinstance(step, Moments) else FusedNormalize
+            run: Any = kind(self.mesh, step.value, form)
+        elif isinstance(step, Reduction) and not out.spread:
+            run = self._reduction(step)
+        elif isinstance(step, (Whole, Reduction)):
+            run = self._whole(step, out)
+        else:
+            run = self._tiled(step, out)
+        self.tasks.append(Task(index, step.inputs, run))
+
+    def _form(self, index: int, step: Step) -> Form | None:
+        """How torch's own kernels do a norm, if they fit both its moments and its step."""
+        if isinstance(step, Moments):
+            return form_of(self.program, self.placements[step.inputs[0]], index)
+        if not isinstance(step, Normalize) or step.value.args[-1]:
+            return None
+        moments = step.inputs[1]
+        same = step.value.args[0] == self.program.values[moments].args[0] and step.inputs[0] == step.value.refs()[0]
+        return self.forms.get(moments) if same else None
+
+    def fetches(self, step: Step, source: int, boxes: Sequence[Sequence[Box]]) -> list[Fetch]:
+        """Moves that bring an input to all ranks; `boxes` are the rows each rank reads, several where it wraps."""
+        native, wanted = self.placements[step.inputs[source]], step.reads[source]
+        nothing_of = tuple((0, 0) if p is not None else (0, 1) for p in native.layout.places)
+        found, rank = [], self.mesh.comm.rank
+        for k in range(max(len(b) for b in boxes)):
+            reads = [b[k] if k < len(b) else None for b in boxes]
+            wants = [nothing_of if box is None else source_box(native.layout, wanted, box) for box in reads]
+            found.append(Fetch(source, move(native, wants, rank), wanted, reads[rank]))
+        return found
+
+    def _tiled(self, step: Step, out: Placement) -> Any:
+        boxes, rank = out.boxes(), self.mesh.comm.rank
+        reads = [step.needs(box) if length(box) else () for box in boxes]
+        fetches = []
+        for source in range(len(step.inputs)):
+            fetches += self.fetches(step, source, [[r.box for r in rs if r.source == source] for rs in reads])
+        return _Tiled(self, step, fetches, reads[rank], boxes[rank])
+
+    def _whole(self, step: Step, out: Placement) -> Any:
+        fetches = []
+        for source, layout in enumerate(step.reads):
+            fetches += self.fetches(step, source, [[layout.whole]] * self.mesh.size)
+        return _WholeRun(self, step, fetches, out.box(self.mesh.comm.rank))
+
+    def _reduction(self, step: Reduction) -> Any:
+        source = place(step.reads[0], self.base, self.mesh.spatial)
+        boxes = source.boxes()
+        held = [[box] if length(box) else [] for box in boxes]
+        fetches = self.fetches(step, 0, held)
+        for other in range(1, len(step.reads)):
+            fetches += self.fetches(step, other, [[step.reads[other].whole]] * self.mesh.size)
+        return _Reduced(self, step, fetches, boxes)
+
+    def env(self) -> Env:
+        """Where rules work, and the seed of the call."""
+        return Env(self.device, self.seed)
+
+    def run(self, network: nn.Module, leaves: Sequence[Any], segments: int) -> Any:
+        """The network's output on this rank: parts of spread outputs, whole others."""
+        program = self.program
+        first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        self.device = first.device
+        if self.random:
+            self.seed = self._agreed_seed()
+        values = {index: leaves[position].as_subclass(torch.Tensor) for position, index in program.inputs.items()}
+        for index, name in program.state.items():
+            constant = program.constants.get(name)
+            tensor = attrgetter(name)(network) if constant is None else constant.to(self.device)
+            values[index] = tensor.clone() if name in program.mutations else tensor  # written to before backward reads
+        kept = [*program.wanted(), *program.mutations.values()]
+        with ExitStack() as modes:
+            for kind in {"cpu", self.device.type} & {"cpu", "cuda"}:  # the captured network holds autocast's casts
+                modes.enter_context(torch.autocast(kind, enabled=False))
+            if segments > 1 and torch.is_grad_enabled():
+                run_in_segments(self.tasks, values, kept, segments)
+            else:
+                run_tasks(self.tasks, values, kept)
+            return self._finish(network, leaves, values)
+
+    def _agreed_seed(self) -> int:
+        """The first rank's draw; the others draw too, so that all generators move on alike."""
+        return int(self.mesh.comm.all_gather(draw_seed().to(self.mesh.device))[0])
+
+    def _finish(self, network: nn.Module, leaves: Sequence[Any], values: dict[int, Any]) -> Any:
+        program = self.program
+        with torch.no_grad():
+            for name, index in program.mutations.items():
+                attrgetter(name)(network).copy_(values[index])
+            for position, index in program.input_mutations.items():
+                leaves[position].copy_(values[index])
+        refs = list(dict.fromkeys(leaf.index for leaf in program.outputs if isinstance(leaf, Ref)))
+        found = {index: anchored(values[index]) for index in refs}
+        for index in refs:
+            part = _part(program.values[index].shape, self.placements[index])
+            found[index] = mark(found[index] if part.spread else same_on_all_ranks(found[index]), part)
+        outputs = [found[leaf.index] if isinstance(leaf, Ref) else leaf for leaf in program.outputs]
+        return unflatten(outputs, program.output_spec)
+
+
+def _same(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def draw_seed() -> torch.Tensor:
+    """A seed from torch's generator, which a checkpoint around the network restores before it recomputes."""
+    return torch.randint(2**62, (1,))
+
+
+def _all_cut(part: Part) -> list[tuple[int, ...]]:
+    return [b for b in part.cuts if b is not None]
+
+
+def _part(shape: tuple[int, ...], placement: Placement) -> Part:
+    dims = tuple(0 if p is None else p[0] for p in placement.layout.places)
+    return Part(shape, dims, placement.cuts)
+
+
+@dataclass
+class _Tiled:
+    """Output rows of this rank from the input rows that its rule names."""
+
+    plan: RankPlan
+    step: Step
+    fetches: list[Fetch]
+    reads: tuple[Read, ...]
+    box: Box
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        rows = [(f, f(self.plan.mesh, inputs[f.source])) for f in self.fetches]
+        if not length(self.box):
+            shape = self.step.out.part_shape(self.box)
+            return nothing(shape, self.step.value.dtype, [t for _, t in rows], self.plan.device)
+        asked = [t for f, t in rows if f.box is not None]
+        order = [f for f, _ in rows if f.box is not None]
+        queues = {s: iter([t for f, t in zip(order, asked, strict=True) if f.source == s]) for s in range(len(inputs))}
+        y = self.step.compute([next(queues[r.source]) for r in self.reads], self.reads, self.box, self.plan.env())
+        return tied(y, [t for f, t in rows if f.box is None])
+
+
+@dataclass
+class _WholeRun:
+    """The operator on whole inputs; this rank keeps its rows."""
+
+    plan: RankPlan
+    step: Step
+    fetches: list[Fetch]
+    box: Box
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        whole = [f(self.plan.mesh, inputs[f.source]) for f in self.fetches]
+        reads = [Read(f.source, self.step.reads[f.source].whole) for f in self.fetches]
+        y = self.step.compute(whole, reads, self.step.out.whole, self.plan.env())
+        return narrow(y, self.step.out, self.step.out.whole, self.box)
+
+
+@dataclass
+class _Reduced:
+    """Partial results of this rank's rows, combined with those of the others in the order of the ranks."""
+
+    plan: RankPlan
+    step: Reduction
+    fetches: list[Fetch]
+    boxes: list[Box]
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        mesh, step, env = self.plan.mesh, self.step, self.plan.env()
+        rows, *_ = [f(mesh, inputs[f.source]) for f in self.fetches]
+        box = self.boxes[mesh.comm.rank]
+        if length(box):
+            partial = step.partial(rows, box, env)
+        else:  # stands in for the shapes; no rank reads it
+            one = tuple((0, 1) for _ in box)
+            partial = step.partial(rows.new_zeros(step.reads[0].part_shape(one)), one, env)
+            partial = tuple(tied(t, [rows]) for t in partial)
+        states = gather_partials(mesh.comm, partial)
+        full = [tuple(state) for state, b in zip(states, self.boxes, strict=True) if length(b)]
+        total = full[0]
+        for state in full[1:]:
+            total = step.combine(total, state)
+        return step.finish(total, env)
