@@ -77,3 +77,22 @@ def test_foreign_grids_are_refused() -> None:
         loss([level], random_mask(2, (9, 6, 12), 0.3).float())
     with pytest.raises(ValueError, match="at least one level of logits, got none"):
         loss([], random_mask(2, SHAPE, 0.3).float())
+
+
+def test_the_focusing_parameter_weights_the_hard_candidates() -> None:
+    """Gamma 0 is the published loss; a larger one is the focal loss by its formula."""
+    logits = SparseTensor(torch.randn(6, 1, dtype=torch.float64), _line(6), (6, 1, 1))
+    target = SparseTensor(torch.ones(3, 1, dtype=torch.float64), _line(3), (6, 1, 1))
+    value = logits.features[:, 0].sigmoid()
+    right = torch.cat([value[:3], 1 - value[3:]])
+    for gamma in (0.0, 0.5, 2.0):
+        found = SparseCompletionLoss(gamma=gamma)([logits], target)
+        torch.testing.assert_close(found, (-right.log() * (1 - right) ** gamma).mean())
+    with pytest.raises(ValueError, match="gamma"):
+        SparseCompletionLoss(gamma=-1)
+
+
+def _line(count: int) -> Tensor:
+    coordinates = torch.zeros(count, 4, dtype=torch.long)
+    coordinates[:, 1] = torch.arange(count)
+    return coordinates

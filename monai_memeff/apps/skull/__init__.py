@@ -10,6 +10,12 @@ from monai_memeff.apps.skull.implant import (
 from monai_memeff.apps.skull.metrics import ImplantMetric
 from monai_memeff.apps.skull.shell import SkullShell, SkullShellD, SkullShelld, SkullShellDict
 from monai_memeff.apps.skull.upper_skull import UpperSkullCrop, UpperSkullCropD, UpperSkullCropd, UpperSkullCropDict
+from monai_memeff.apps.skull.variation import (
+    RandSkullVariation,
+    RandSkullVariationD,
+    RandSkullVariationd,
+    RandSkullVariationDict,
+)
 
 __all__ = [
     "ImplantFromCompletion",
@@ -21,6 +27,10 @@ __all__ = [
     "RandSkullDefectD",
     "RandSkullDefectDict",
     "RandSkullDefectd",
+    "RandSkullVariation",
+    "RandSkullVariationD",
+    "RandSkullVariationDict",
+    "RandSkullVariationd",
     "SkullShell",
     "SkullShellD",
     "SkullShellDict",
