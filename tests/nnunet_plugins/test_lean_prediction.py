@@ -27,6 +27,7 @@ from nnunet_plugins.lean.export.labels import RunningArgmax
 from nnunet_plugins.lean.predict import window
 from nnunet_plugins.lean.predict.files import FOLDER_VARIABLE, NoRoomError, ScratchFile
 from nnunet_plugins.lean.predict.logits import LogitsFile, StoredArray, StoredLogits
+from nnunet_plugins.lean.predict.writer import RowWriter
 from nnunet_plugins.lean.trial import TrialModel, predictor_of, write_image
 
 SMALL = {"max_examples": 20, "deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -221,6 +222,25 @@ def test_the_first_of_equals_and_the_first_nan_win() -> None:
     for number, value in enumerate(values):
         running.add(number, value)
     np.testing.assert_array_equal(running.labels, values.argmax(0))
+
+
+@pytest.mark.parametrize("free", [10**9, 1000])  # accumulators on the device, or on the host
+def test_a_gpu(tmp_path: Path, free: int, monkeypatch) -> None:
+    from tests.fake_cuda import fake_cuda_device
+
+    class Event:
+        def record(self) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    monkeypatch.setattr(RowWriter, "_on_host", lambda self, planes, ready: planes.cpu())  # no streams to copy on here
+    folder = TrialModel(exclusive(4), patch=(6, 6, 6), folds=2, mirroring=(0,)).write(tmp_path)
+    with fake_cuda_device():
+        predictor = predictor_of(folder, device=torch.device("cuda"))
+        labels = compare(predictor, noise((9, 8, 10), 1), (1.0, 1.5, 1.0))
+    assert isinstance(labels, np.ndarray)
 
 
 def test_off_means_untouched(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class RowWriter:
         """Take complete planes (classes, Y, Z) of a row, padding included; they must not change afterwards."""
         if self.error is not None:
             raise self.error
-        ready = torch.cuda.Event() if planes.is_cuda else None
+        ready = torch.cuda.Event() if planes.device.type == "cuda" else None
         if ready is not None:
             ready.record()
         self.queue.put((row, first_class, planes, ready))
