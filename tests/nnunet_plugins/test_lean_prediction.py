@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import multiprocessing
 import pickle
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -225,7 +226,8 @@ def test_the_first_of_equals_and_the_first_nan_win() -> None:
 
 
 @pytest.mark.parametrize("free", [10**9, 1000])  # accumulators on the device, or on the host
-def test_a_gpu(tmp_path: Path, free: int, monkeypatch) -> None:
+@pytest.mark.parametrize("fails_at", [None, 7])  # the GPU runs out of memory in the seventh tile
+def test_a_gpu(tmp_path: Path, free: int, fails_at: int | None, monkeypatch) -> None:
     from tests.fake_cuda import fake_cuda_device
 
     class Event:
@@ -236,11 +238,33 @@ def test_a_gpu(tmp_path: Path, free: int, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
     monkeypatch.setattr(RowWriter, "_on_host", lambda self, planes, ready: planes.cpu())  # no streams to copy on here
-    folder = TrialModel(exclusive(4), patch=(6, 6, 6), folds=2, mirroring=(0,)).write(tmp_path)
+    folder = TrialModel(exclusive(4), patch=(4, 6, 6), folds=2).write(tmp_path)
+    image, calls = noise((9, 8, 10), 1), []
     with fake_cuda_device():
         predictor = predictor_of(folder, device=torch.device("cuda"))
-        labels = compare(predictor, noise((9, 8, 10), 1), (1.0, 1.5, 1.0))
-    assert isinstance(labels, np.ndarray)
+        stock = predicted(predictor, image, (1.0, 1.5, 1.0), False)
+        forward = predictor.network.forward
+
+        def fail_once(tile: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) == fails_at:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(tile)
+
+        predictor.network.forward = fail_once
+        with lean_prediction():
+            assert same(stock, predicted(predictor, image, (1.0, 1.5, 1.0), False))
+    assert isinstance(stock, np.ndarray)
+    assert len(calls) > 14
+
+
+def test_logits_reach_nnunets_own_pools() -> None:
+    logits, values = stored()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        sums = [pool.apply_async(torch.sum, (sent,), {"dtype": torch.float64}) for sent in (logits, logits)]
+        del logits
+        for result in sums:
+            assert float(result.get()) == float(values.sum(dtype=torch.float64))
 
 
 def test_off_means_untouched(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
@@ -82,14 +83,21 @@ def _reserved_in(folder: str, size: int) -> int:
     descriptor, name = tempfile.mkstemp(prefix="memeff-", dir=folder)
     try:
         os.unlink(name)
+        os.truncate(descriptor, size)
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, max(size, 1))
-        else:
-            os.truncate(descriptor, size)
+            _allocate(descriptor, size)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, max(size, 1))
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # file systems that reserve nothing
+            raise
 
 
 def folders() -> list[str]:

@@ -53,13 +53,15 @@ def stream(predictor: Any, image: Image, sink: Sink) -> None:
         patch = predictor.configuration_manager.patch_size
         data, unpadded = padded(image, patch)
         slicers = predictor._internal_get_sliding_window_slicers(data.shape[1:])
-        writer = RowWriter(unpadded[1:], sink, cuda)
+        once = OnceOnly(sink)
         try:
-            _accumulate(predictor, data, slicers, writer)
-        except BaseException:
-            writer.stop()
-            raise
-        writer.finish()
+            _attempt(predictor, data, slicers, RowWriter(unpadded[1:], once, cuda), cuda)
+        except torch.OutOfMemoryError:
+            if not cuda:
+                raise
+            print("The GPU ran out of memory: accumulators move to the host.")
+            empty_cache(predictor.device)
+            _attempt(predictor, data, slicers, RowWriter(unpadded[1:], once, cuda), False)
     empty_cache(predictor.device)
 
 
@@ -71,11 +73,38 @@ def padded(image: Image, patch: Sequence[int]) -> tuple[Image, tuple[slice, ...]
     return result
 
 
-def _accumulate(predictor: Any, data: Image, slicers: list[tuple[Any, ...]], writer: RowWriter) -> None:
+class OnceOnly:
+    """Hands planes on to a sink the first time that they come; a second attempt brings some of them again."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.seen: set[tuple[int, int]] = set()
+
+    def __call__(self, row: int, first_class: int, planes: Tensor) -> None:
+        """Take planes (classes, Y, Z) of a row."""
+        if (row, first_class) not in self.seen:
+            self.sink(row, first_class, planes)
+            self.seen.add((row, first_class))
+
+
+def _attempt(
+    predictor: Any, data: Image, slicers: list[tuple[Any, ...]], writer: RowWriter, may_use_device: bool
+) -> None:
+    try:
+        _accumulate(predictor, data, slicers, writer, may_use_device)
+    except BaseException:
+        writer.stop()
+        raise
+    writer.finish()
+
+
+def _accumulate(
+    predictor: Any, data: Image, slicers: list[tuple[Any, ...]], writer: RowWriter, may_use_device: bool
+) -> None:
     opened = first_open_rows(slicers)
     rows = max(rows_of(slicer)[1] - first for slicer, first in zip(slicers, opened, strict=True))
     shape = (predictor.label_manager.num_segmentation_heads, *data.shape[1:])
-    window = _window(predictor, shape, rows, writer)
+    window = _window(predictor, shape, rows, writer, may_use_device)
     device = window.sums.device
     gaussian: Tensor | int = 1
     if predictor.use_gaussian:
@@ -96,8 +125,8 @@ def _accumulate(predictor: Any, data: Image, slicers: list[tuple[Any, ...]], wri
     window.finish(data.shape[1])
 
 
-def _window(predictor: Any, shape: tuple[int, ...], rows: int, writer: RowWriter) -> Window:
-    if predictor.perform_everything_on_device and predictor.device.type == "cuda":
+def _window(predictor: Any, shape: tuple[int, ...], rows: int, writer: RowWriter, may_use_device: bool) -> Window:
+    if may_use_device and predictor.perform_everything_on_device:
         size = 2 * rows * (shape[0] + 1) * shape[2] * shape[3]
         if size < ON_DEVICE_SHARE * torch.cuda.mem_get_info(predictor.device)[0]:
             return Window(shape, rows, predictor.device, writer.put)
