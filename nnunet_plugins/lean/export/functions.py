@@ -36,7 +36,7 @@ def convert_predicted_logits_to_segmentation_with_correct_shape(
     return_probabilities: bool = False,
     num_threads_torch: int = default_num_processes,
 ) -> Any:
-    """The label map on the grid of the image, and the probabilities when they are asked for (then all in memory)."""
+    """The label map on the grid of the image, and the probabilities when they are wanted (then all in memory)."""
     case = Case(predicted_logits, plans_manager, configuration_manager, label_manager, properties_dict)
     if not case.by_class(return_probabilities, num_threads_torch):
         function = stock(EXPORT, "convert_predicted_logits_to_segmentation_with_correct_shape")
@@ -67,7 +67,7 @@ def export_prediction_from_logits(
     save_probabilities: bool = False,
     num_threads_torch: int = default_num_processes,
 ) -> None:
-    """Write the label map, and the probabilities when they are asked for, under names that appear when complete."""
+    """Write the label map, and the probabilities when they are wanted, under names that appear when complete."""
     dataset = dataset_json_dict_or_file
     if isinstance(dataset, str):
         dataset = load_json(dataset)
@@ -133,7 +133,7 @@ def save_next_stage(labels: np.ndarray, truncated: str, configuration_manager: A
 
 
 class Case:
-    """One image's logits, and what nnU-Net's plans say about the way back to its grid."""
+    """One image's logits, and what nnU-Net's plans say about the return to its grid."""
 
     def __init__(self, logits: Logits, plans: Any, configuration: Any, label_manager: Any, properties: dict) -> None:
         self.logits, self.plans, self.properties, self.label_manager = logits, plans, properties, label_manager
