@@ -183,7 +183,12 @@ def _tiles(data: Image, slicers: list[tuple[Any, ...]], device: torch.device) ->
             yield item
     finally:
         stopped = True
-        while thread.is_alive():
-            if not ready.empty():
-                ready.get()
-            thread.join(0.01)
+        _join(thread, ready)
+
+
+def _join(thread: Thread, ready: Queue[Any]) -> None:
+    """Wait for a thread that may be waiting for a place in its queue."""
+    while thread.is_alive():
+        if not ready.empty():
+            ready.get()
+        thread.join(0.01)
