@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,33 @@ def require_in_use(overlay: str, found: Mapping[str, Any], wanted: Mapping[str, 
                 f"the overlay {overlay} has no effect: the bundle's {part} is {type(bare).__name__}, not {kind}; name "
                 f"the overlay after the file that sets it, and combine it with no other overlay that replaces it"
             )
+
+
+def require_exclusive_classes(overlay: str, network: nn.Module, postprocessing: Any) -> None:
+    """Refuse a bundle whose classes overlap (one sigmoid each): points are trained and followed for one label each.
+
+    Args:
+        overlay: its name, for the message.
+        network: what has ``out_channels``.
+        postprocessing: the bundle's transforms on predictions.
+
+    Raises:
+        InputError: there are several classes, and a transform takes the sigmoid of predictions.
+    """
+    if int(getattr(_bare(network), "out_channels", 2)) > 1 and any(_sigmoids(postprocessing)):
+        raise InputError(
+            f"the overlay {overlay} is for bundles whose classes exclude each other (softmax), and the classes of this "
+            f"bundle overlap (sigmoid): choose the overlay clstm or halo"
+        )
+
+
+def _sigmoids(transform: Any) -> Iterator[bool]:
+    for part in getattr(transform, "transforms", [transform]):
+        if part is not transform:
+            yield from _sigmoids(part)
+        elif "Activations" in type(part).__name__:
+            given = getattr(part, "sigmoid", False)
+            yield any(given) if isinstance(given, tuple) else bool(given)
 
 
 def _bare(thing: Any) -> Any:

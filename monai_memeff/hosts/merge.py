@@ -12,6 +12,7 @@ from monai.bundle import ConfigParser
 
 from monai_memeff.errors import InputError
 from monai_memeff.hosts.layout import SIGNS, Config, get, is_steps, places, references, split, used
+from monai_memeff.hosts.suited import require_suited
 
 OURS = "monai_memeff."
 STEPS = ("imports", "initialize", "run", "finalize")
@@ -36,7 +37,7 @@ def merge_bundle_configs(files: Sequence[Path]) -> Config:
     for file in files:
         content = read(file)
         if _is_ours(content):
-            _check_network(file, content, merged)
+            require_suited(file.name, content, merged)
             content = _moved(content, places(merged))
             ours.append((file, content))
         _check_places(file, content, merged)
@@ -155,19 +156,6 @@ def _moved(content: Config, where: dict[str, str]) -> Config:
         return [move(part) for part in value] if isinstance(value, list) else value
 
     return {re.sub(rf"^(\+?){names}", lambda m: m[1] + moves[m[2]], key): move(v) for key, v in content.items()}
-
-
-def _check_network(file: Path, content: Config, before: Config) -> None:
-    """SparseUNet takes the place of UNet only; the files before say what is there."""
-    if content.get("network_def#_target_") != f"{OURS}hosts.switch_unet":
-        return
-    network = get(before, places(before).get("network_def", "network_def"))
-    kind = str((network or {}).get("_target_", "")).rpartition(".")[2] if isinstance(network, dict) else ""
-    if kind and kind not in ("UNet", "SparseUNet", "switch_unet"):
-        raise InputError(
-            f"{file.name} switches MONAI's UNet and no other network, and this bundle's network_def is {kind}: choose "
-            f"the overlay halo_inference, clstm or occupancy, see docs/overlays.md"
-        )
 
 
 def _check_kept(file: Path, content: Config, merged: Config) -> None:

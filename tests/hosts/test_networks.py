@@ -9,9 +9,10 @@ from typing import Any
 import monai.networks.nets
 import pytest
 import torch
+from monai.transforms import Activations, Activationsd, AsDiscreted, Compose, EnsureTyped
 
 from monai_memeff.clstm import CLSTMUNet
-from monai_memeff.hosts import replace_network, require_in_use, switch_unet
+from monai_memeff.hosts import replace_network, require_exclusive_classes, require_in_use, switch_unet
 from monai_memeff.occupancy import OccupancyNet
 from monai_memeff.overlays import overlay_path
 from monai_memeff.sparse import SparseUNet
@@ -92,3 +93,23 @@ def test_what_is_not_in_use_is_named() -> None:
     for found, words in ((torch.nn.Linear(1, 1), "Linear"), (None, "NoneType")):
         with pytest.raises(ValueError, match=f"the overlay clstm has no effect: .*network is {words}, not CLSTMUNet"):
             require_in_use("clstm", {"network": found}, {"network": "CLSTMUNet"})
+
+
+@pytest.mark.parametrize(
+    ("transforms", "refused"),
+    [
+        ([Activationsd("pred", softmax=True)], False),
+        ([AsDiscreted("pred", argmax=True)], False),
+        ([Activationsd("pred", sigmoid=True)], True),
+        ([Compose([EnsureTyped("pred"), Activationsd(["pred", "other"], sigmoid=[True, False])])], True),
+        ([Activations(sigmoid=True)], True),
+    ],
+)
+def test_points_are_for_classes_that_exclude_each_other(transforms: list[Any], refused: bool) -> None:
+    postprocessing, network = Compose(transforms), OccupancyNet(1, 2, channels=(4,))
+    require_exclusive_classes("occupancy", OccupancyNet(1, 1, channels=(4,)), postprocessing)  # one class is exclusive
+    if refused:
+        with pytest.raises(ValueError, match=r"exclude each other \(softmax\).* overlap \(sigmoid\)"):
+            require_exclusive_classes("occupancy", network, postprocessing)
+    else:
+        require_exclusive_classes("occupancy", network, postprocessing)

@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 
 from monai_memeff.clstm import CLSTMUNet
 from monai_memeff.overlays import overlay_names, overlay_path
-from tests.bundles.conftest import command, organ_data, run_here, stock  # noqa: F401
+from tests.bundles.conftest import command, run_here
 from tests.bundles.test_overlays import parser
 
 REPLACED: dict[str, dict[str, Any]] = {
@@ -29,7 +29,7 @@ VOID = [
 ]
 
 
-def base_of(stock: Path, name: str) -> Path:  # noqa: F811
+def base_of(stock: Path, name: str) -> Path:
     return stock / "configs" / ("inference.json" if name.endswith("_inference") else "train.json")
 
 
@@ -43,7 +43,7 @@ def first_cause(error: BaseException) -> BaseException:
 def test_a_later_file_that_replaces_what_an_overlay_sets(
     name: str,
     part: str,
-    stock: Path,  # noqa: F811
+    stock: Path,
     tmp_path: Path,
 ) -> None:
     (tmp_path / "later.json").write_text(json.dumps(REPLACED[part]))
@@ -58,13 +58,13 @@ def test_a_later_file_that_replaces_what_an_overlay_sets(
 
 
 @pytest.mark.parametrize("name", overlay_names())
-def test_an_overlay_before_the_bundles_file_is_an_error(name: str, stock: Path) -> None:  # noqa: F811
+def test_an_overlay_before_the_bundles_file_is_an_error(name: str, stock: Path) -> None:
     with pytest.raises(KeyError, match="query key"):
         ConfigParser.load_config_files([str(overlay_path(name)), str(base_of(stock, name))])
 
 
 @pytest.mark.parametrize("name", ["clstm_inference", "occupancy_inference", "sparse_unet_inference"])
-def test_a_foreign_checkpoint_ends_the_run(name: str, stock: Path, organ_data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_foreign_checkpoint_ends_the_run(name: str, stock: Path, organ_data: Path, tmp_path: Path) -> None:
     """With ``strict`` off as on; the bundle's own loader, and MONAI's of another bundle."""
     (stock / "models").mkdir(exist_ok=True)
     torch.save(torch.nn.Conv3d(1, 2, 1).state_dict(), stock / "models" / "model.pt")
@@ -77,7 +77,7 @@ def test_a_foreign_checkpoint_ends_the_run(name: str, stock: Path, organ_data: P
     assert not list(tmp_path.rglob("*.nii.gz"))
 
 
-def test_the_command_ends_with_the_reason(stock: Path, organ_data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_ends_with_the_reason(stock: Path, organ_data: Path, tmp_path: Path) -> None:
     (stock / "models").mkdir(exist_ok=True)
     network = CLSTMUNet(out_channels=3, channels=(4, 8), hidden_channels=2)
     torch.save(network.state_dict(), stock / "models" / "model.pt")
