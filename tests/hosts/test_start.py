@@ -52,8 +52,9 @@ def test_a_later_file_that_replaces_what_an_overlay_sets(
     if part != "network":
         config["network_def#channels"] = [4, 8]
         config["network_def#strides"] = [2]
+    (step,) = [number for number, step in enumerate(config["initialize"]) if "require_in_use" in str(step)]
     with pytest.raises(RuntimeError) as caught:
-        config.get_parsed_content(f"initialize#{len(config['initialize']) - 1}")
+        config.get_parsed_content(f"initialize#{step}")
     assert f"the overlay {name} has no effect" in str(first_cause(caught.value))
 
 

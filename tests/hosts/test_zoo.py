@@ -34,7 +34,7 @@ def roots(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield {name: prepare(data_dir / "model_zoo" / name, folder) for name in SHRUNK}
 
 
-@pytest.mark.parametrize(("bundle", "overlay"), cases())
+@pytest.mark.parametrize(("bundle", "overlay"), list(cases()))
 def test_the_table_says_what_happens(bundle: str, overlay: str, roots: dict[str, Path]) -> None:
     assert verdict(roots[bundle], overlay) == TABLE[bundle, overlay]
 
