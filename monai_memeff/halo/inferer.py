@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from monai_memeff.halo.planning.capture import bare, home
+from monai_memeff.halo.planning.estimate import dry_peak
 from monai_memeff.halo.planning.fingerprint import call_key, fingerprint, mode_key
 from monai_memeff.halo.planning.plan import Plan, make_plan
 from monai_memeff.halo.planning.program import flatten_call, unflatten
@@ -62,7 +63,8 @@ class SpatialPartitionInferer(Inferer):
     The idea of halo rows is that of Hou et al. 2019 (https://arxiv.org/abs/1909.03108), streamed through one device.
 
     The network is unchanged afterwards, running statistics included, in training mode too. Random numbers of torch are
-    neither drawn nor moved on.
+    neither drawn nor moved on: dropout and the like in training mode follow `torch.initial_seed()` and the number of the
+    call, in a way that does not depend on the parts.
 
     Args:
         partitions: number of parts along `axis`, or "auto": as few as fit `memory_budget`. Small late steps take fewer.
@@ -107,6 +109,7 @@ class SpatialPartitionInferer(Inferer):
         self.device = None if device is None else torch.device(device)
         self.labels, self.memory_budget, self.progress = labels, memory_budget, progress
         self.last_report: StreamingReport | None = None
+        self._calls = 0
         self._plans: dict[Hashable, tuple[weakref.ref[nn.Module], Plan]] = {}
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,7 +144,9 @@ class SpatialPartitionInferer(Inferer):
         store.reserve(plan.store_bytes)
         bar = tqdm(total=sum(j.tiles for j in plan.schedule.jobs), desc="tiles") if self.progress else None
         try:
-            stream = Stream(plan, network, store, bar.update if bar is not None else None)
+            self._calls += 1
+            seed = torch.initial_seed() + self._calls
+            stream = Stream(plan, network, store, bar.update if bar is not None else None, seed)
             whole = stream(*call)
         finally:
             if bar is not None:
@@ -195,16 +200,7 @@ def whole_peak_bytes(network: nn.Module, shape: tuple[int, ...], dtype: torch.dt
         shape: input shape (B, C, spatial...).
         dtype: of the input.
     """
-    from monai_memeff.memory.tracker import StorageTracker, Watcher
-
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    empty = {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}
-    x = torch.empty(tuple(shape), dtype=dtype, device="meta")
-    tracker = StorageTracker("meta")
-    with torch.no_grad(), Watcher(tracker):
-        torch.func.functional_call(network, empty, (x,))
-    tracker.close()
-    return tracker.peak
+    return dry_peak(network, shape, dtype)
 
 
 def _with_meta(output: Any, inputs: torch.Tensor) -> Any:

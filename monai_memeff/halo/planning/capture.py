@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import random
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,6 +111,22 @@ def _eager(network: nn.Module) -> Iterator[None]:
             m._compiled_call_impl = call
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Capturing says nothing: what is wrong is raised."""
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 class _Attributes:
     """A module's attributes as they are, lists and dicts among them by content: forward may cache what is not real."""
 
@@ -151,7 +169,13 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
         fake_args, fake_kwargs = unflatten([_fake(leaf, mode, device) for leaf in flat], spec)
     saved = [_Attributes(m) for m in network.modules()]
     try:
-        with _python_dispatch._disable_current_modes(), torch.no_grad(), _no_hidden_draws(), _eager(network):
+        with (
+            _python_dispatch._disable_current_modes(),
+            torch.no_grad(),
+            _no_hidden_draws(),
+            _eager(network),
+            _quiet(),
+        ):
             exported = torch.export.export(network, fake_args, fake_kwargs, strict=False)
             exported = exported.run_decompositions({})
     except NotPartitionableError:

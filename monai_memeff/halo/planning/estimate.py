@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # read in torch 2.6 to 2.14
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
+from monai_memeff.halo.planning.capture import home
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.layout import Box, narrow
 from monai_memeff.halo.planning.rules.base import Env, State
@@ -120,7 +123,7 @@ def value_state(schedule: Schedule) -> dict[int, str]:
 
 def job_box(job: Job, lo: int, hi: int) -> Box:
     """The box of one tile: the first split axis is cut, others are whole."""
-    return ((lo, hi), *job.domain.whole[1:])
+    return ((lo, hi), *job.domain.whole[1:]) if job.domain.spread else job.full
 
 
 @contextlib.contextmanager
@@ -173,3 +176,15 @@ def _fewest(estimate: Estimate, job: Job, base: int, limit: int, most: int) -> b
         # a tile's bytes are roughly a constant plus its share of the rows
         guess = math.ceil(tiles * max(peak - base, 1) / max(limit - base, 1)) if limit > base else most
         tiles = min(max(tiles + 1, guess), most)
+
+
+def dry_peak(network: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Activation bytes that the plain network needs at once in inference, by a dry run of its own forward."""
+    tracker = StorageTracker("meta", count_older=False)
+    device = home(network)
+    with _python_dispatch._disable_current_modes(), torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True), Watcher(tracker):
+            x = torch.empty(tuple(shape), dtype=dtype, device=device)
+            network(x)
+    tracker.close()
+    return tracker.peak

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, field
 
 from monai_memeff.halo.planning.binding import Bound
-from monai_memeff.halo.planning.layout import Layout, _related, bounds
+from monai_memeff.halo.planning.layout import Box, Layout, _related, bounds
 from monai_memeff.halo.planning.rules.base import Reduction, Step, Whole
 from monai_memeff.halo.planning.rules.reshape import Expand, Permute, View, WholeView
 from monai_memeff.halo.planning.rules.select import Concatenate, Strided
@@ -22,7 +22,7 @@ class Job:
     Attributes:
         index: the value.
         domain: the layout whose rows are cut into tiles.
-        axis: the split axis that is cut.
+        full: the box of all rows of the value, for a job that is one tile.
         taps: reductions of this value, fed while its tiles are written.
         sources: stored values it reads, directly or through values computed on the fly.
         frees: stored values that nothing reads after it.
@@ -32,6 +32,7 @@ class Job:
 
     index: int
     domain: Layout
+    full: Box
     taps: list[int] = field(default_factory=list)
     sources: tuple[int, ...] = ()
     frees: tuple[int, ...] = ()
@@ -174,7 +175,7 @@ def make_schedule(bound: Bound) -> Schedule:
         domain = step.reads[0] if isinstance(step, Reduction) else step.out
         if isinstance(step, Whole) or (isinstance(step, Reduction) and len(step.inputs) != 1):
             domain = bound.ctx.whole(step.out.shape)
-        jobs[index] = Job(index, domain, sources=sources(schedule, index))
+        jobs[index] = Job(index, domain, step.out.whole, sources=sources(schedule, index))
     schedule.jobs = list(jobs.values())
     _lifetimes(schedule)
     return schedule
