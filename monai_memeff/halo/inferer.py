@@ -63,8 +63,8 @@ class SpatialPartitionInferer(Inferer):
     The idea of halo rows is that of Hou et al. 2019 (https://arxiv.org/abs/1909.03108), streamed through one device.
 
     The network is unchanged afterwards, running statistics included, in training mode too. Random numbers of torch are
-    neither drawn nor moved on: dropout and the like in training mode follow `torch.initial_seed()` and the number of the
-    call, in a way that does not depend on the parts.
+    neither drawn nor moved on: dropout and the like in training mode follow `torch.initial_seed()` and the number of
+    the call, in a way that does not depend on the parts.
 
     Args:
         partitions: number of parts along `axis`, or "auto": as few as fit `memory_budget`. Small late steps take fewer.

@@ -182,9 +182,8 @@ def dry_peak(network: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> in
     """Activation bytes that the plain network needs at once in inference, by a dry run of its own forward."""
     tracker = StorageTracker("meta", count_older=False)
     device = home(network)
-    with _python_dispatch._disable_current_modes(), torch.no_grad():
-        with FakeTensorMode(allow_non_fake_inputs=True), Watcher(tracker):
-            x = torch.empty(tuple(shape), dtype=dtype, device=device)
-            network(x)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _python_dispatch._disable_current_modes(), torch.no_grad(), mode, Watcher(tracker):
+        network(torch.empty(tuple(shape), dtype=dtype, device=device))
     tracker.close()
     return tracker.peak
