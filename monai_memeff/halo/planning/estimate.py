@@ -57,9 +57,10 @@ class Estimate:
         key = (job.index, box)
         if hasattr(step, "partial") and len(step.inputs) == 1:
             key = (step.inputs[0], box)
-        found = [hi - lo for lo, hi in box]
+        found: list[int] = [*_form(box, job.domain.rows)]
         for instruction in compile_tile(self.schedule, key):
-            found += [hi - lo for lo, hi in instruction.key[1]]
+            index, rows = instruction.key
+            found += _form(rows, self.schedule.bound.layouts[index].rows)
         return tuple(found)
 
     def tile(self, job: Job, box: Box) -> int:
@@ -114,6 +115,11 @@ class Estimate:
             peak = max(peak, alive)
             alive -= sum(program[i].nbytes for i in job.frees if i in self.schedule.stored)
         return peak
+
+
+def _form(box: Box, rows: Sequence[int]) -> list[int]:
+    """How many rows a box has and whether it touches the ends: tiles of one form cost the same."""
+    return [n for (lo, hi), size in zip(box, rows, strict=True) for n in (hi - lo, lo == 0, hi == size)]
 
 
 def value_state(schedule: Schedule) -> dict[int, str]:
