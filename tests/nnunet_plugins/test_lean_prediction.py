@@ -297,6 +297,39 @@ def test_predictors_of_others_keep_their_ways(tmp_path: Path) -> None:
     assert set(np.unique(labels)) == {0, 2}
 
 
+@pytest.mark.parametrize("wrapped_first", [True, False])
+def test_networks_that_see_whole_volumes_still_do(tmp_path: Path, wrapped_first: bool, monkeypatch) -> None:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from nnunet_plugins import whole_volume
+    from nnunet_plugins.lean.predict.sliding import predict_sliding_window_return_logits as lean_method
+
+    name = "predict_sliding_window_return_logits"
+    stock_method = getattr(nnUNetPredictor, name)
+    stock_method = stock_method.__wrapped__ if hasattr(stock_method, "whole_volume") else stock_method
+    monkeypatch.setattr(nnUNetPredictor, name, stock_method)
+    folder = TrialModel(exclusive(3), patch=(4, 4, 4), folds=2).write(tmp_path)
+    tiled, whole = predictor_of(folder), predictor_of(folder)
+    shapes: list[tuple[int, ...]] = []
+
+    def predict_volume(image: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(image.shape[2:]))
+        return torch.cat([image, -image, image * torch.arange(image.shape[2]).view(-1, 1, 1) / 5], 1).half()
+
+    whole.network.predict_volume = predict_volume
+    if wrapped_first:
+        whole_volume.install()
+    with lean_prediction():
+        whole_volume.install()
+        assert getattr(nnUNetPredictor, name).__wrapped__ is lean_method
+        results = [predicted(p, noise((9, 8, 10)), (1.0, 1.5, 1.0), False) for p in (tiled, whole)]
+    assert getattr(nnUNetPredictor, name).__wrapped__ is stock_method
+    for predictor, result in zip((tiled, whole), results, strict=True):
+        assert same(predicted(predictor, noise((9, 8, 10)), (1.0, 1.5, 1.0), False), result)
+    assert shapes == [(9, 12, 10)] * 4
+    assert len(np.unique(results[1])) > 1
+
+
 # Logits on disk
 
 
