@@ -18,6 +18,14 @@ from tests.halo.networks import NETWORKS, unet
 from tests.halo.ranks.compare import worst
 
 
+def without_dropout(network: nn.Module) -> nn.Module:
+    """The network with all rates at zero: its parts draw other masks than the whole."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout3d):
+            module.p = 0.0
+    return network
+
+
 def squeezed() -> nn.Module:
     """A residual encoder with squeeze-excitation and anisotropic kernels."""
     channels, kernels, strides = [4, 8, 8], [[1, 3, 3], [3, 3, 3], [3, 3, 3]], [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
@@ -44,7 +52,7 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "UNet kernel 5": lambda: unet(kernel_size=5),
     "MedNeXt": lambda: nets.MedNeXt(3, 4, 1, 2, blocks_down=(1,), blocks_bottleneck=1, blocks_up=(1,)),
     "HighResNet": lambda: nets.HighResNet(3, 1, 2, layer_params=RESIDUAL),
-    "VNet": lambda: nets.VNet(3, 1, 2, dropout_prob_down=0.0, dropout_prob_up=(0.0, 0.0)),
+    "VNet": lambda: without_dropout(nets.VNet(3, 1, 2)),
     "ResidualEncoderUNet, squeeze-excite, anisotropic": lambda: squeezed(),
 }  # fmt: skip
 SIZES = {"BasicUNet": (32, 16, 16), "MedNeXt": (32, 16, 16), "SegResNetDS": (32, 16, 16), "VNet": (32, 16, 16)}

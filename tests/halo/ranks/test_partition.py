@@ -179,6 +179,26 @@ def test_a_setting_that_changes_is_noticed() -> None:
     assert network(x).any()
 
 
+def test_a_cached_tensor_that_changes_is_noticed() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.grid, self.many = nn.Conv3d(1, 1, 1), torch.ones(6, 1, 1), [torch.ones(6, 1, 1)]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) * self.grid + self.many[0]
+
+    network, x = Cached(), torch.randn(1, 1, 6, 4, 4)
+    parts = spatial_partition(copy.deepcopy(network), init_mesh(spatial=(1,)))
+    torch.testing.assert_close(parts(x), network(x))
+    for model in (network, parts):
+        model.grid = torch.arange(6.0).view(6, 1, 1)
+    torch.testing.assert_close(parts(x), network(x))
+    for model in (network, parts):
+        model.many[0].mul_(3)
+    torch.testing.assert_close(parts(x), network(x))
+
+
 def test_a_network_that_cannot_be_captured_is_refused_before_it_runs() -> None:
     class Peeks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,9 @@ class _Redistribute(torch.autograd.Function):
             window = x.view_as(x)
         else:
             window = x.new_empty(_resized(x.shape, dims, route.window))
+            for dim, n, (before, after) in zip(dims, route.window, route.margins, strict=False):
+                window.narrow(dim, 0, before).zero_()
+                window.narrow(dim, n - after, after).zero_()
             for piece in route.local:
                 _target(window, dims, piece).copy_(_source(x, dims, route, piece))
         flight.wait()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from monai_memeff.halo.planning.capture import capture
 from monai_memeff.halo.planning.errors import NotPartitionableError
@@ -21,6 +21,7 @@ from monai_memeff.halo.run.ranks.schedule import RankPlan
 
 _KEPT = 8  # plans per network: training, validation and a few shapes
 _MARK = "_memeff_partition"
+_TENSORS = ("_parameters", "_buffers", "_modules")
 _CAPTURE = threading.Lock()  # torch.export patches global state
 
 
@@ -72,7 +73,7 @@ class _Partition:
 
     def _plan(self, traits: Any, leaves: Sequence[Any], spec: Any, parts: Sequence[Part | None]) -> RankPlan:
         described = [_described(leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
-        key = (traits, tuple(_hooks(self.network)), tuple(described), str(spec), *_modes())
+        key = (traits, tuple(_objects(self.network)), tuple(described), str(spec), *_modes())
         if key not in self.plans:
             _check_sharding(self.network)
             whole = [_whole(leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
@@ -123,11 +124,14 @@ def _traits(network: nn.Module) -> Iterator[Any]:
         yield tuple((k, None if t is None else (tuple(t.shape), str(t.dtype))) for k, t in tensors)
 
 
-def _hooks(network: nn.Module) -> Iterator[int]:
+def _objects(network: nn.Module) -> Iterator[Any]:
+    """What else a capture depends on, by identity in this process: hooks, cached tensors and other attributes."""
     for module in network.modules():
-        for table in (module._forward_pre_hooks, module._forward_hooks):
-            yield from (id(hook) for hook in table.values())
-            yield len(table)
+        for name, value in module.__dict__.items():
+            if name in _TENSORS or name in calls.ROUTED or name == _MARK or _simple(value):
+                continue
+            held = tree_leaves(value)  # hooks lie in dictionaries, cached grids on the module or in lists
+            yield name, tuple((id(x), x._version if isinstance(x, torch.Tensor) else 0) for x in held)
 
 
 def spatial_partition(network: nn.Module, mesh: HaloMesh, checkpoint_segments: int = 1) -> nn.Module:

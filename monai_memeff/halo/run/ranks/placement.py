@@ -91,12 +91,22 @@ def _exposed(layout: Layout, box: Box) -> tuple[list[int], tuple[int, ...]]:
     return sizes, tuple(dims)
 
 
-def move(source: Placement, wants: Sequence[Box], rank: int) -> Move:
+def move(source: Placement, wants: Sequence[Box], rank: int, margins: tuple[tuple[int, int], ...] = ()) -> Move:
     """How one rank gets the rows it wants, given what all ranks want.
+
+    Args:
+        source: how the tensor is spread.
+        wants: the rows each rank wants, by rank.
+        rank: this rank.
+        margins: rows of zeros to put before and after this rank's rows, per split axis.
 
     Raises:
         ValueError: if a rank wants rows that the tensor does not have.
     """
     spans = [tuple(((lo, hi),) for lo, hi in box) for box in wants]
     found = route(rank, source.shape, source.layout.rows, source.cuts, spans)
-    return Move(source.layout, source.box(rank), wants[rank], found)
+    want = wants[rank]
+    if margins:
+        found = found.widened(margins)
+        want = tuple((lo - before, hi + after) for (lo, hi), (before, after) in zip(want, margins, strict=True))
+    return Move(source.layout, source.box(rank), want, found)

@@ -73,6 +73,7 @@ class Route:
         local: pieces copied from its own rows.
         receives: pieces from each peer, in the order in which the peer packs them.
         sends: pieces of `own` for each peer.
+        margins: rows of zeros before and after the wanted ones, per split axis.
     """
 
     own: tuple[Span, ...]
@@ -80,6 +81,20 @@ class Route:
     local: tuple[Piece, ...]
     receives: tuple[tuple[int, tuple[Piece, ...]], ...]
     sends: tuple[tuple[int, tuple[Piece, ...]], ...]
+    margins: tuple[Span, ...] = ()
+
+    def widened(self, margins: tuple[Span, ...]) -> Route:
+        """The same messages into a window with rows of zeros around it."""
+        before = [b for b, _ in margins]
+
+        def moved(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+            return tuple(
+                Piece(p.peer, p.source, tuple(o + b for o, b in zip(p.offset, before, strict=True))) for p in pieces
+            )
+
+        window = tuple(n + b + a for n, (b, a) in zip(self.window, margins, strict=True))
+        receives = tuple((peer, moved(pieces)) for peer, pieces in self.receives)
+        return Route(self.own, window, moved(self.local), receives, self.sends, margins)
 
     @property
     def silent(self) -> bool:

@@ -21,6 +21,7 @@ from monai_memeff.halo.planning.program import Program, Ref, unflatten
 from monai_memeff.halo.planning.rules.base import Env, Read, Reduction, Step, Whole
 from monai_memeff.halo.planning.rules.norm import Moments, Normalize
 from monai_memeff.halo.planning.rules.random import is_random
+from monai_memeff.halo.planning.rules.windowed.convolution import Convolution
 from monai_memeff.halo.run.ranks.exchange import gather_partials
 from monai_memeff.halo.run.ranks.executor import Task, anchored, nothing, run_in_segments, run_tasks, tied
 from monai_memeff.halo.run.ranks.fused import FusedMoments, FusedNormalize, form_of
@@ -121,21 +122,41 @@ class RankPlan:
     def fetches(self, step: Step, source: int, boxes: Sequence[Sequence[Box]]) -> list[Fetch]:
         """Moves that bring an input to all ranks; `boxes` are the rows each rank reads, several where it wraps."""
         native, wanted = self.placements[step.inputs[source]], step.reads[source]
-        nothing_of = tuple((0, 0) if p is not None else (0, 1) for p in native.layout.places)
         found, rank = [], self.mesh.comm.rank
         for k in range(max(len(b) for b in boxes)):
             reads = [b[k] if k < len(b) else None for b in boxes]
-            wants = [nothing_of if box is None else source_box(native.layout, wanted, box) for box in reads]
+            wants = [_no_rows(native) if box is None else source_box(native.layout, wanted, box) for box in reads]
             found.append(Fetch(source, move(native, wants, rank), wanted, reads[rank]))
         return found
 
     def _tiled(self, step: Step, out: Placement) -> Any:
         boxes, rank = out.boxes(), self.mesh.comm.rank
         reads = [step.needs(box) if length(box) else () for box in boxes]
-        fetches = []
-        for source in range(len(step.inputs)):
+        fetches, mine = [], reads[rank]
+        margins = self._margins(step, boxes[rank])
+        if margins:
+            native = self.placements[step.inputs[0]]
+            gets = move(native, [rs[0].box if rs else _no_rows(native) for rs in reads], rank, margins)
+            fetches.append(Fetch(0, gets, step.reads[0], gets.want))
+            mine = (Read(0, gets.want), *mine[1:])
+        for source in range(1 if margins else 0, len(step.inputs)):
             fetches += self.fetches(step, source, [[r.box for r in rs if r.source == source] for rs in reads])
-        return _Tiled(self, step, fetches, reads[rank], boxes[rank])
+        return _Tiled(self, step, fetches, mine, boxes[rank])
+
+    def _margins(self, step: Step, box: Box) -> tuple[tuple[int, int], ...]:
+        """Zeros that a convolution has on one side of this rank's rows only: they are laid into the window that is
+        made for its neighbors' rows anyway, where the rule would copy all rows once more. Empty if there are none."""
+        native = self.placements[step.inputs[0]].layout if step.inputs else None
+        if not isinstance(step, Convolution) or native != step.reads[0] or not length(box):
+            return ()
+        rows, found = step.needs(box)[0].box, []
+        if not length(rows):
+            return ()
+        for axis in range(len(rows)):
+            low, high = step.span(axis, box) if axis in step.sliding else rows[axis]
+            before, after = rows[axis][0] - low, high - rows[axis][1]
+            found.append((before, after) if before != after else (0, 0))
+        return tuple(found) if any(map(any, found)) else ()
 
     def _whole(self, step: Step, out: Placement) -> Any:
         fetches = []
@@ -205,6 +226,10 @@ def _same(value: torch.Tensor) -> torch.Tensor:
 def draw_seed() -> torch.Tensor:
     """A seed from torch's generator, which a checkpoint around the network restores before it recomputes."""
     return torch.randint(2**62, (1,))
+
+
+def _no_rows(placement: Placement) -> Box:
+    return tuple((0, 0) if p is not None else (0, 1) for p in placement.layout.places)
 
 
 def _all_cut(part: Part) -> list[tuple[int, ...]]:

@@ -31,7 +31,8 @@ class Convolution(Step):
         source, out, self.sliding = window_layouts(natives[0], value.shape, ctx, self.first, n)
         super().__init__(value, value.refs(), [source, *(ctx.whole(x.shape) for x in natives[1:])], out)
 
-    def _span(self, axis: int, box: Box) -> tuple[int, int]:
+    def span(self, axis: int, box: Box) -> tuple[int, int]:
+        """The rows under the kernel along a split axis, those of the padding included."""
         i = self.sliding[axis] - self.first
         lo, hi = range_of(box, self.out, axis)
         start = lo * self.stride[i] - self.before[i]
@@ -41,7 +42,7 @@ class Convolution(Step):
         """The rows under the kernel, without the padding."""
         rows = list(self.same(0, box))
         for axis in self.sliding:
-            rows[axis] = clipped(*self._span(axis, box), self.reads[0].rows[axis])
+            rows[axis] = clipped(*self.span(axis, box), self.reads[0].rows[axis])
         return Read(0, tuple(rows)), *(Read(i, self.reads[i].whole) for i in range(1, len(self.inputs)))
 
     def compute(self, tensors: Sequence[torch.Tensor], reads: Sequence[Read], box: Box, env: Env) -> torch.Tensor:
@@ -50,7 +51,7 @@ class Convolution(Step):
         bias = tensors[2] if len(tensors) > 2 else None
         before, after = list(self.before), list(self.after)
         for axis, d in self.sliding.items():
-            span, (lo, hi) = self._span(axis, box), reads[0].box[axis]
+            span, (lo, hi) = self.span(axis, box), reads[0].box[axis]
             i = d - self.first
             before[i], after[i] = lo - span[0] if hi > lo else span[1] - span[0], span[1] - hi if hi > lo else 0
         common = [min(b, a) for b, a in zip(before, after, strict=True)]
