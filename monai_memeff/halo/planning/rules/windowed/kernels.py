@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
 DRY: dict[str, str] = {}
 """While a plan is made, "meta" -> the type of the device the plan is for: a dry run takes the same path."""
@@ -50,3 +53,19 @@ def convolve(
             result: torch.Tensor = kernel(x, weight, bias, padding, stride, dilation, groups)
             return result
     return CONV[weight.dim() - 2](x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def transpose(
+    function: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
+) -> torch.Tensor:
+    """A transposed convolution; a dry run for a CPU counts its result as torch allocates it.
+
+    oneDNN's transposed convolution gives a result whose storage is at least as large as its input (torch 2.14).
+    """
+    if x.device.type != "meta" or DRY.get("meta") != "cpu":
+        result: torch.Tensor = function(x, weight, bias, *rest)
+        return result
+    with _python_dispatch._disable_current_modes():
+        shape = function(x, weight, bias, *rest).shape
+    count = math.prod(shape)
+    return torch.empty(max(count, x.numel()), dtype=x.dtype, device=x.device)[:count].view(shape)

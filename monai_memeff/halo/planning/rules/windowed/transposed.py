@@ -11,6 +11,7 @@ from monai_memeff.halo.planning.layout import Box, Layout, Range
 from monai_memeff.halo.planning.program import Value
 from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, arguments
 from monai_memeff.halo.planning.rules.table import rule
+from monai_memeff.halo.planning.rules.windowed.kernels import transpose
 from monai_memeff.halo.planning.rules.windowed.windows import clipped, pad_rows, range_of, tuple_of, window_layouts
 
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -57,7 +58,9 @@ class TransposedConvolution(Step):
             y = x.new_zeros(self.out.part_shape(box))
             return y if bias is None else y + self._column(bias)
         short = self._short(reads, box)
-        y = function(x, weight, None if short else bias, self.stride, padding, extra, self.groups, self.dilation)
+        y = transpose(
+            function, x, weight, None if short else bias, self.stride, padding, extra, self.groups, self.dilation
+        )
         for axis, d in self.sliding.items():
             left, right = self._ends(axis, reads, box)
             start, stop = max(-left, 0), y.shape[d] - max(-right, 0)
