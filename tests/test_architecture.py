@@ -122,7 +122,7 @@ def _is_text(node: ast.AST) -> TypeGuard[ast.Constant]:
 @pytest.mark.parametrize(
     ("library", "home"),
     [
-        ("torch.distributed", "monai_memeff/halo/run/ranks/process_group.py"),
+        ("torch.distributed", "monai_memeff/halo/run/ranks/comm/process_group.py"),
         ("spconv", "monai_memeff/sparse/backends/spconv.py"),
         ("MinkowskiEngine", "monai_memeff/sparse/backends/minkowski.py"),
         ("triton", "monai_memeff/sparse/backends/triton/kernels.py"),

@@ -14,10 +14,10 @@ from monai_memeff.halo.loss import SpatialLoss
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.explain import explain
 from monai_memeff.halo.planning.plan import Plan, plan
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.process_group import destroy_mesh, init_mesh
+from monai_memeff.halo.run.ranks.comm.transport import PeerLostError
 from monai_memeff.halo.run.ranks.partition import spatial_partition, unpartition
-from monai_memeff.halo.run.ranks.process_group import destroy_mesh, init_mesh
-from monai_memeff.halo.run.ranks.transport import PeerLostError
 from monai_memeff.halo.run.ranks.volume import gather, scatter
 from monai_memeff.halo.transforms import PartitionCrop, PartitionCropD, PartitionCropd, PartitionCropDict
 from monai_memeff.halo.unet import VolumeUNet

@@ -11,10 +11,10 @@ from monai.engines import PrepareBatch, default_prepare_batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.process_group import init_mesh, start_processes
 from monai_memeff.halo.run.ranks.partition import spatial_partition
 from monai_memeff.halo.run.ranks.parts import keeping_marks
-from monai_memeff.halo.run.ranks.process_group import init_mesh, start_processes
 from monai_memeff.halo.run.ranks.volume import gather, scatter, with_meta
 
 _ALONE = ("CheckpointSaver", "StatsHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler", "MLFlowHandler")

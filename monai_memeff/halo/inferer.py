@@ -180,7 +180,7 @@ class SpatialPartitionInferer(Inferer):
         return plan
 
     def _budget(self, device: torch.device) -> int | None:
-        """Bytes the plan may use, None if a number of partitions is asked for."""
+        """Bytes the plan may use, None if a number of partitions is given."""
         if self.memory_budget is not None:
             return self.memory_budget
         if self.partitions != "auto":
@@ -198,7 +198,7 @@ def whole_peak_bytes(network: nn.Module, shape: tuple[int, ...], dtype: torch.dt
     Args:
         network: not changed.
         shape: input shape (B, C, spatial...).
-        dtype: of the input.
+        dtype: The input's type.
     """
     return dry_peak(network, shape, dtype)
 

@@ -11,10 +11,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
-from monai_memeff.halo.run.ranks.exchange import redistribute
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.exchange import redistribute
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.routes import route
 from monai_memeff.halo.run.ranks.parts import count_once, part_of
-from monai_memeff.halo.run.ranks.routes import route
 from monai_memeff.halo.run.ranks.sums import WholeSums, is_part, tensors_in
 from monai_memeff.halo.run.ranks.volume import unmarked_part
 

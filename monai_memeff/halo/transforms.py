@@ -11,7 +11,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, SpatialCrop, Transform
 from monai.utils import TransformBackends, convert_to_tensor
 
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 
 
 class PartitionCrop(Transform):

@@ -18,8 +18,8 @@ def require_suited(name: str, overlay: Config, bundle: Config) -> None:
         bundle: what the files before it say.
 
     Raises:
-        InputError: SparseUNet would take another place than UNet's, or points would be asked of overlapping classes or
-            of a training that changes its own iterations.
+        InputError: SparseUNet would take another place than UNet's, or points would be queried of overlapping classes
+            or of a training that changes its own iterations.
     """
     where = places(bundle)
     network = get(bundle, where.get("network_def", "network_def"))

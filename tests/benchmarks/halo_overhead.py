@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from monai_memeff.halo import SpatialPartitionInferer, destroy_mesh, init_from_torchrun, parallelize
 from monai_memeff.halo.inferer import whole_peak_bytes
-from monai_memeff.halo.run.ranks import process_group
+from monai_memeff.halo.run.ranks.comm import process_group
 
 
 def network(width: int, deep: bool) -> nn.Module:

@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from monai_memeff.halo import HaloMesh, VolumeUNet
 from monai_memeff.halo.planning.capture import capture
 from monai_memeff.halo.planning.program import Program
+from monai_memeff.halo.run.ranks.comm.transport import Counters, Message
 from monai_memeff.halo.run.ranks.schedule import RankPlan
-from monai_memeff.halo.run.ranks.transport import Counters, Message
 from monai_memeff.halo.run.ranks.volume import part_of_volume
 
 MESHES = ((2, 1), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8), (16, 16))

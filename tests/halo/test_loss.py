@@ -12,7 +12,7 @@ from torch import nn
 
 from monai_memeff.apps.liver import LiverTumorLoss
 from monai_memeff.halo import NotPartitionableError, SpatialLoss
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from tests.halo.ranks.threads import run_ranks
 
 LOSSES = {

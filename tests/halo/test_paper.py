@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 
 from monai_memeff.apps.liver import LiverTumorLoss
 from monai_memeff.halo import PartitionCrop, PartitionCropd, SpatialLoss, VolumeUNet, scatter
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.unet import FEATURES
 from tests.halo.ranks.compare import worst
 from tests.halo.ranks.threads import run_ranks

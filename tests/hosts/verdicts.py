@@ -106,7 +106,7 @@ def _points(root: Path, overlay: str) -> str:
     with torch.no_grad():
         found, expected = inferer(image, network.eval()).argmax(1), network(image).argmax(1)
     assert (found != expected).float().mean() < 1e-3  # pieces that no voxel of the grid meets, with random weights
-    return "works: labels equal to those of every voxel asked, but for isolated pieces between the asked ones"
+    return "works: labels equal to those of every voxel queried, but for isolated pieces between the queried ones"
 
 
 def _sparse(root: Path, overlay: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.layout import Layout
-from monai_memeff.halo.planning.program import Program, Ref
+from monai_memeff.halo.planning.program import Program
 from monai_memeff.halo.planning.rules import bind
 from monai_memeff.halo.planning.rules.base import Context, Step
 
@@ -18,8 +18,8 @@ class Bound:
     Attributes:
         program: the captured network.
         ctx: split axes and number of spatial dimensions.
-        layouts: of every value.
-        steps: of every value; None for inputs, state and values that no output needs.
+        layouts: The layout of every value.
+        steps: The step of every value; None for inputs, state and values that no output needs.
         order: indices of the steps in order of execution.
     """
 
@@ -101,6 +101,3 @@ def bind_program(program: Program, axes: tuple[int, ...], training: bool = False
     if reasons:
         raise NotPartitionableError(reasons)
     return Bound(program, ctx, layouts, steps, [i for i, s in enumerate(steps) if s is not None])
-
-
-__all__ = ["Bound", "Ref", "bind_program", "main_input", "needed"]

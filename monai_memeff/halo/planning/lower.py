@@ -171,7 +171,7 @@ def lower(exported: Any, network: nn.Module, flat: list[Any]) -> Program:
     """Turn an exported program into a `Program`.
 
     Args:
-        exported: of `torch.export.export(...).run_decompositions({})`.
+        exported: The result of `torch.export.export(...).run_decompositions({})`.
         network: the module whose parameters and buffers are referred to by name.
         flat: leaves of the call's arguments.
 

@@ -33,7 +33,7 @@ class Stream:
         network: whose parameters and buffers are used.
         store: where whole tensors wait.
         on_tile: called after every tile.
-        seed: of random numbers.
+        seed: The seed of random numbers.
 
     Attributes:
         peak_bytes: highest number of activation bytes on the device.

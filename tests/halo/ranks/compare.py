@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from monai_memeff.halo import gather, scatter, spatial_partition
 from monai_memeff.halo.planning.capture import capture as plain_capture
 from monai_memeff.halo.run.ranks import partition
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.parts import mark, part_of
 from tests.halo.ranks.threads import run_ranks
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monai_memeff.halo.run.ranks.exchange import gather_partials, redistribute, sum_loss
-from monai_memeff.halo.run.ranks.mesh import HaloMesh, even_cuts
-from monai_memeff.halo.run.ranks.routes import coordinates, own_rows, route
-from monai_memeff.halo.run.ranks.transport import PeerLostError
+from monai_memeff.halo.run.ranks.comm.exchange import gather_partials, redistribute, sum_loss
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh, even_cuts
+from monai_memeff.halo.run.ranks.comm.routes import coordinates, own_rows, route
+from monai_memeff.halo.run.ranks.comm.transport import PeerLostError
 from tests.halo.ranks.threads import run_ranks
 
 Case = tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...], list[Any]]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from monai_memeff.halo import PrepareBatchPartition, init_mesh, scatter, spatial_partition
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from tests.fake_cuda import fake_cuda_device
 from tests.halo.ranks.threads import run_ranks
 

@@ -20,7 +20,7 @@ from monai_memeff.halo import (
     spatial_partition,
     unpartition,
 )
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from tests.halo.networks import unet
 from tests.halo.ranks.compare import captured_once, distance, worst
 from tests.halo.ranks.threads import run_ranks

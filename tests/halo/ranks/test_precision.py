@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from monai_memeff.halo import SpatialLoss, gather, scatter, spatial_partition
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from tests.halo.networks import NETWORKS
 from tests.halo.ranks.compare import captured_once, tensors
 from tests.halo.ranks.threads import run_ranks

@@ -13,7 +13,7 @@ from torch import nn
 
 from monai_memeff.halo import gather, scatter, spatial_partition
 from monai_memeff.halo.run.ranks import schedule
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from tests.halo.ranks.compare import captured_once, gradients, weighed
 from tests.halo.ranks.threads import run_ranks
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.process_group import init_mesh
 from monai_memeff.halo.run.ranks.parts import part_of
-from monai_memeff.halo.run.ranks.process_group import init_mesh
 from monai_memeff.halo.run.ranks.volume import gather, scatter
 from tests.halo.ranks.threads import run_ranks
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from monai_memeff.halo.run.ranks.mesh import HaloMesh, split_axes
-from monai_memeff.halo.run.ranks.transport import Counters, Message, PeerLostError
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh, split_axes
+from monai_memeff.halo.run.ranks.comm.transport import Counters, Message, PeerLostError
 
 PATIENCE = 60.0
 

@@ -10,7 +10,7 @@ from monai_memeff.halo.planning.errors import NoTileError, NotPartitionableError
 from monai_memeff.halo.planning.layout import Layout
 from monai_memeff.halo.planning.program import Value
 from monai_memeff.halo.planning.rules import mixing, norm, pointwise, random, reduction, reshape, select
-from monai_memeff.halo.planning.rules.base import Context, Env, Read, Reduction, Step, Whole, whole_step
+from monai_memeff.halo.planning.rules.base import Context, Step, whole_step
 from monai_memeff.halo.planning.rules.table import RULES, Rule
 from monai_memeff.halo.planning.rules.windowed import convolution, padding, pooling, resize, transposed
 
@@ -53,5 +53,3 @@ def _check(value: Value) -> None:
 FAMILIES = (
     convolution, mixing, norm, padding, pointwise, pooling, random, reduction, reshape, resize, select, transposed,
 )  # fmt: skip
-
-__all__ = ["FAMILIES", "RULES", "Context", "Env", "Layout", "Read", "Reduction", "Step", "Whole", "bind"]

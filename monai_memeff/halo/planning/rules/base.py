@@ -39,7 +39,7 @@ class Env:
 
     Attributes:
         device: where the work happens.
-        seed: of the random numbers of this call.
+        seed: The seed of this call's random numbers.
     """
 
     device: torch.device

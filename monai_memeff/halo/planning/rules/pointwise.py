@@ -9,7 +9,7 @@ import torch
 
 from monai_memeff.halo.planning.layout import Box, Layout
 from monai_memeff.halo.planning.program import Ref, Value
-from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, aligned, broadcast_layout, call
+from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, aligned, broadcast_layout
 from monai_memeff.halo.planning.rules.table import Expansion, expander, rule
 
 UNTAGGED = [
@@ -100,7 +100,7 @@ def is_pointwise(target: Any) -> bool:
 
 
 class Create(Step):
-    """A constant of a volume's shape: only the rows asked for are made."""
+    """A constant of a volume's shape: only the wanted rows are made."""
 
     def compute(self, tensors: Sequence[torch.Tensor], reads: Sequence[Read], box: Box, env: Env) -> torch.Tensor:
         """The constant in the rows' shape."""
@@ -133,6 +133,3 @@ def drop_dropout(x: Expansion) -> Ref | None:
         return None
     source: Ref = x.value.args[0]
     return source
-
-
-__all__ = ["bind_create", "bind_pointwise", "call", "drop_dropout", "is_pointwise"]

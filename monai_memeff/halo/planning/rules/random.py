@@ -1,9 +1,9 @@
 """Random numbers as a function of (seed of the call, node, position in the whole tensor), the same under any cut.
 
-torch's generators hand out numbers in the order in which a kernel asks, so a part would draw others than the whole.
-Here the number at a position is a 64-bit hash of it (the finalizer of SplitMix64, Steele et al. 2014, in integers that
-wrap), so parts, tiles and a second pass for activation checkpointing agree. The numbers differ from those that the
-plain network draws; their distribution is the same.
+torch's generators hand out numbers in the order in which a kernel draws them, so a part would draw others than the
+whole. Here the number at a position is a 64-bit hash of it (the finalizer of SplitMix64, Steele et al. 2014, in
+integers that wrap), so parts, tiles and a second pass for activation checkpointing agree. The numbers differ from those
+that the plain network draws; their distribution is the same.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def expand_dropout(x: Expansion) -> Ref | None:
     if x.value.pick not in (None, 0):
         return None
     if train is False or p == 0:
-        return source  # type: ignore[no-any-return]
+        return source
     return x.add("", "halo.dropout", x.value.shape, [source, float(p)])
 
 
@@ -177,10 +177,16 @@ def expand_numbers(x: Expansion) -> Ref | None:
     return _draw(x, "normal" if "randn" in str(x.value.target) else "uniform")
 
 
+def _two(x: Expansion, first: float, second: float) -> tuple[Any, Any]:
+    """The two arguments after the input, or their defaults."""
+    given = x.value.args[1:]
+    return given[0] if given else first, given[1] if len(given) > 1 else second
+
+
 @expander(["uniform.default"])
 def expand_uniform(x: Expansion) -> Ref:
     """Uniform numbers between two bounds."""
-    low, high = (*x.value.args[1:], *(0.0, 1.0)[len(x.value.args) - 1 :])
+    low, high = _two(x, 0.0, 1.0)
     drawn = _draw(x, "uniform", suffix="drawn")
     scaled = x.add("scaled", torch.ops.aten.mul.Tensor, x.value.shape, [drawn, high - low])
     return x.add("", torch.ops.aten.add.Tensor, x.value.shape, [scaled, low])
@@ -189,7 +195,7 @@ def expand_uniform(x: Expansion) -> Ref:
 @expander(["normal_functional.default"])
 def expand_normal(x: Expansion) -> Ref:
     """Normal numbers of a mean and a standard deviation."""
-    mean, deviation = (*x.value.args[1:], *(0.0, 1.0)[len(x.value.args) - 1 :])
+    mean, deviation = _two(x, 0.0, 1.0)
     drawn = _draw(x, "normal", suffix="drawn")
     scaled = x.add("scaled", torch.ops.aten.mul.Tensor, x.value.shape, [drawn, deviation])
     return x.add("", torch.ops.aten.add.Tensor, x.value.shape, [scaled, mean])

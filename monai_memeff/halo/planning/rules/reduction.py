@@ -12,7 +12,7 @@ import torch
 from monai_memeff.halo.planning.errors import NoTileError
 from monai_memeff.halo.planning.layout import Box, Dim, Layout
 from monai_memeff.halo.planning.program import Ref, Value
-from monai_memeff.halo.planning.rules.base import Context, Env, Reduction, State, Step, arguments, call
+from monai_memeff.halo.planning.rules.base import Context, Env, Reduction, State, Step, arguments
 from monai_memeff.halo.planning.rules.table import Expansion, expander, rule
 
 DimList = list[int]
@@ -276,6 +276,3 @@ def expand_adaptive(x: Expansion) -> Ref | None:
         source = x.add("rest", "halo.adaptive", [*shape[:first], *middle], [source, middle, largest])
     target = torch.ops.aten.amax.default if largest else torch.ops.aten.mean.dim
     return x.add("", target, x.value.shape, [source, ones, True])
-
-
-__all__ = ["Reduce", "bind_reduction", "call", "expand_adaptive", "reduced_dims"]

@@ -24,7 +24,7 @@ def _row_axis(layout: Layout, dim: int) -> int | None:
 
 
 class Strided(Step):
-    """Rows start, start + step, ... of a dimension; `size` neighbours each (an unfolding) or one that is dropped."""
+    """Rows start, start + step, ... of a dimension; `size` neighbors each (an unfolding) or one that is dropped."""
 
     def __init__(self, value: Value, source: Layout, out: Layout, axis: int, rows: tuple[int, int, int]) -> None:
         super().__init__(value, value.refs(), [source], out)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.parts import Part, part_of
 from monai_memeff.halo.run.ranks.volume import fitted
 

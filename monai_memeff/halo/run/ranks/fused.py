@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from monai_memeff.halo.planning.program import Program, Value
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.norm import Form, normalize, whole_moments
 from monai_memeff.halo.run.ranks.placement import Placement
 

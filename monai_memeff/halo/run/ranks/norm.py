@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from monai_memeff.halo.run.ranks.transport import Communicator
+from monai_memeff.halo.run.ranks.comm.transport import Communicator
 
 WIDENED = 2**24
 """Values of half precision that are made float32 at a time for their statistics."""

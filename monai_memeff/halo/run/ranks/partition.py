@@ -15,7 +15,7 @@ from monai_memeff.halo.planning.capture import capture
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.run.ranks import calls
 from monai_memeff.halo.run.ranks.agreement import agree, digest
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.parts import Part
 from monai_memeff.halo.run.ranks.schedule import RankPlan
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
-from monai_memeff.halo.run.ranks.routes import Cuts
+from monai_memeff.halo.run.ranks.comm.routes import Cuts
 
 _MARK = "_memeff_part"
 _COUNTED = "_memeff_counted"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from monai_memeff.halo.planning.layout import Box, Layout
-from monai_memeff.halo.run.ranks.exchange import redistribute
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
-from monai_memeff.halo.run.ranks.routes import Bounds, Cuts, Route, coordinates, own_rows, route
+from monai_memeff.halo.run.ranks.comm.exchange import redistribute
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.routes import Bounds, Cuts, Route, coordinates, own_rows, route
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -16,41 +15,19 @@ from torch import nn
 
 from monai_memeff.halo.planning.binding import bind_program
 from monai_memeff.halo.planning.errors import NotPartitionableError
-from monai_memeff.halo.planning.layout import Box, Layout, along, crop, length, narrow, source_box, unspread
+from monai_memeff.halo.planning.layout import Box, along, length, source_box, unspread
 from monai_memeff.halo.planning.program import Program, Ref, unflatten
 from monai_memeff.halo.planning.rules.base import Env, Read, Reduction, Step, Whole
 from monai_memeff.halo.planning.rules.norm import Moments, Normalize
 from monai_memeff.halo.planning.rules.random import is_random
 from monai_memeff.halo.planning.rules.windowed.convolution import Convolution
-from monai_memeff.halo.run.ranks.exchange import gather_partials
-from monai_memeff.halo.run.ranks.executor import Task, anchored, nothing, run_in_segments, run_tasks, tied
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.executor import Task, anchored, run_in_segments, run_tasks
 from monai_memeff.halo.run.ranks.fused import FusedMoments, FusedNormalize, form_of
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.norm import Form
+from monai_memeff.halo.run.ranks.operators import Fetch, ReducedRun, TiledRun, WholeRun
 from monai_memeff.halo.run.ranks.parts import Part, mark, same_on_all_ranks
-from monai_memeff.halo.run.ranks.placement import Move, Placement, move, place
-
-
-@dataclass(frozen=True)
-class Fetch:
-    """How one rank gets rows of a value in the layout in which a rule reads them.
-
-    Attributes:
-        source: which of the reader's inputs it is.
-        move: the rows that travel.
-        layout: the layout that the rule wants.
-        box: rows in that layout; None where this rank only sends.
-    """
-
-    source: int
-    move: Move
-    layout: Layout
-    box: Box | None
-
-    def __call__(self, mesh: HaloMesh, x: torch.Tensor) -> torch.Tensor:
-        """The rows."""
-        rows = self.move(mesh, x)
-        return rows if self.box is None else crop(rows, self.move.layout, self.move.want, self.layout, self.box)
+from monai_memeff.halo.run.ranks.placement import Placement, move, place
 
 
 class RankPlan:
@@ -93,7 +70,7 @@ class RankPlan:
     def _add(self, index: int, step: Step) -> None:
         out = self.placements[index]
         known = self.moments.setdefault(repr(step.value.args), index) if isinstance(step, Moments) else index
-        if known != index:  # batch norm's result and its two running statistics ask for the same moments
+        if known != index:  # batch norm's result and its two running statistics need the same moments
             self.forms[index] = self.forms[known]
             self.tasks.append(Task(index, (known,), _same))
             return
@@ -141,7 +118,7 @@ class RankPlan:
             mine = (Read(0, gets.want), *mine[1:])
         for source in range(1 if margins else 0, len(step.inputs)):
             fetches += self.fetches(step, source, [[r.box for r in rs if r.source == source] for rs in reads])
-        return _Tiled(self, step, fetches, mine, boxes[rank])
+        return TiledRun(self, step, fetches, mine, boxes[rank])
 
     def _margins(self, step: Step, box: Box) -> tuple[tuple[int, int], ...]:
         """Zeros that a convolution has on one side of this rank's rows only: they are laid into the window that is
@@ -162,7 +139,7 @@ class RankPlan:
         fetches = []
         for source, layout in enumerate(step.reads):
             fetches += self.fetches(step, source, [[layout.whole]] * self.mesh.size)
-        return _WholeRun(self, step, fetches, out.box(self.mesh.comm.rank))
+        return WholeRun(self, step, fetches, out.box(self.mesh.comm.rank))
 
     def _reduction(self, step: Reduction) -> Any:
         source = place(step.reads[0], self.base, self.mesh.spatial)
@@ -171,7 +148,7 @@ class RankPlan:
         fetches = self.fetches(step, 0, held)
         for other in range(1, len(step.reads)):
             fetches += self.fetches(step, other, [[step.reads[other].whole]] * self.mesh.size)
-        return _Reduced(self, step, fetches, boxes)
+        return ReducedRun(self, step, fetches, boxes)
 
     def env(self) -> Env:
         """Where rules work, and the seed of the call."""
@@ -239,68 +216,3 @@ def _all_cut(part: Part) -> list[tuple[int, ...]]:
 def _part(shape: tuple[int, ...], placement: Placement) -> Part:
     dims = tuple(0 if p is None else p[0] for p in placement.layout.places)
     return Part(shape, dims, placement.cuts)
-
-
-@dataclass
-class _Tiled:
-    """Output rows of this rank from the input rows that its rule names."""
-
-    plan: RankPlan
-    step: Step
-    fetches: list[Fetch]
-    reads: tuple[Read, ...]
-    box: Box
-
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        rows = [(f, f(self.plan.mesh, inputs[f.source])) for f in self.fetches]
-        if not length(self.box):
-            shape = self.step.out.part_shape(self.box)
-            return nothing(shape, self.step.value.dtype, [t for _, t in rows], self.plan.device)
-        asked = [t for f, t in rows if f.box is not None]
-        order = [f for f, _ in rows if f.box is not None]
-        queues = {s: iter([t for f, t in zip(order, asked, strict=True) if f.source == s]) for s in range(len(inputs))}
-        y = self.step.compute([next(queues[r.source]) for r in self.reads], self.reads, self.box, self.plan.env())
-        return tied(y, [t for f, t in rows if f.box is None])
-
-
-@dataclass
-class _WholeRun:
-    """The operator on whole inputs; this rank keeps its rows."""
-
-    plan: RankPlan
-    step: Step
-    fetches: list[Fetch]
-    box: Box
-
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        whole = [f(self.plan.mesh, inputs[f.source]) for f in self.fetches]
-        reads = [Read(f.source, self.step.reads[f.source].whole) for f in self.fetches]
-        y = self.step.compute(whole, reads, self.step.out.whole, self.plan.env())
-        return narrow(y, self.step.out, self.step.out.whole, self.box)
-
-
-@dataclass
-class _Reduced:
-    """Partial results of this rank's rows, combined with those of the others in the order of the ranks."""
-
-    plan: RankPlan
-    step: Reduction
-    fetches: list[Fetch]
-    boxes: list[Box]
-
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        mesh, step, env = self.plan.mesh, self.step, self.plan.env()
-        rows, *_ = [f(mesh, inputs[f.source]) for f in self.fetches]
-        box = self.boxes[mesh.comm.rank]
-        if length(box):
-            partial = step.partial(rows, box, env)
-        else:  # stands in for the shapes; no rank reads it
-            one = tuple((0, 1) for _ in box)
-            partial = step.partial(rows.new_zeros(step.reads[0].part_shape(one)), one, env)
-            partial = tuple(tied(t, [rows]) for t in partial)
-        states = gather_partials(mesh.comm, partial)
-        full = [tuple(state) for state, b in zip(states, self.boxes, strict=True) if length(b)]
-        total = full[0]
-        for state in full[1:]:
-            total = step.combine(total, state)
-        return step.finish(total, env)

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
-from monai_memeff.halo.run.ranks.exchange import sum_loss
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.exchange import sum_loss
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 
 VOXELWISE = frozenset(
     {

@@ -10,10 +10,10 @@ import torch
 from monai.data import MetaTensor
 from torch.utils._pytree import tree_map_only
 
-from monai_memeff.halo.run.ranks.exchange import redistribute
-from monai_memeff.halo.run.ranks.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.exchange import redistribute
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.comm.routes import coordinates, route
 from monai_memeff.halo.run.ranks.parts import Part, mark, part_of
-from monai_memeff.halo.run.ranks.routes import coordinates, route
 
 _DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8, torch.int16,

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from monai_memeff.halo.run.ranks.routes import Bounds, coordinates
-from monai_memeff.halo.run.ranks.transport import Communicator, SingleRank
+from monai_memeff.halo.run.ranks.comm.routes import Bounds, coordinates
+from monai_memeff.halo.run.ranks.comm.transport import Communicator, SingleRank
 
 
 @dataclass(eq=False)

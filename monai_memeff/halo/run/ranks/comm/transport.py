@@ -16,7 +16,7 @@ class PeerLostError(RuntimeError):
 
 
 class Pending(Protocol):
-    """An exchange under way; `wait` returns the received tensors, in the order they were asked for."""
+    """An exchange under way; `wait` returns the received tensors, in the order of the request."""
 
     def wait(self) -> list[torch.Tensor]: ...
 

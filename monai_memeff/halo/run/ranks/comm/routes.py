@@ -1,4 +1,4 @@
-"""Who sends which rows to whom: integers that every rank computes alike, without asking.
+"""Who sends which rows to whom: integers that every rank computes alike, without a message.
 
 A tensor's rows lie in disjoint parts along each split axis (`Cuts`); a rank wants the product of row ranges per axis
 (`Wants`), which may overlap other ranks' wants, repeat rows (circular padding) or be empty.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from monai_memeff.halo.run.ranks.routes import Piece, Route, Span
-from monai_memeff.halo.run.ranks.transport import Communicator
+from monai_memeff.halo.run.ranks.comm.routes import Piece, Route, Span
+from monai_memeff.halo.run.ranks.comm.transport import Communicator
 
 Dims = tuple[int, ...]  # the dimension of the tensor that holds each split axis
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from monai_memeff.halo.run.ranks.mesh import HaloMesh, single_rank_mesh, split_axes
-from monai_memeff.halo.run.ranks.transport import Counters, Message, PeerLostError, Pending
+from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh, single_rank_mesh, split_axes
+from monai_memeff.halo.run.ranks.comm.transport import Counters, Message, PeerLostError, Pending
 
 _NAMES = ("data", "spatial")
 
@@ -34,14 +34,14 @@ class ProcessGroupCommunicator(Counters):
         ops = [dist.P2POp(dist.isend, t, self._global[p], self._group) for p, t in sends]
         ops += [dist.P2POp(dist.irecv, t, self._global[p], self._group) for p, t in receives]
         peers = sorted({p for p, _ in [*sends, *receives]})
-        with _naming(self.rank, f"exchanging halo rows with ranks {peers}"):
+        with _Naming(self.rank, f"exchanging halo rows with ranks {peers}"):
             works = dist.batch_isend_irecv(ops) if ops else []
         return _Works(works, [t for _, t in receives], [t for _, t in sends], self.rank, peers)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the group, in place."""
         self.reductions += 1
-        with _naming(self.rank, "summing over the spatial group"):
+        with _Naming(self.rank, "summing over the spatial group"):
             dist.all_reduce(tensor, group=self._group)
         return tensor
 
@@ -49,12 +49,12 @@ class ProcessGroupCommunicator(Counters):
         """Tensors of all ranks, by rank."""
         self.reductions += 1
         tensors = [torch.empty_like(tensor) for _ in range(self.size)]
-        with _naming(self.rank, "gathering over the spatial group"):
+        with _Naming(self.rank, "gathering over the spatial group"):
             dist.all_gather(tensors, tensor.contiguous(), group=self._group)
         return tensors
 
 
-class _naming:
+class _Naming:
     """Turns a transport's error into one line that says what was under way."""
 
     def __init__(self, rank: int, doing: str) -> None:
@@ -81,7 +81,7 @@ class _Works:
         self._doing = (rank, f"waiting for halo rows from ranks {peers}")
 
     def wait(self) -> list[torch.Tensor]:
-        with _naming(*self._doing):
+        with _Naming(*self._doing):
             for work in self._works:
                 work.wait()
         self._sent = []
