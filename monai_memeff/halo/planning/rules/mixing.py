@@ -33,8 +33,6 @@ _ONE_DIM = [
     "glu.default",
     "index_select.default",
     "diff.default",
-    "_weight_norm.default",
-    "renorm.default",
 ]
 
 

@@ -194,7 +194,9 @@ def bind_roll(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     native, n = natives[0], len(natives[0].shape)
     if not args["dims"]:
         raise NoTileError("a roll of all elements")
-    moves = {d % n: s for d, s in zip(_list(args["dims"]), _list(args["shifts"]), strict=True)}
+    moves: dict[int, int] = {}
+    for d, s in zip(_list(args["dims"]), _list(args["shifts"]), strict=True):
+        moves[d % n] = moves.get(d % n, 0) + s  # a dimension may be named twice
     source = _fine(native, list(moves))
     order: dict[int, Rows] = {}
     for axis in range(native.axes):
