@@ -40,6 +40,8 @@ _ONE_DIM = [
 def bind_one_dim(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     """An operator along one dimension."""
     native, args = natives[0], arguments(value)
+    if str(value.target).startswith("aten.diff") and len(natives) > 1:
+        raise NoTileError("rows put before or after")
     n = len(native.shape)
     if not n or len(value.shape) != n:
         return _dropped(value, natives, ctx, args)
