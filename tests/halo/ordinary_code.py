@@ -88,29 +88,32 @@ def in_place(draw: Draw, n: int) -> nn.Module:
         size = x.shape[d]
         return x.narrow(d, min(k, size - 1), max(1, size - k - 1 if size > k + 1 else 1))
 
-    def edit(x: torch.Tensor, what: int) -> torch.Tensor:
-        x = x * 1.5
+    def add_mean(x: torch.Tensor) -> None:
         view = part(x)
-        if what == 0:
-            torch.relu_(view)
-        elif what == 1:
-            view += view.mean()
-        elif what == 2:
-            view.copy_(view.flip(d))
-        elif what == 3:
-            x.select(d, min(k, x.shape[d] - 1)).zero_()
-        elif what == 4:
-            view[view < 0] = 0.25
-        elif what == 5:
-            x.transpose(1, d).mul_(1.5)
-        elif what == 6:
-            x[..., ::2] *= 2
-        else:
-            view.masked_fill_(view > 0.5, -1)
+        view += view.mean()
+
+    def fill_negative(x: torch.Tensor) -> None:
+        view = part(x)
+        view[view < 0] = 0.25
+
+    edits: dict[str, Callable[[torch.Tensor], object]] = {
+        "relu": lambda x: torch.relu_(part(x)),
+        "add": add_mean,
+        "copy": lambda x: part(x).copy_(part(x).flip(d)),
+        "row": lambda x: x.select(d, min(k, x.shape[d] - 1)).zero_(),
+        "where": fill_negative,
+        "transposed": lambda x: x.transpose(1, d).mul_(1.5),
+        "strided": lambda x: x[..., ::2].mul_(2),
+        "masked": lambda x: part(x).masked_fill_(part(x) > 0.5, -1),
+    }
+    word = pick(draw, *edits)
+
+    def edit(x: torch.Tensor) -> torch.Tensor:
+        x = x * 1.5
+        edits[word](x)
         return x
 
-    what = number(draw, 0, 7)
-    return Call(f"in place {what} dim {d} from {k}", lambda x: edit(x, what))
+    return Call(f"in place {word} dim {d} from {k}", edit)
 
 
 def coordinates(draw: Draw, n: int) -> nn.Module:
