@@ -7,7 +7,7 @@ import sys
 
 VARIABLE = "nnUNet_extTrainer"  # nnU-Net >= 2.8 looks for trainers in the folders listed here
 OPT_OUT = "MEMEFF_NO_NNUNET"  # set to anything but 0: nothing is touched
-SWITCH = "MEMEFF_NNUNET"  # lean: stock models are predicted in less memory; unset, empty, 0 or off: as ever
+SWITCH = "MEMEFF_NNUNET"  # lean: stock models in less memory; whole: without tiles; unset, empty, 0 or off: as ever
 SWITCHED = ("nnunetv2.inference.export_prediction", "nnunetv2.inference.predict_from_raw_data")
 
 

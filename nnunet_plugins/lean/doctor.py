@@ -1,4 +1,4 @@
-"""What the doctor says of lean prediction: whether it is on, and that it gives stock's labels on this machine."""
+"""What the doctor says of lean and whole-volume prediction: whether one is on, and a proof on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 from nnunet_plugins.environment import SWITCH, why_not_run
 
-LEAN = "lean"
+LEAN, WHOLE = "lean", "whole"
 
 
 def lean_report(always: bool = False) -> tuple[str, list[str]]:
@@ -21,16 +21,18 @@ def lean_report(always: bool = False) -> tuple[str, list[str]]:
     """
     value = os.environ.get(SWITCH, "").strip().lower()
     on = value not in ("", "0", "off")
-    if on and value != LEAN:
-        return "off", [f"{SWITCH} must be lean or off, got {value!r}; whole is not available in this version"]
+    if on and value not in (LEAN, WHOLE):
+        return "off", [f"{SWITCH} must be lean, whole or off, got {value!r}"]
     if on and not any(type(finder).__name__ == "SwitchFinder" for finder in sys.meta_path):
-        return "off", [f"{SWITCH}=lean has no effect: {why_not_run()}; `python -m nnunet_plugins predict` needs none"]
+        return "off", [
+            f"{SWITCH}={value} has no effect: {why_not_run()}; `python -m nnunet_plugins predict` needs none"
+        ]
     if not on and not always:
         return f"off; export {SWITCH}=lean turns it on", []
-    return _proof("on" if on else "off here, possible")
+    return _proof("on" if on else "off here, possible", value == WHOLE)
 
 
-def _proof(state: str) -> tuple[str, list[str]]:
+def _proof(state: str, whole: bool) -> tuple[str, list[str]]:
     from nnunet_plugins.lean import fingerprint, switch
 
     reason = switch.refusal()
@@ -39,5 +41,7 @@ def _proof(state: str) -> tuple[str, list[str]]:
     from nnunet_plugins.lean.proof import differing_voxels
 
     differing, total = differing_voxels()
-    line = f"{state}; {differing} of {total} voxels of a trial model differ from stock"
-    return line, [f"{differing} voxels differ from stock: unset {SWITCH}, and report this"] if differing else []
+    oracle = "the network on the whole image" if whole else "stock"
+    kind = "whole volumes, " if whole else ""
+    line = f"{kind}{state}; {differing} of {total} voxels of a trial model differ from {oracle}"
+    return line, [f"{differing} voxels differ from {oracle}: unset {SWITCH}, and report this"] if differing else []

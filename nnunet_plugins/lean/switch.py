@@ -1,4 +1,4 @@
-"""Turns lean prediction on and off: by the variable when nnU-Net's modules are imported, or around a block of code."""
+"""Turns lean or whole-volume prediction on and off: by the variable when nnU-Net is imported, or around a block."""
 
 from __future__ import annotations
 
@@ -38,7 +38,16 @@ TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
 }
 
+WHOLE = {("nnUNetPredictor", "predict_sliding_window_return_logits"): "predict.whole"}
+"""What ``MEMEFF_NNUNET=whole`` takes from another module: (class, name) -> module; the rest is lean."""
+
 _lock = threading.RLock()
+
+
+def chosen() -> str:
+    """The variable's value, lower case; empty when prediction is stock's."""
+    value = os.environ.get(VARIABLE, "").strip().lower()
+    return "" if value in ("0", "off") else value
 
 
 def refusal() -> str | None:
@@ -49,33 +58,34 @@ def refusal() -> str | None:
 def on_import(name: str) -> None:
     """Replace functions of an nnU-Net module that was just imported; called by the start-up file's import hook.
 
-    ``MEMEFF_NNUNET=whole`` and unknown values end the process in one line before anything is predicted; an nnU-Net that
-    is not known keeps its own functions, with a warning.
+    Unknown values end the process in one line before anything is predicted. An nnU-Net that is not known keeps its own
+    functions, with a warning; with ``whole``, whose labels are not those of stock, the process ends then too.
     """
-    value = os.environ.get(VARIABLE, "").strip().lower()
-    if value in ("", "0", "off"):
+    value = chosen()
+    if not value:
         return
-    if value != "lean":
-        _refuse(value)
+    if value not in ("lean", "whole"):
+        _end(f"{VARIABLE} must be lean, whole or off, got {value!r}.")
     reason = refusal()
     if reason is not None:
+        if value == "whole":
+            _end(f"{VARIABLE}=whole is not possible: {reason}. Unset it for stock prediction.")
         if name == PREDICTOR:
             print(f"WARNING: {VARIABLE}=lean has no effect: {reason}. Stock prediction is used.", file=sys.stderr)
         return
     _replace(name)
 
 
-def _refuse(value: str) -> None:
-    if value == "whole":
-        print(f"{VARIABLE}=whole is not available in this version: set it to lean, or unset it.", file=sys.stderr)
-    else:
-        print(f"{VARIABLE} must be lean or off, got {value!r}.", file=sys.stderr)
+def _end(line: str) -> None:
+    print(line, file=sys.stderr)
     raise SystemExit(2)
 
 
 @contextmanager
 def lean_prediction() -> Iterator[None]:
     """Predict leanly inside the block, in this process and in the workers that nnU-Net starts from it.
+
+    With ``MEMEFF_NNUNET=whole`` in the environment whole volumes are predicted, as outside of the block.
 
     Raises:
         RuntimeError: this nnU-Net, or this system, is not supported.
@@ -141,6 +151,8 @@ def _replace(name: str) -> None:
         key = (f"{name}.{owner_name}" if owner_name else name, attribute)
         if key in REPLACED:
             continue
+        if chosen() == "whole":
+            ours = WHOLE.get((owner_name, attribute), ours)
         new = getattr(import_module(_OURS + ours), attribute)
         REPLACED[key] = _put(owner, attribute, new)
         if not owner_name:

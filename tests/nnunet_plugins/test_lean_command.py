@@ -119,8 +119,8 @@ def test_the_variable_that_is_off(value: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("whole", "MEMEFF_NNUNET=whole is not available in this version: set it to lean, or unset it.\n"),
-        ("leen", "MEMEFF_NNUNET must be lean or off, got 'leen'.\n"),
+        ("wholly", "MEMEFF_NNUNET must be lean, whole or off, got 'wholly'.\n"),
+        ("leen", "MEMEFF_NNUNET must be lean, whole or off, got 'leen'.\n"),
     ],
 )
 def test_values_that_are_refused(value: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

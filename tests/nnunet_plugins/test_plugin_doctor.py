@@ -120,8 +120,11 @@ def test_lean_prediction_is_reported_and_proved(listed, capsys):
     assert main(["doctor", "lean"]) == 0
     assert "lean prediction: on; 0 of 9072 voxels" in capsys.readouterr().out
     listed.setenv("MEMEFF_NNUNET", "whole")
+    assert main(["doctor", "lean"]) == 0
+    assert "on; 0 of 9072 voxels of a trial model differ from the network on the whole image" in capsys.readouterr().out
+    listed.setenv("MEMEFF_NNUNET", "wholly")
     assert main(["doctor", "lean"]) == 1
-    assert "got 'whole'" in capsys.readouterr().out
+    assert "got 'wholly'" in capsys.readouterr().out
 
 
 def test_why_not_listed(listed, tmp_path):
