@@ -112,6 +112,30 @@ def merge(
 
 
 @app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(help="Folder of a MONAI bundle with its weights.", metavar="BUNDLE_DIR")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="DICOM series, folders of them, NIfTI or NRRD files.", metavar="INPUT...")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the results: one folder for each study.")],
+    overlay: Annotated[list[str] | None, typer.Option(help="Overlay to merge: see `memeff overlay`.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="seg (DICOM SEG) or nifti. Default: seg for DICOM, nifti for the rest.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes, each with the bundle loaded.")] = 1,
+    series: Annotated[str | None, typer.Option(help="SeriesInstanceUID, where a DICOM folder holds several.")] = None,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="Interpolate DICOM slices that are uneven, missing or tilted.")
+    ] = False,
+    part: Annotated[str | None, typer.Option(help="I/N: every Nth study from number I on, for many machines.")] = None,
+) -> int:
+    """Run studies through a MONAI bundle: DICOM SEG or NIfTI out, and a report for each; run again, it goes on."""
+    from monai_memeff.hosts.run import run_studies
+
+    return run_studies(folder, inputs, output, overlay or (), format, workers, series, resample, part)
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="State dict of the skull network, trained in MinkowskiEngine.")],
     output: Annotated[Path, typer.Argument(help="Where to write the state dict for SparseCompletionNet.")],

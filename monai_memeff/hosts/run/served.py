@@ -1,0 +1,74 @@
+"""A configuration whose readers and writers of files are this package's, by the names that MONAI gives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monai_memeff.errors import InputError
+
+LOADERS = ("LoadImaged", "LoadImageD", "LoadImageDict")
+SAVERS = ("SaveImaged", "SaveImageD", "SaveImageDict")
+READER = "memeff_reader"
+"""Key of the reader in the configuration."""
+
+KEPT = {
+    "_target_", "_desc_", "_disabled_", "_mode_", "_requires_", "keys", "reader", "dtype", "meta_keys",
+    "meta_key_postfix", "overwriting", "image_only", "ensure_channel_first", "simple_keys",
+    "prune_meta_pattern", "prune_meta_sep", "allow_missing_keys", "expanduser",
+}  # fmt: skip
+READERS = ("ITKReader", "NibabelReader", "PydicomReader", "NrrdReader", "VolumeReader")
+HARMLESS = {"affine_lps_to_ras": True, "series_meta": False, "reverse_indexing": False, "as_closest_canonical": False}
+"""Arguments of MONAI's readers with the values under which they read what this package reads."""
+
+
+def serve(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a configuration in which files are read by StudyReader and results are collected instead of saved.
+
+    Raises:
+        InputError: a reader or writer does something that cannot be served exactly.
+    """
+    copy: dict[str, Any] = _served(config)
+    copy[READER] = {"_target_": "monai_memeff.hosts.run.transforms.StudyReader"}
+    return copy
+
+
+def _served(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_served(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    kind = str(value.get("_target_", "")).rpartition(".")[2]
+    if kind in LOADERS:
+        return _loader(value, kind)
+    if kind in SAVERS:
+        return _saver(value, kind)
+    if "LoadImage" in kind or "SaveImage" in kind:
+        raise InputError(
+            f"the bundle uses {kind}, and memeff run serves {LOADERS[0]} and {SAVERS[0]}: use MONAI's command"
+        )
+    return {key: _served(part) for key, part in value.items()}
+
+
+def _loader(value: dict[str, Any], kind: str) -> dict[str, Any]:
+    reader = value.get("reader")
+    name = reader.get("_target_", "") if isinstance(reader, dict) else reader
+    if name is not None and str(name).rpartition(".")[2].strip("'\"") not in READERS:
+        raise InputError(f"the bundle reads by {name}, and memeff run reads volumes ({', '.join(READERS)})")
+    extra = {key: part for key, part in value.items() if key not in KEPT}
+    extra |= {
+        key: part for key, part in (reader.items() if isinstance(reader, dict) else ()) if not key.startswith("_")
+    }
+    extra = {key: part for key, part in extra.items() if key not in HARMLESS or HARMLESS[key] != part}
+    if extra:
+        raise InputError(
+            f"the bundle's {kind} sets {', '.join(extra)}, which decides how files are read: use MONAI's command"
+        )
+    return {key: part for key, part in value.items() if key not in HARMLESS} | {"reader": f"@{READER}"}
+
+
+def _saver(value: dict[str, Any], kind: str) -> dict[str, Any]:
+    if value.get("scale") is not None:
+        raise InputError(f"the bundle's {kind} scales its results, which are no labels then: use MONAI's command")
+    kept = {key: value[key] for key in ("keys", "allow_missing_keys", "_disabled_") if key in value}
+    name = value.get("output_postfix", "trans")
+    return {"_target_": "monai_memeff.hosts.run.transforms.CollectResultd", "name": name, **kept}
