@@ -115,7 +115,15 @@ def test_help_is_shown_without_a_command(monkeypatch, capsys):
     assert run(monkeypatch, capsys, "--version")[:2] == (0, f"{monai_memeff.__version__}\n")
 
 
-LIGHT = (("--help",), ("--version",), ("overlay",), ("overlay", "halo"), ("bundle",), ("bundle", "list"))
+LIGHT = (
+    ("--help",),
+    ("--version",),
+    ("overlay",),
+    ("overlay", "halo"),
+    ("bundle",),
+    ("bundle", "list"),
+    ("run", "--help"),
+)
 
 
 def test_what_needs_no_torch_starts_without_it(tmp_path):

@@ -119,7 +119,7 @@ class Bundle:
     def image_names(self) -> list[str]:
         """Names of the images of one study: keys where there are several, else the metadata's channels."""
         keys = self.image_keys()
-        inputs = self.metadata.get("network_data_format", {}).get("inputs", {})
+        inputs: dict[str, Any] = self.metadata.get("network_data_format", {}).get("inputs", {})
         channels = (inputs.get(keys[0]) or next(iter(inputs.values()), {})).get("channel_def") or {}
         return keys if len(keys) > 1 else [str(name) for name in channels.values()] or keys
 

@@ -13,10 +13,10 @@ from typing import Any
 from monai_memeff.errors import InputError, message
 from monai_memeff.hosts.run.bundle import Bundle, first_cause
 from monai_memeff.hosts.run.dicom_seg import sources_of
+from monai_memeff.hosts.run.peak import peaks
 from monai_memeff.hosts.run.program import Program
 from monai_memeff.hosts.run.results import versions, write_refusal, write_results
 from monai_memeff.hosts.run.studies import Study
-from monai_memeff.memory import measure_peak
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ class Worker:
             report |= {} if known else {"traceback": traceback.format_exc()}
             write_refusal(folder, report)
             return Outcome(study.name, False, f"{study.name}: {why}")
-        total, peak = report["seconds"]["total"], report["peak_tensor_bytes"]
-        return Outcome(study.name, True, f"{study.name}: done in {total:.1f} s, peak {peak / 2**20:.0f} MiB of tensors")
+        total = report["seconds"]["total"]
+        peak = report["peak_device_bytes"] or report["peak_process_bytes"] or 0
+        return Outcome(study.name, True, f"{study.name}: done in {total:.1f} s, peak {peak / 2**20:.0f} MiB")
 
     def _work(self, study: Study, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
         settings, began = self.settings, time.perf_counter()
@@ -98,15 +99,15 @@ class Worker:
         if wanted == "seg" and not study.dicom:
             raise InputError("a DICOM SEG refers to DICOM images, and the input is none; use --format nifti")
         sources = sources_of(study.images[0], settings.series, settings.resample) if wanted == "seg" else None
-        with warnings.catch_warnings(record=True) as said, measure_peak(self.program.device) as meter:
+        with warnings.catch_warnings(record=True) as said, peaks(self.program.device) as peak:
             prediction = self.program(study, settings.series, settings.resample)
         inferer = getattr(self.program.inferer, "last_report", None)
         report |= {
             "status": "done",
             "notes": prediction.notes,
             "warnings": sorted({" ".join(str(warning.message).split()) for warning in [*self.said, *said]}),
-            "peak_tensor_bytes": meter.peak_bytes,
-            "peak_process_bytes": _peak_of_process(),
+            "peak_device_bytes": peak["device"],
+            "peak_process_bytes": peak["process"],
             "inferer": {"kind": type(self.program.inferer).__name__}
             | (asdict(inferer) if is_dataclass(inferer) and not isinstance(inferer, type) else {}),
             "seconds": {**prediction.seconds, "total": round(time.perf_counter() - began, 3)},
@@ -145,14 +146,3 @@ def _content(study: Study) -> str:
     for file in study.files():
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
-
-
-def _peak_of_process() -> int | None:
-    """Highest resident memory since the process began; None where the system does not say."""
-    try:
-        import resource
-        import sys
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) * (1 if sys.platform == "darwin" else 1024)
