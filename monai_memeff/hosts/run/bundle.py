@@ -120,7 +120,8 @@ class Bundle:
         """Names of the images of one study: keys where there are several, else the metadata's channels."""
         keys = self.image_keys()
         inputs: dict[str, Any] = self.metadata.get("network_data_format", {}).get("inputs", {})
-        channels = (inputs.get(keys[0]) or next(iter(inputs.values()), {})).get("channel_def") or {}
+        said = inputs[keys[0]] if keys[0] in inputs else next(iter(inputs.values()), None)
+        channels: dict[str, Any] = (said or {}).get("channel_def") or {}
         return keys if len(keys) > 1 else [str(name) for name in channels.values()] or keys
 
     def reached(self, starts: Sequence[str]) -> set[str]:
