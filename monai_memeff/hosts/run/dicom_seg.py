@@ -78,7 +78,7 @@ def write_seg(
         sources: of the same slices.
         name: of the bundle.
         version: of the bundle.
-        parameters: for the algorithm's identification.
+        parameters: for the algorithm's identification; `software` is the version of this package.
 
     Raises:
         InputError: the bundle does not say what the numbers mean.
@@ -86,8 +86,6 @@ def write_seg(
     import highdicom
     from highdicom.seg import Segmentation, SegmentationTypeValues
     from pydicom.sr.codedict import codes
-
-    from monai_memeff import __version__
 
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name[:64], codes.cid7162.ArtificialIntelligence, version[:64], "monai-memeff", parameters
@@ -107,7 +105,7 @@ def write_seg(
         instance_number=1,
         manufacturer="monai-memeff",
         manufacturer_model_name=name[:64],
-        software_versions=__version__,
+        software_versions=parameters.get("software", "unknown"),
         device_serial_number="none",
         content_label="SEGMENTATION",
         series_description=name[:64],

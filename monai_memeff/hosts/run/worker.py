@@ -46,7 +46,7 @@ class Settings:
     def key(self, study: Study) -> str:
         """What the results of a study depend on, in one number."""
         parts = (self.digest, sorted(self.weights.values()), self.format, self.series, self.resample)
-        return hashlib.sha256(repr((parts, study.fingerprint(), versions()["monai-memeff"])).encode()).hexdigest()
+        return hashlib.sha256(repr((parts, study.fingerprint(), versions().get("monai-memeff"))).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class Worker:
             "name": self.bundle.name,
             "version": self.bundle.version,
             "outputs": self.bundle.metadata.get("network_data_format", {}).get("outputs", {}),
-            "parameters": {"weights": weights, "overlays": overlays, "config": settings.digest[:12]},
+            "parameters": {"weights": weights, "overlays": overlays, "config": settings.digest[:12]}
+            | {"software": versions().get("monai-memeff", "unknown")},
         }
 
     def _report(self, study: Study) -> dict[str, Any]:
