@@ -21,8 +21,8 @@ from monai.bundle import ConfigWorkflow
 
 from monai_memeff import cli
 from monai_memeff.hosts.run import run_studies
-from monai_memeff.hosts.run.bundle import Bundle
-from monai_memeff.hosts.run.checkpoints import checkpoints_of
+from monai_memeff.hosts.run.source.bundle import Bundle
+from monai_memeff.hosts.run.source.checkpoints import checkpoints_of
 from monai_memeff.hosts.run.studies import find_studies
 from monai_memeff.hosts.run.worker import Settings, Worker
 from tests.bundles.conftest import ROOT

@@ -10,11 +10,11 @@ from pathlib import Path
 import typer
 
 from monai_memeff.errors import InputError, message
-from monai_memeff.hosts.run.bundle import Bundle
-from monai_memeff.hosts.run.checkpoints import checkpoints_of
 from monai_memeff.hosts.run.offline import no_network
+from monai_memeff.hosts.run.output.results import is_finished
 from monai_memeff.hosts.run.pool import outcomes
-from monai_memeff.hosts.run.results import is_finished
+from monai_memeff.hosts.run.source.bundle import Bundle
+from monai_memeff.hosts.run.source.checkpoints import checkpoints_of
 from monai_memeff.hosts.run.studies import Study, find_studies
 from monai_memeff.hosts.run.worker import Settings
 

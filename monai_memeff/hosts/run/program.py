@@ -19,11 +19,11 @@ from torch import nn
 
 from monai_memeff.errors import InputError
 from monai_memeff.geometry import ras_affine
-from monai_memeff.hosts.run.bundle import Bundle
-from monai_memeff.hosts.run.checkpoints import checkpoints_of, load
-from monai_memeff.hosts.run.served import READER
+from monai_memeff.hosts.run.source.bundle import Bundle
+from monai_memeff.hosts.run.source.checkpoints import checkpoints_of, load
+from monai_memeff.hosts.run.source.served import READER
+from monai_memeff.hosts.run.source.transforms import RESULTS, StudyReader
 from monai_memeff.hosts.run.studies import Study
-from monai_memeff.hosts.run.transforms import RESULTS, StudyReader
 
 OFF_GRID = 0.01
 """Largest distance of a corner of a result from the input's corner, in voxels."""

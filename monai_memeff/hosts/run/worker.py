@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from monai_memeff.errors import InputError, message
-from monai_memeff.hosts.run.bundle import Bundle, first_cause
-from monai_memeff.hosts.run.dicom_seg import sources_of
+from monai_memeff.hosts.run.output.dicom_seg import sources_of
+from monai_memeff.hosts.run.output.results import versions, write_refusal, write_results
 from monai_memeff.hosts.run.peak import peaks
 from monai_memeff.hosts.run.program import Program
-from monai_memeff.hosts.run.results import versions, write_refusal, write_results
+from monai_memeff.hosts.run.source.bundle import Bundle, first_cause
 from monai_memeff.hosts.run.studies import Study
 
 

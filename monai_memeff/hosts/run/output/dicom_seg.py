@@ -12,7 +12,7 @@ from monai_memeff.data import atomic_write
 from monai_memeff.data.dicom.scan import choose_series
 from monai_memeff.data.dicom.stack import WAY_OUT, stack_of
 from monai_memeff.errors import InputError
-from monai_memeff.hosts.run.segments import Labels, described
+from monai_memeff.hosts.run.output.segments import Labels, described
 
 TYPE_2 = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",

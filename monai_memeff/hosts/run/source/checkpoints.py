@@ -13,7 +13,7 @@ from torch import nn
 
 from monai_memeff.errors import InputError
 from monai_memeff.hosts.layout import components, get, references
-from monai_memeff.hosts.run.bundle import Bundle
+from monai_memeff.hosts.run.source.bundle import Bundle
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 from monai_memeff.errors import InputError
 from monai_memeff.hosts.layout import Config, components, get, places, references
 from monai_memeff.hosts.merge import merge_bundle_configs
-from monai_memeff.hosts.run.served import LOADERS, serve
+from monai_memeff.hosts.run.source.served import LOADERS, serve
 from monai_memeff.overlays import overlay_names, overlay_path
 
 NAMES = ("inference.json", "inference.yaml", "inference.yml")

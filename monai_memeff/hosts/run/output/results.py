@@ -18,9 +18,9 @@ import numpy as np
 
 from monai_memeff.data import atomic_write, save_nifti
 from monai_memeff.errors import InputError
-from monai_memeff.hosts.run.dicom_seg import Sources, write_seg
+from monai_memeff.hosts.run.output.dicom_seg import Sources, write_seg
+from monai_memeff.hosts.run.output.segments import Labels, labels_of
 from monai_memeff.hosts.run.program import Prediction, Result
-from monai_memeff.hosts.run.segments import Labels, labels_of
 
 REPORT = "report.json"
 REFUSED = ".refused.json"

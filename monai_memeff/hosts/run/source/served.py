@@ -28,7 +28,7 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
         InputError: a reader or writer does something that cannot be served exactly.
     """
     copy: dict[str, Any] = _served(config)
-    copy[READER] = {"_target_": "monai_memeff.hosts.run.transforms.StudyReader"}
+    copy[READER] = {"_target_": "monai_memeff.hosts.run.source.transforms.StudyReader"}
     return copy
 
 
@@ -71,4 +71,4 @@ def _saver(value: dict[str, Any], kind: str) -> dict[str, Any]:
         raise InputError(f"the bundle's {kind} scales its results, which are no labels then: use MONAI's command")
     kept: dict[str, Any] = {key: value[key] for key in ("keys", "allow_missing_keys", "_disabled_") if key in value}
     name = value.get("output_postfix", "trans")
-    return {"_target_": "monai_memeff.hosts.run.transforms.CollectResultd", "name": name, **kept}
+    return {"_target_": "monai_memeff.hosts.run.source.transforms.CollectResultd", "name": name, **kept}

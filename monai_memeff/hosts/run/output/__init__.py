@@ -1,0 +1,1 @@
+"""What `memeff run` writes: labels with names and codes, DICOM SEG, NIfTI, reports."""

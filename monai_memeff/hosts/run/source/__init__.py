@@ -1,0 +1,1 @@
+"""What `memeff run` takes from a bundle: its configuration, its readers and writers served, its weights."""
