@@ -111,8 +111,8 @@ def merge(
         typer.echo(line)
 
 
-@app.command()
-def run(
+@app.command("run")
+def run_bundle(
     folder: Annotated[Path, typer.Argument(help="Folder of a MONAI bundle with its weights.", metavar="BUNDLE_DIR")],
     inputs: Annotated[
         list[Path], typer.Argument(help="DICOM series, folders of them, NIfTI or NRRD files.", metavar="INPUT...")

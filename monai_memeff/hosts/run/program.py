@@ -20,7 +20,7 @@ from torch import nn
 from monai_memeff.errors import InputError
 from monai_memeff.geometry import ras_affine
 from monai_memeff.hosts.run.source.bundle import Bundle
-from monai_memeff.hosts.run.source.checkpoints import checkpoints_of, load
+from monai_memeff.hosts.run.source.checkpoints import checkpoints_of, load_weights
 from monai_memeff.hosts.run.source.served import READER
 from monai_memeff.hosts.run.source.transforms import RESULTS, StudyReader
 from monai_memeff.hosts.run.studies import Study
@@ -78,7 +78,7 @@ class Program:
         self.amp_options = bundle.parse(f"{bundle.evaluator}#amp_kwargs") or {}
         self.reader: StudyReader = bundle.parse(READER)
         self.keys = bundle.image_keys()
-        load(bundle, checkpoints_of(bundle))
+        load_weights(bundle, checkpoints_of(bundle))
         self.network.to(self.device).eval()
 
     def __call__(self, study: Study, series: str | None = None, resample: bool = False) -> Prediction:

@@ -68,7 +68,7 @@ def checkpoints_of(bundle: Bundle) -> list[Checkpoint]:
     return found
 
 
-def load(bundle: Bundle, found: list[Checkpoint]) -> None:
+def load_weights(bundle: Bundle, found: list[Checkpoint]) -> None:
     """Load all weights strictly, by ``torch.load(weights_only=True)``, which runs no code of the file.
 
     Raises:
