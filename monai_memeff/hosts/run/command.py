@@ -38,7 +38,7 @@ def run_studies(
     Args:
         bundle: folder of a MONAI bundle.
         inputs: DICOM folders, folders of studies, or volume files.
-        output: folder of the results.
+        output: Folder of the results.
         overlays: names of overlays of this package, or files.
         format: "seg" or "nifti"; by default SEG for DICOM and NIfTI for the rest.
         workers: processes.

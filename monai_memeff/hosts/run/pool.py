@@ -15,7 +15,7 @@ def outcomes(settings: Settings, studies: Sequence[Study], workers: int) -> Iter
     """Work on studies, and give each one's outcome when it is there.
 
     Args:
-        settings: of the command.
+        settings: what the command says.
         studies: in the order in which they begin.
         workers: processes; 1 works in this one.
 

@@ -25,7 +25,7 @@ class Study:
     """What is read, worked on and written as one.
 
     Attributes:
-        name: of its folder in the output.
+        name: Name of its folder in the output.
         images: a file or DICOM folder for each image that the bundle reads.
         dicom: whether it is a DICOM series.
         fault: why it cannot be worked on; empty when nothing is known against it.

@@ -26,12 +26,12 @@ class Settings:
     Attributes:
         bundle: its folder.
         overlays: names or files.
-        output: folder of all results.
+        output: Folder of all results.
         format: "seg", "nifti", or None: SEG for DICOM, NIfTI for the rest.
         series: for DICOM, the ``SeriesInstanceUID``.
         resample: for DICOM, interpolate uneven or tilted slices.
         weights: sha256 of every file of weights.
-        digest: of the bundle's configuration with overlays.
+        digest: Hash of the bundle's configuration with overlays.
     """
 
     bundle: Path
@@ -62,7 +62,7 @@ class Worker:
     """A bundle that works on one study after the other.
 
     Args:
-        settings: of the command.
+        settings: what the command says.
     """
 
     def __init__(self, settings: Settings) -> None:

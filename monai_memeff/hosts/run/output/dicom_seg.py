@@ -75,9 +75,9 @@ def write_seg(
     Args:
         path: ends in .dcm.
         labels: (columns, rows, slices), or (S, columns, rows, slices) of overlapping segments.
-        sources: of the same slices.
-        name: of the bundle.
-        version: of the bundle.
+        sources: images of the same slices.
+        name: Name of the bundle.
+        version: Version of the bundle.
         parameters: for the algorithm's identification; `software` is the version of this package.
 
     Raises:

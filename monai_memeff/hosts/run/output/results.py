@@ -52,7 +52,7 @@ def write_results(
     """Write all results and the report into a folder that takes its name when it is whole.
 
     Args:
-        folder: of the study.
+        folder: Folder of the study.
         prediction: its results.
         sources: the images that DICOM SEG refers to; None writes NIfTI.
         bundle: name, version, outputs of the metadata and parameters of the algorithm.

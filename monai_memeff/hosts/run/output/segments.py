@@ -38,7 +38,7 @@ def labels_of(result: Result, outputs: dict[str, Any]) -> Labels:
     """A result in the smallest integer type that holds it, or as it is where it is no labels.
 
     Args:
-        result: of the bundle.
+        result: what the bundle would save.
         outputs: the metadata's ``network_data_format#outputs``.
     """
     values = _integers(result.values)

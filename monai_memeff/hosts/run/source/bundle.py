@@ -30,7 +30,7 @@ class Bundle:
     """The files of a bundle, and what they say.
 
     Args:
-        folder: of the bundle: ``configs/inference.json`` or ``.yaml``, ``configs/metadata.json``.
+        folder: Folder of the bundle: ``configs/inference.json`` or ``.yaml``, ``configs/metadata.json``.
         overlays: names of overlays of this package, or files, to be merged in this order.
 
     Attributes:

@@ -43,7 +43,7 @@ class CollectResultd(MapTransform):
     """Keep what ``SaveImaged`` would have written, as it is at this place of the postprocessing.
 
     Args:
-        keys: of the results.
+        keys: Keys of the results.
         name: ``SaveImaged``'s ``output_postfix``.
         allow_missing_keys: as everywhere in MONAI.
     """
