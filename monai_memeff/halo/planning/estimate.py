@@ -14,7 +14,7 @@ from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 from monai_memeff.halo.planning.capture import home
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.layout import Box, narrow
-from monai_memeff.halo.planning.rules.base import Env, State
+from monai_memeff.halo.planning.rules.base import Env, Reduction, State
 from monai_memeff.halo.planning.rules.windowed.kernels import DRY
 from monai_memeff.halo.planning.schedule import Job, Schedule
 from monai_memeff.halo.planning.tile import Worker, compile_tile
@@ -79,7 +79,8 @@ class Estimate:
         states: dict[int, State] = {}
         whole = self._whole(job.index) if job.index in self.schedule.stored else None
         with _python_dispatch._disable_current_modes(), torch.no_grad(), dry(self.device), Watcher(tracker):
-            for _ in range(2):  # the second time with the partial results of the first
+            # reductions a second time, with the partial results of the first
+            for _ in range(2 if job.taps or isinstance(self.schedule.bound.step(job.index), Reduction) else 1):
                 kept = worker.tile(job, box, whole, states)
                 del kept
             for index, state in states.items():
@@ -89,12 +90,20 @@ class Estimate:
         tracker.close()
         return tracker.peak
 
-    def job(self, job: Job, tiles: int) -> int:
-        """Peak bytes of a job cut into so many tiles."""
-        peak = 0
-        for lo, hi in job.cuts(tiles):
+    def job(self, job: Job, tiles: int, limit: float = math.inf) -> int:
+        """Peak bytes of a job cut into so many tiles; above a limit, those of the first tile found that exceeds it."""
+        peak, cuts = 0, job.cuts(tiles)
+        middle = len(cuts) // 2  # its tile has neighbors on both sides: as a rule the largest
+        for lo, hi in cuts[middle:] + cuts[:middle]:
             peak = max(peak, self.tile(job, job_box(job, lo, hi)))
+            if peak > limit:
+                break
         return peak
+
+    def middle(self, job: Job, tiles: int) -> int:
+        """Peak bytes of one tile from the middle of a job cut into so many tiles."""
+        cuts = job.cuts(tiles)
+        return self.tile(job, job_box(job, *cuts[len(cuts) // 2]))
 
     def kept_bytes(self) -> list[int]:
         """Bytes of the small values that stay on the device while each job runs, its own results included."""
@@ -145,12 +154,12 @@ def dry(device: torch.device) -> Iterator[None]:
 def by_partitions(estimate: Estimate, partitions: int) -> None:
     """Give every job as few tiles as keep it under the peak of `partitions` equal tiles everywhere."""
     jobs, kept = estimate.schedule.jobs, estimate.kept_bytes()
+    peaks = [base + estimate.middle(job, partitions) for job, base in zip(jobs, kept, strict=True)]
+    limit = max(peaks, default=0)
     for job, base in zip(jobs, kept, strict=True):
-        job.tiles = min(partitions, job.rows)
-        job.peak = base + estimate.job(job, job.tiles)
-    limit = max((job.peak for job in jobs), default=0)
-    for job, base in zip(jobs, kept, strict=True):
-        _fewest(estimate, job, base, limit, job.tiles)
+        most = min(partitions, job.rows)
+        if not _fewest(estimate, job, base, limit, most):  # a tile at an end needs more than that in the middle
+            job.tiles, job.peak = most, base + estimate.job(job, most)
 
 
 def by_budget(estimate: Estimate, budget: int, advice: str = "") -> None:
@@ -173,7 +182,7 @@ def _fewest(estimate: Estimate, job: Job, base: int, limit: int, most: int) -> b
     """Set a small number of tiles that keeps within a limit; False if not even `most` do."""
     tiles = 1
     while True:
-        peak = base + estimate.job(job, tiles)
+        peak = base + estimate.job(job, tiles, limit - base)
         if peak <= limit:
             job.tiles, job.peak = tiles, peak
             return True
