@@ -170,11 +170,15 @@ class SpatialPartitionInferer(Inferer):
         options = (str(device), self.partitions, self.memory_budget, self.axis, self.labels)
         key = (fingerprint(network), call_key(flat), mode_key(), options)
         found = self._plans.get(key)
-        if found is not None and found[0]() is network and found[1].fresh_budget(self._budget(device)):
-            return found[1]
+        known = found[1] if found is not None and found[0]() is network else None
+        if known is not None and known.fresh_budget(self._budget(device)):
+            return known
+        program = known.schedule.bound.program if known is not None else None  # only the budget is another one
         shared = self.memory_budget is None and device.type == "cpu" and self.store == "host"
         budget, args, kwargs = self._budget(device), call[0], call[1]
-        plan = make_plan(network, args, kwargs, self.partitions, budget, self.axis, device, self.labels, shared)
+        plan = make_plan(
+            network, args, kwargs, self.partitions, budget, self.axis, device, self.labels, shared, program
+        )
         self._plans = {k: v for k, v in list(self._plans.items())[-3:] if v[0]() is not None}
         self._plans[key] = (weakref.ref(network), plan)
         return plan

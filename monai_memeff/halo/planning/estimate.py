@@ -14,6 +14,7 @@ from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 from monai_memeff.halo.planning.capture import home
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.layout import Box, narrow
+from monai_memeff.halo.planning.remember import Remembering
 from monai_memeff.halo.planning.rules.base import Env, Reduction, State
 from monai_memeff.halo.planning.rules.windowed.kernels import DRY
 from monai_memeff.halo.planning.schedule import Job, Schedule
@@ -35,6 +36,7 @@ class Estimate:
         self.schedule, self.device = schedule, device
         self._wholes: dict[int, torch.Tensor] = {}
         self._known: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._remembering = Remembering()
 
     def _whole(self, index: int) -> torch.Tensor:
         if index not in self._wholes:
@@ -78,7 +80,13 @@ class Estimate:
         worker = Worker(self.schedule, self._load, Env(META))
         states: dict[int, State] = {}
         whole = self._whole(job.index) if job.index in self.schedule.stored else None
-        with _python_dispatch._disable_current_modes(), torch.no_grad(), dry(self.device), Watcher(tracker):
+        with (
+            _python_dispatch._disable_current_modes(),
+            torch.no_grad(),
+            dry(self.device),
+            self._remembering,
+            Watcher(tracker),
+        ):
             # reductions a second time, with the partial results of the first
             for _ in range(2 if job.taps or isinstance(self.schedule.bound.step(job.index), Reduction) else 1):
                 kept = worker.tile(job, box, whole, states)

@@ -13,6 +13,7 @@ from monai_memeff.halo.planning.capture import bare, capture, home
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.estimate import Estimate, by_budget, by_partitions
 from monai_memeff.halo.planning.labels import add_labels
+from monai_memeff.halo.planning.program import Program
 from monai_memeff.halo.planning.rules.base import Reduction, Whole
 from monai_memeff.halo.planning.schedule import Job, Schedule, make_schedule
 
@@ -140,6 +141,7 @@ def make_plan(
     device: torch.device,
     labels: bool | str = False,
     share_store: bool = False,
+    program: Program | None = None,
 ) -> Plan:
     """The plan of one call.
 
@@ -153,10 +155,12 @@ def make_plan(
         device: where the work happens.
         labels: True, False or "regions".
         share_store: whether the store's bytes come out of the budget too.
+        program: of another plan of the same call and labels, which then need not be captured again.
     """
-    program = capture(network, args, kwargs)
-    if labels:
-        add_labels(program, len(main_input(program)) - 2, labels == "regions")
+    if program is None:
+        program = capture(network, args, kwargs)
+        if labels:
+            add_labels(program, len(main_input(program)) - 2, labels == "regions")
     schedule = make_schedule(bind_program(program, (axis,)))
     estimate = Estimate(schedule, device)
     if budget is not None and partitions == "auto":
