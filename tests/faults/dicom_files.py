@@ -1,4 +1,4 @@
-"""DICOM series made for tests: a volume as slices, with whatever is to be wrong about them."""
+"""DICOM series made for tests: a volume as slices, with whatever is to be wrong about them, and how they are read."""
 
 from __future__ import annotations
 
@@ -7,10 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+from monai_memeff.data import ReadVolume, read_volume
+from monai_memeff.errors import InputError
 
 CT_IMAGE, MR_IMAGE = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4"
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+COUNT = 12
+SAGITTAL = (0.0, 1.0, 0.0, 0.0, 0.0, -1.0)
 Change = Callable[[int, Any], None]
+
+
+def numbers(count: int = COUNT, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-1000, 2000, (9, 7, count)).astype(np.int16)
+
+
+def values(volume: ReadVolume) -> np.ndarray:
+    return volume.image.as_tensor().numpy()[0]
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        read_volume(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert 20 < len(message) < 700
+    return message
 
 
 def write_series(
