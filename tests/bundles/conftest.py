@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from monai.bundle import ConfigWorkflow
 from monai_memeff.apps.skull.phantom import HEAD_LABELS, Phantom, head_phantom
 from tests.body_phantom import BODY_LABELS, body_phantom
 from tests.fake_cuda import fake_cuda_device
+from tests.processes import run_module
 
 ROOT = Path(__file__).resolve().parents[2]
 STOCK = Path(__file__).parent / "stock_segmentation"
@@ -38,16 +38,8 @@ def _restore_torchs_global_state() -> Any:
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """``python -m monai.bundle ...`` in a bundle's folder, on one thread, as a user types it."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, "-m", "monai.bundle", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return run_module("monai.bundle", *map(str, arguments), folder=folder, variables=variables)
 
 
 def flags(options: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ import nibabel
 import numpy as np
 
 from nnunet_plugins.environment import VARIABLE, ext_folder
+from tests.processes import run_module
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,49 +115,26 @@ class Host:
         return {**os.environ, **few_workers, **folders, VARIABLE: own, "PYTHONPATH": paths, **extra}
 
     def run(self, command: str, *arguments: object, **extra: str) -> str:
-        """Run one of nnU-Net's console scripts; returns what it printed, and fails with it."""
+        """Run one of nnU-Net's console scripts as a user does; returns what it printed, and fails with it."""
         script = shutil.which(command, path=os.path.dirname(sys.executable)) or command
-        return self._run([script, *map(str, arguments)], extra)
+        command = [script, *map(str, arguments)]
+        options = {"env": self.environment(**extra), "cwd": self.folder, "capture_output": True, "text": True}
+        return self._checked(subprocess.run(command, **options))
 
     def run_in_one_process(self, *commands: list[object], **extra: str) -> str:
-        """Run several commands' entry points one after the other in one new process (the imports are paid once).
-
-        Those with ``-device cuda`` get a fake CUDA device. A word ``env:NAME=VALUE`` sets a variable from then on; the
-        word ``fails`` says that the command must raise an error, which is printed.
-        """
-        script = self.folder / "run_commands.py"
-        script.write_text(
-            "import contextlib, json, os, sys\nfrom importlib.metadata import entry_points\nimport torch\n"
-            "from tests.fake_cuda import fake_cuda_device\n"
-            'if __name__ == "__main__":\n'
-            "    scripts = {script.name: script for script in entry_points(group='console_scripts')}\n"
-            "    torch.set_num_interop_threads = lambda _: None  # can be set once in a process\n"
-            "    for command in json.loads(sys.argv[1]):\n"
-            "        os.environ.update(word[4:].split('=', 1) for word in command if word.startswith('env:'))\n"
-            "        fails = 'fails' in command\n"
-            "        sys.argv = [word for word in command if word != 'fails' and not word.startswith('env:')]\n"
-            "        try:\n"
-            "            with fake_cuda_device() if 'cuda' in command else contextlib.nullcontext():\n"
-            "                scripts[sys.argv[0]].load()()\n"
-            "        except Exception as error:\n"
-            "            if not fails:\n"
-            "                raise\n"
-            "            print('FAILED WITH', type(error).__name__, error)\n"
-            "        else:\n"
-            "            assert not fails, command\n"
-        )
+        """Run several commands one after the other in one forked process; see :mod:`tests.nnunet_plugins.commands`."""
         listed = json.dumps([[str(word) for word in command] for command in commands])
-        return self._run([sys.executable, str(script), listed], extra)
+        where = {"folder": self.folder, "variables": self.environment(**extra)}
+        return self._checked(run_module("tests.nnunet_plugins.commands", listed, **where))
 
-    def _run(self, command: list[str], extra: dict[str, str]) -> str:
-        done = subprocess.run(command, env=self.environment(**extra), capture_output=True, text=True, cwd=self.folder)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    def _checked(self, done: subprocess.CompletedProcess[str]) -> str:
+        assert done.returncode == 0, f"{done.args}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         return done.stdout + done.stderr
 
     def prepare(self, dataset: Path, number: int, *options: object) -> Path:
         """Plan and preprocess 3d_fullres; returns the preprocessed folder."""
         arguments = ["-d", number, "-c", "3d_fullres", "-np", 1, "-npfp", 1, *options]
-        self.run("nnUNetv2_plan_and_preprocess", *arguments, nnUNet_n_proc_DA="1")
+        self.run_in_one_process(["nnUNetv2_plan_and_preprocess", *arguments], nnUNet_n_proc_DA="1")
         return self.preprocessed / dataset.name
 
     def split(self, dataset: str, train: list[str], val: list[str]) -> None:

@@ -1,0 +1,46 @@
+"""nnU-Net's console scripts one after the other in this process: ``python -m tests.nnunet_plugins.commands JSON``.
+
+The JSON is a list of commands, each a list of words. Those with ``-device cuda`` get a fake CUDA device. A word
+``env:NAME=VALUE`` sets a variable from then on; the word ``fails`` says that the command must raise an error, which is
+printed. nnU-Net's worker processes are forked, unless there is a GPU, so that they need not import everything again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+
+from tests.fake_cuda import fake_cuda_device
+
+
+def run(command: list[str], scripts: dict[str, Any]) -> None:
+    """Run one command's entry point."""
+    os.environ.update(word[4:].split("=", 1) for word in command if word.startswith("env:"))
+    fails = "fails" in command
+    sys.argv = [word for word in command if word != "fails" and not word.startswith("env:")]
+    try:
+        with fake_cuda_device() if "cuda" in command else contextlib.nullcontext():
+            scripts[sys.argv[0]].load()()
+    except Exception as error:
+        if not fails:
+            raise
+        print("FAILED WITH", type(error).__name__, error)
+    else:
+        assert not fails, command
+
+
+if __name__ == "__main__":
+    torch.set_num_interop_threads = lambda _: None  # can be set once in a process
+    if not torch.cuda.is_available():
+        multiprocessing.set_start_method("fork", force=True)
+        get_context = multiprocessing.get_context
+        multiprocessing.get_context = lambda method=None: get_context("fork" if method == "spawn" else method)
+    for words in json.loads(sys.argv[1]):
+        run(words, {script.name: script for script in entry_points(group="console_scripts")})
