@@ -1,4 +1,4 @@
-"""New processes with the libraries already loaded: a server imports torch, MONAI and nnU-Net once and forks for each run.
+"""New processes that have the libraries loaded: a server imports torch, MONAI and nnU-Net once and forks for each run.
 
 Loading them takes five to eight seconds of a core, which dozens of tests would pay. The server loads nothing of this
 package, and nnU-Net's modules, which read the environment when they are imported, are imported anew in every run.

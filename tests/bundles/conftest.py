@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,17 @@ def flags(options: dict[str, Any]) -> list[str]:
     return [part for key, value in options.items() for part in (f"--{key}", str(value))]
 
 
-def run_here(files: Sequence[str | Path], kind: str = "train", **override: Any) -> ConfigWorkflow:
-    """The same as ``monai.bundle run`` on a GPU, in this process; the GPU is a fake CUDA device."""
-    with fake_cuda_device():
+def run_here(
+    files: Sequence[str | Path], kind: str = "train", fake_gpu: bool = True, **override: Any
+) -> ConfigWorkflow:
+    """The same as ``monai.bundle run`` in this process, on a fake CUDA device or on the CPU."""
+    with fake_cuda_device() if fake_gpu else nullcontext():
         work = ConfigWorkflow(
             config_file=[str(f) for f in files],
             meta_file=str(Path(files[0]).parent / "metadata.json"),
             logging_file=False,
             workflow_type=kind,
-            device=torch.device("cuda:0"),
+            device=torch.device("cuda:0" if fake_gpu else "cpu"),
             **override,
         )
         work.initialize()

@@ -20,7 +20,7 @@ from monai_memeff.halo.planning.program import Program, Ref, unflatten
 from monai_memeff.halo.planning.rules.base import Env, Read, Reduction, Step, Whole
 from monai_memeff.halo.planning.rules.norm import Moments, Normalize
 from monai_memeff.halo.planning.rules.random import is_random
-from monai_memeff.halo.planning.rules.windowed.convolution import Convolution
+from monai_memeff.halo.planning.rules.windowed.convolution import DirectConvolution
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.executor import Task, anchored, run_in_segments, run_tasks
 from monai_memeff.halo.run.ranks.fused import FusedMoments, FusedNormalize, form_of
@@ -124,7 +124,7 @@ class RankPlan:
         """Zeros that a convolution has on one side of this rank's rows only: they are laid into the window that is
         made for its neighbors' rows anyway, where the rule would copy all rows once more. Empty if there are none."""
         native = self.placements[step.inputs[0]].layout if step.inputs else None
-        if not isinstance(step, Convolution) or native != step.reads[0] or not length(box):
+        if not isinstance(step, DirectConvolution) or native != step.reads[0] or not length(box):
             return ()
         rows, found = step.needs(box)[0].box, []
         if not length(rows):

@@ -15,7 +15,7 @@ from monai_memeff.halo.planning.rules.windowed.kernels import convolve
 from monai_memeff.halo.planning.rules.windowed.windows import clipped, pad_rows, range_of, tuple_of, window_layouts
 
 
-class Convolution(Step):
+class DirectConvolution(Step):
     """Rows of a convolution from the rows under its kernel."""
 
     heavy = True
@@ -71,4 +71,4 @@ def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tu
 @rule(["conv1d", "conv2d", "conv3d"], "convolution", "rows under the kernel; padding at the volume's ends only")
 def bind_convolution(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     """A convolution's step."""
-    return Convolution(value, natives, ctx)
+    return DirectConvolution(value, natives, ctx)

@@ -123,10 +123,10 @@ def _padded_row(mode: str, left: int, rows: int) -> Rows:
     return {"constant": constant, "replicate": replicate, "reflect": reflect, "circular": circular}[mode]
 
 
-class Pad(RowOrder):
+class Padding(RowOrder):
     """Padding: rows of the split dimensions by order, the others by torch."""
 
-    def setup(self, pads: list[int], mode: str) -> Pad:
+    def setup(self, pads: list[int], mode: str) -> Padding:
         """Remember the padding of the dimensions that are not cut."""
         self.pads, self.mode = pads, mode
         return self
@@ -166,7 +166,7 @@ def bind_pad(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
             dims[d] = ((value.shape[d], -1),)
     if mode != "constant" and len(pads) // 2 > n - 1:
         raise NoTileError("padding of every dimension")
-    return Pad(value, source, Layout(tuple(dims), native.axes), order, fill or 0.0).setup(pads, mode)
+    return Padding(value, source, Layout(tuple(dims), native.axes), order, fill or 0.0).setup(pads, mode)
 
 
 def _pads_of(pads: Sequence[int], d: int, n: int) -> tuple[int, int]:

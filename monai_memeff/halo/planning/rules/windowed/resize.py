@@ -86,7 +86,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-class Resize(Step):
+class Resizing(Step):
     """The split axes by taps, or by torch on whole multiples; the other axes by torch."""
 
     heavy = True
@@ -172,4 +172,4 @@ class Resize(Step):
 @rule(list(_KINDS), "resize", "torch's index arithmetic at global rows")
 def bind_resize(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     """A resize without antialiasing (with it, the operator runs whole)."""
-    return Resize(value, natives, ctx)
+    return Resizing(value, natives, ctx)
