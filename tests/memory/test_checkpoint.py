@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -104,6 +105,24 @@ def test_buffers_stay_the_modules_own() -> None:
     checkpoint(net, x).sum().backward()
     assert buffers == {name: id(buffer) for name, buffer in net.named_buffers()}
     assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_a_network_of_another_thread_keeps_its_statistics() -> None:
+    """What another thread trains during the second pass counts its own passes."""
+    net, other, x, calls = chain(1), nn.BatchNorm3d(3).double(), image().requires_grad_(), []
+
+    def meanwhile(y: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            thread = threading.Thread(target=other, args=(image(),))
+            thread.start()
+            thread.join()
+        return net(y)
+
+    checkpoint(meanwhile, x).sum().backward()
+    assert len(calls) == 2
+    assert int(other.num_batches_tracked) == 1
+    assert int(net[0][1].num_batches_tracked) == 1
 
 
 def test_a_failing_recomputation_puts_the_buffers_back() -> None:

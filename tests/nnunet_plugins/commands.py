@@ -2,7 +2,8 @@
 
 The JSON is a list of commands, each a list of words. Those with ``-device cuda`` get a fake CUDA device. A word
 ``env:NAME=VALUE`` sets a variable from then on; the word ``fails`` says that the command must raise an error, which is
-printed. nnU-Net's worker processes are forked, unless there is a GPU, so that they need not import everything again.
+printed. nnU-Net's worker processes are forked, unless there is a GPU, so that they need not import everything again;
+and a fingerprint draws ten thousand intensities, not a hundred million whatever the size of the images.
 """
 
 from __future__ import annotations
@@ -36,7 +37,21 @@ def run(command: list[str], scripts: dict[str, Any]) -> None:
         assert not fails, command
 
 
+def draw_few_intensities() -> None:
+    """For statistics of images of a few thousand voxels."""
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    start = DatasetFingerprintExtractor.__init__
+
+    def begin(self: Any, *arguments: Any, **options: Any) -> None:
+        start(self, *arguments, **options)
+        self.num_foreground_voxels_for_intensitystats = 10_000
+
+    DatasetFingerprintExtractor.__init__ = begin
+
+
 if __name__ == "__main__":
+    draw_few_intensities()
     torch.set_num_interop_threads = lambda _: None  # can be set once in a process
     if not torch.cuda.is_available():
         multiprocessing.set_start_method("fork", force=True)

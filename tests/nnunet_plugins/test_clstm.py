@@ -66,7 +66,7 @@ def test_from_training_to_a_shared_model(host: Host, tmp_path: Path) -> None:
     archive = tmp_path / "model.zip"
     share = ["-c", "3d_fullres", "-f", 0, "-tr", TRAINER, "--not_strict"]
     export = ["nnUNetv2_export_model_to_zip", "-d", 903, "-o", archive, *share]
-    printed = host.run(*train)
+    printed = host.run_in_one_process(train)
     trained = [tuple(map(int, found)) for found in re.findall(r"trained on \(1, 2, (\d+), (\d+), (\d+)\)", printed)]
     assert {tuple(sorted(shape)) for shape in trained} == {(26, 33, 37)}
     train[-1] = "cuda"

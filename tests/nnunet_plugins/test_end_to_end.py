@@ -38,14 +38,21 @@ def plans_of(host: Host) -> dict:
 
 def test_from_training_to_a_shared_model(host, tmp_path):
     train = [901, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu"]
-    host.run("nnUNetv2_train", *train)
-    printed = host.run("nnUNetv2_train", *train, "--c", SHORT_EPOCHS="2")
-    assert "Epoch 1" in printed
-    assert "Epoch 0" not in printed
+    host.run("nnUNetv2_train", *train)  # the console script itself, with nnU-Net's own worker processes
     model = host.results / NAME / f"{TRAINER}__nnUNetPlans__3d_fullres"
     summary = model / "fold_0" / "validation" / "summary.json"
+    images, archive = host.raw / NAME / "imagesTs", tmp_path / "model.zip"
+    options = ["-c", "3d_fullres", "-f", 0, "-tr", TRAINER, "--not_strict"]
+    predict = ["nnUNetv2_predict", "-i", images, "-d", 901, "-tr", TRAINER, *PREDICT, "-o"]
+    printed = host.run_in_one_process(["nnUNetv2_train", *train, "--c"], SHORT_EPOCHS="2")
+    assert "Epoch 1" in printed
+    assert "Epoch 0" not in printed
     summary.unlink()
-    host.run("nnUNetv2_train", *train, "--val")
+    host.run_in_one_process(
+        ["nnUNetv2_train", *train, "--val"],
+        [*predict, tmp_path / "before"],
+        ["nnUNetv2_export_model_to_zip", "-d", 901, "-o", archive, *options],
+    )
     assert set(json.loads(summary.read_text())["mean"]) == {"1", "2"}
 
     stock = plans_of(host)["configurations"]["3d_fullres"]
@@ -54,16 +61,10 @@ def test_from_training_to_a_shared_model(host, tmp_path):
     assert np.prod(used["patch_size"]) > 2 * np.prod(stock["patch_size"])
     assert used["data_identifier"] == stock["data_identifier"]
 
-    images = host.raw / NAME / "imagesTs"
-    host.run("nnUNetv2_predict", "-i", images, "-o", tmp_path / "before", "-d", 901, "-tr", TRAINER, *PREDICT)
-    archive = tmp_path / "model.zip"
-    options = ["-c", "3d_fullres", "-f", 0, "-tr", TRAINER, "--not_strict"]
-    host.run("nnUNetv2_export_model_to_zip", "-d", 901, "-o", archive, *options)
     receiver = {"nnUNet_results": str(tmp_path / "received")}
     Path(receiver["nnUNet_results"]).mkdir()
-    host.run("nnUNetv2_install_pretrained_model_from_zip", archive, **receiver)
-    arguments = ["-i", images, "-o", tmp_path / "after", "-d", 901, "-tr", TRAINER, *PREDICT]
-    host.run("nnUNetv2_predict", *arguments, **receiver)
+    install = ["nnUNetv2_install_pretrained_model_from_zip", archive]
+    host.run_in_one_process(install, [*predict, tmp_path / "after"], **receiver)
     before, after = labels_of(tmp_path / "before"), labels_of(tmp_path / "after")
     assert before.keys() == after.keys() == {"c_003.nii.gz"}
     for name in before:

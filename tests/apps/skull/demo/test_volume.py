@@ -119,6 +119,7 @@ def test_a_generated_head_is_the_default() -> None:
     assert 0.05 < first.occupancy < 0.2
 
 
+@pytest.mark.slow
 def test_real_heads(data_dir: Path) -> None:
     folder = data_dir / "head_ct"
     head = load_head(folder / "vhf_head_ct.nii.gz", 64)
