@@ -45,7 +45,9 @@ import torch, monai
 before = set(sys.modules)
 import monai_memeff
 after = set(sys.modules) - before
-print(json.dumps({"new": sorted(after), "cuda": torch.cuda.is_initialized()}))
+cuda = torch.cuda.is_initialized()
+import monai_memeff.sparse.points
+print(json.dumps({"new": sorted(after), "cuda": cuda, "with points": sorted(sys.modules)}))
 """
 
 
@@ -173,6 +175,12 @@ def test_the_import_loads_no_optional_package(fresh_import: dict[str, Any]) -> N
     assert not loaded & set(OPTIONAL)
     foreign = loaded - set(sys.stdlib_module_names) - {"monai_memeff", "monai", "torch", "numpy"}
     assert not foreign, "the import needs torch and MONAI alone"
+
+
+def test_points_are_loaded_when_they_are_used_and_without_their_hosts(fresh_import: dict[str, Any]) -> None:
+    assert "monai_memeff.sparse.points" not in fresh_import["new"]
+    assert "monai_memeff.sparse.points" in fresh_import["with points"]
+    assert "torch_geometric" not in fresh_import["with points"]
 
 
 def test_the_import_starts_no_cuda(fresh_import: dict[str, Any]) -> None:

@@ -176,6 +176,7 @@ def test_second_derivatives(geometry: ConvolutionGeometry) -> None:
         assert float((ours - reference).abs().max()) <= 1e-5 * float(reference.abs().max())
 
 
+@pytest.mark.slow
 def test_without_the_interpreter_the_cpu_is_refused() -> None:
     code = (
         "import torch; from monai_memeff.sparse import backends;"

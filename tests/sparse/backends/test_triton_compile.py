@@ -27,10 +27,13 @@ CARDS = {"T4": 75, "A100": 80, "RTX 3090, A40": 86, "H100": 90}
 
 Rows = list[dict[str, Any]]
 
-pytestmark = pytest.mark.skipif(
-    not all((TOOLS / tool).is_file() for tool in ("ptxas", "cuobjdump")),
-    reason="this build of Triton comes without ptxas or cuobjdump",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all((TOOLS / tool).is_file() for tool in ("ptxas", "cuobjdump")),
+        reason="this build of Triton comes without ptxas or cuobjdump",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,6 @@ def compiled() -> Callable[..., Rows]:
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("card", ["RTX 3090, A40", "H100"])
 def test_every_dtype_on_tensor_cores(card: str, compiled: Callable[..., Rows]) -> None:
     """The default, the largest and the smallest choice of block sizes."""

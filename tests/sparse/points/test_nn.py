@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -197,18 +195,6 @@ def test_the_old_variable_counts_where_ours_is_not_set(
         snn._take_old_variable()
     assert snn.os.environ["MEMEFF_SPARSE_BACKEND"] == (used or "")
     assert [said in str(w.message) for w in caught] == ([True] if said else [])
-
-
-def test_the_room_is_loaded_only_when_asked_for() -> None:
-    code = (
-        "import sys, monai_memeff\n"
-        "print('monai_memeff.sparse.points' in sys.modules)\n"
-        "import monai_memeff.sparse.points\n"
-        "print(sorted({m.partition('.')[0] for m in sys.modules} & {'scipy', 'torch_geometric', 'skimage', 'open3d'}))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[0] == "False"
-    assert "torch_geometric" not in run.stdout
 
 
 # A network as torch-points3d's users write it

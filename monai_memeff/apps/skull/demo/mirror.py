@@ -71,7 +71,7 @@ def mirror_implant(defective: np.ndarray, affine: np.ndarray) -> MirrorResult:
         around = _around(surface, best, patch, affine)
         if len(around.points) >= 50:
             local, _ = _icp(around, surface, tree, best, steps=30, keep=0.85, slide=1.0)
-            closer = _missing(_transform_mask(defective, affine, local), defective, affine, patch)
+            closer = _missing(_transform_mask(defective, affine, local), defective, affine)
             if closer.any():
                 best, patch = local, closer
     return MirrorResult(patch, _transform_mask(defective, affine, best), best, residual)
@@ -198,9 +198,7 @@ def _transform_mask(mask: np.ndarray, affine: np.ndarray, transform: np.ndarray)
     return resample_to_grid(mask.astype(np.float32), transform @ affine, affine, mask.shape) >= 0.5
 
 
-def _missing(
-    mirrored: np.ndarray, defective: np.ndarray, affine: np.ndarray, guess: np.ndarray | None = None
-) -> np.ndarray:
+def _missing(mirrored: np.ndarray, defective: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """The piece of mirrored bone that the skull lacks."""
     from scipy import ndimage
 
@@ -209,8 +207,6 @@ def _missing(
     far = ndimage.distance_transform_edt(~defective, sampling=steps)
     seed = mirrored & (far > gap)
     seed[:, :, : _floor(defective, np.array(steps))] = False
-    if guess is not None:
-        seed &= guess
     seed = get_largest_connected_component_mask(seed)
     if not seed.any():
         return seed
