@@ -1,4 +1,4 @@
-"""Results of operators on meta tensors, by the form of their arguments: a dry run asks for the same ones often."""
+"""Results of operators on meta tensors, by the form of their arguments: a dry run needs the same ones often."""
 
 from __future__ import annotations
 
