@@ -155,7 +155,7 @@ def make_plan(
         device: where the work happens.
         labels: True, False or "regions".
         share_store: whether the store's bytes come out of the budget too.
-        program: of another plan of the same call and labels, which then need not be captured again.
+        program: the one of another plan of the same call and labels, which then need not be captured again.
     """
     if program is None:
         program = capture(network, args, kwargs)
