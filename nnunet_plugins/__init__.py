@@ -8,6 +8,7 @@ from typing import Any
 # trainer name (nnU-Net's -tr) -> the module that holds it; a new trainer is one row
 TRAINERS = {
     "CLSTMTrainer": "nnunet_plugins.clstm_trainer",
+    "HaloTrainer": "nnunet_plugins.halo_trainer",
     "OccupancyTrainer": "nnunet_plugins.occupancy_trainer",
     "SparseTrainer": "nnunet_plugins.sparse_trainer",
 }

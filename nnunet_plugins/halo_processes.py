@@ -1,0 +1,98 @@
+"""The processes of one launch that share HaloTrainer's patch: their mesh, one batch for all, and sums of gradients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from monai_memeff.halo import HaloMesh, init_mesh
+
+
+def mesh_of_launch(device: torch.device, axis: int) -> HaloMesh:
+    """The mesh of all processes of a torchrun launch (or of nnU-Net's ``-num_gpus``), each with a part along ``axis``.
+
+    Without such a launch it is a mesh of one, and nothing is started.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if not dist.is_initialized() and world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(local_device(device))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return init_mesh(data=1, spatial=(world,), axes=(axis,))
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This process's own device of a kind."""
+    if device.type != "cuda":
+        return device
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+
+
+def shared_batch(batch: dict[str, Any] | None, mesh: HaloMesh, device: torch.device) -> dict[str, Any]:
+    """The first process's batch on every process: data, and target (a tensor or a list of them), on the device."""
+    if mesh.size == 1:
+        assert batch is not None
+        return {name: _to(batch[name], device) for name in ("data", "target")}
+    described: list[Any] = [None]
+    if mesh.comm.rank == 0:
+        assert batch is not None
+        described = [{name: _described(batch[name]) for name in ("data", "target")}]
+    dist.broadcast_object_list(described, 0)
+    result: dict[str, Any] = {}
+    for name, shapes in described[0].items():
+        values = batch[name] if batch is not None else None
+        many = isinstance(shapes, list)
+        listed = shapes if many else [shapes]
+        own = [None] * len(listed) if values is None else values if many else [values]
+        tensors = [_broadcast(tensor, shape, device) for tensor, shape in zip(own, listed, strict=True)]
+        result[name] = tensors if many else tensors[0]
+    return result
+
+
+def share_weights(network: nn.Module, mesh: HaloMesh) -> None:
+    """Give every process the first one's parameters and buffers."""
+    if mesh.size > 1:
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], mesh: HaloMesh) -> None:
+    """Add the gradients of all processes up, in place; a parameter without one on any process keeps none."""
+    if mesh.size == 1:
+        return
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    device = wanted[0].device
+    used = mesh.comm.all_reduce(torch.tensor([float(p.grad is not None) for p in wanted], device=device)).tolist()
+    chosen = [parameter for parameter, count in zip(wanted, used, strict=True) if count]
+    for parameter in chosen:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.flatten() for parameter in chosen if parameter.grad is not None])
+    sums = mesh.comm.all_reduce(flat).split([parameter.numel() for parameter in chosen])
+    for parameter, total in zip(chosen, sums, strict=True):
+        parameter.grad = total.view_as(parameter)
+
+
+def _to(values: Any, device: torch.device) -> Any:
+    if isinstance(values, list):
+        return [_to(value, device) for value in values]
+    return values.to(device, non_blocking=True)
+
+
+def _described(values: Any) -> Any:
+    return [_described(value) for value in values] if isinstance(values, list) else (tuple(values.shape), values.dtype)
+
+
+def _broadcast(tensor: Tensor | None, described: tuple[Any, torch.dtype], device: torch.device) -> Tensor:
+    shape, dtype = described
+    kind = torch.uint8 if dtype == torch.bool or dtype == torch.int16 else dtype  # NCCL and gloo know neither
+    whole = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
+    dist.broadcast(whole.view(kind) if kind != dtype else whole, 0)
+    return whole
