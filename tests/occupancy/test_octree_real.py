@@ -77,6 +77,7 @@ def coarse_labels(network: OccupancyNet, volume: Tensor) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("initial", ["grid", "network"])
+@pytest.mark.slow
 def test_same_as_dense_on_a_real_ct(trained: tuple[OccupancyNet, Tensor], initial: str) -> None:
     """The largest piece of every organ is that of dense evaluation, voxel for voxel.
 

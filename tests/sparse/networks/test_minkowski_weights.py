@@ -148,11 +148,11 @@ def test_the_command_refuses_in_one_line(
     (tmp_path / "words.pth").write_text("not a checkpoint")
     cases = {
         "channels must be seven": ("theirs.pth", "--channels", "1,2"),
-        "invalid literal": ("theirs.pth", "--channels", "a,b"),
+        "takes seven numbers with commas": ("theirs.pth", "--channels", "a,b"),
         "does not fit": ("theirs.pth", "--channels", "2,2,3,3,2,4,6"),
         "no such file": ("absent.pth",),
         "holds no state dict": ("list.pth",),
-        "cannot convert": ("words.pth",),
+        "no checkpoint, or a damaged one": ("words.pth",),
     }
     for reason, (name, *options) in cases.items():
         status, _, err = run(monkeypatch, capsys, "convert", tmp_path / name, tmp_path / "out.pt", *options)

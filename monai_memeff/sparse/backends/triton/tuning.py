@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from monai_memeff.data.atomic import atomic_write
+from monai_memeff.errors import InputError
 
 ENVIRONMENT_VARIABLE = "MEMEFF_TUNING_CACHE"
 """Path of the file, or "off": nothing is timed, read or written, and the first candidate is used."""
@@ -170,5 +171,5 @@ def _write(file: Path | None, key: str, choice: Blocks) -> None:
     """Add a choice to what the file holds now, by replacing the file at once; a file that cannot be written is left."""
     assert file is not None
     choices = {name: astuple(blocks) for name, blocks in (_read(file) | {key: choice}).items()}
-    with contextlib.suppress(OSError), atomic_write(file) as work:
+    with contextlib.suppress(OSError, InputError), atomic_write(file) as work:
         work.write_text(json.dumps({"format": FORMAT, "choices": choices}, indent=1), encoding="utf-8")
