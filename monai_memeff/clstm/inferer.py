@@ -13,6 +13,7 @@ from monai.utils import convert_to_dst_type, optional_import
 from torch import Tensor, nn
 
 from monai_memeff.clstm.slabs import check_that_slabs_continue
+from monai_memeff.clstm.sweep import Sweep
 from monai_memeff.clstm.target import SlabTarget
 from monai_memeff.memory.stream import same_stream
 
@@ -34,9 +35,14 @@ class SlabInferer(Inferer):
         device: where the results are; default: where the volume is, the host for slabs from elsewhere.
         prefetch: slabs read and copied to the network's device ahead, by a thread of its own; 0: none.
         progress: show a progress bar.
+        memory_budget: bytes that a call may take on the network's device, beside its weights and the volume; slabs then
+            have at most as many slices as fit, of 1, 2, 4, ... and ``slab``. Results, states and slabs fetched ahead
+            count where they lie on that device. Slabs from elsewhere are cut in the same way.
+
+    Where the device runs out of memory, the slab at hand is cut in two and the work goes on from the state before it.
 
     Raises:
-        ValueError: slab below 1 or prefetch below 0.
+        ValueError: slab below 1, prefetch below 0, or memory_budget below 1.
     """
 
     def __init__(
@@ -46,8 +52,12 @@ class SlabInferer(Inferer):
         device: str | torch.device | None = None,
         prefetch: int = 1,
         progress: bool = False,
+        memory_budget: int | None = None,
     ) -> None:
         super().__init__()
+        if memory_budget is not None and memory_budget < 1:
+            raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}.")
+        self.memory_budget = memory_budget
         if slab < 1 or prefetch < 0:
             raise ValueError(f"slab must be at least 1 and prefetch at least 0, got {slab} and {prefetch}.")
         self.slab, self.labels, self.prefetch, self.progress = slab, labels, prefetch, progress
@@ -108,7 +118,12 @@ class SlabInferer(Inferer):
     def _volume(self, volume: Tensor, network: Any) -> Tensor:
         whole: Tensor | None = None
         device, first = self.device or volume.device, 0
-        for result in self._stream(self._cut(volume, network.axis), network, device):
+        slabs, here = self._cut(volume, network.axis), next(network.parameters()).device
+        sweep = self._new_sweep(network, tuple(volume.shape) if device == here else None)
+        if self.memory_budget is not None:  # slabs of the size that fits: nothing is joined
+            slab = min(self.slab, sweep.fit(slabs[0].to(here)))
+            slabs = list(volume.as_subclass(Tensor).split(slab, dim=2 + network.axis))
+        for result in self._stream(slabs, network, device, sweep):
             if whole is None:
                 shape = (*result.shape[:2], *volume.shape[2:])
                 whole = torch.empty(shape, dtype=result.dtype, device=device)
@@ -118,12 +133,22 @@ class SlabInferer(Inferer):
         assert whole is not None
         return convert_to_dst_type(whole, volume, dtype=whole.dtype, device=whole.device)[0]
 
+    def _new_sweep(self, network: Any, whole: tuple[int, ...] | None = None) -> Sweep:
+        return Sweep(network, self.memory_budget, self.labels, self.prefetch, whole)
+
     def _cut(self, volume: Tensor, axis: int) -> list[Tensor]:
         if volume.ndim != 5:
             raise ValueError(f"SlabInferer takes a volume (B, C, H, W, D), got {tuple(volume.shape)}.")
         return list(volume.as_subclass(Tensor).split(self.slab, dim=2 + axis))
 
-    def _stream(self, slabs: Iterable[Tensor], network: Any, device: torch.device | None = None) -> Iterator[Tensor]:
+    def _stream(
+        self,
+        slabs: Iterable[Tensor],
+        network: Any,
+        device: torch.device | None = None,
+        sweep: Sweep | None = None,
+    ) -> Iterator[Tensor]:
+        sweep = sweep or self._new_sweep(network)
         ends: list[Any] = [None]
         if network.bidirectional:
             if not isinstance(slabs, Sequence):
@@ -131,31 +156,29 @@ class SlabInferer(Inferer):
                     "a bidirectional network walks over the slabs twice: give a sequence (a list, NiftiSlabs), not an "
                     f"iterator that can be read once ({type(slabs).__name__})."
                 )
-            ends = self._states_before(slabs, network)
-        return self._results(slabs, network, device or self.device or torch.device("cpu"), ends)
+            ends = self._states_before(slabs, network, sweep)
+        return self._results(slabs, network, device or self.device or torch.device("cpu"), ends, sweep)
 
-    def _states_before(self, slabs: Sequence[Tensor], network: Any) -> list[Any]:
+    def _states_before(self, slabs: Sequence[Tensor], network: Any, sweep: Sweep) -> list[Any]:
         """For every slab the backward direction's state behind it, the first slab's last."""
         ends: list[Any] = [None]
         backwards = (slabs[number] for number in range(len(slabs) - 1, 0, -1))
         for slab in self._ahead(backwards, network, len(slabs) - 1, "backward"):
             with torch.no_grad():
-                state = network.state_before(slab, _moved(ends[-1], slab.device))
+                state = sweep.state_before(slab, _moved(ends[-1], slab.device))
             ends.append(_moved(state, torch.device("cpu")))
         return ends
 
     def _results(
-        self, slabs: Iterable[Tensor], network: Any, device: torch.device, ends: list[Any]
+        self, slabs: Iterable[Tensor], network: Any, device: torch.device, ends: list[Any], sweep: Sweep
     ) -> Iterator[Tensor]:
         state = None
         total = len(slabs) if isinstance(slabs, Sequence) else None
         for slab in self._ahead(check_that_slabs_continue(slabs, network.axis), network, total, "slabs"):
             end = _moved(ends.pop(), slab.device) if ends else None
             with torch.no_grad():
-                logits, state = network.sweep(slab, state, end)
-                result = _labels(logits) if self.labels else logits
-                del logits
-            yield result.to(device)
+                result, state = sweep(slab, state, end, device)
+            yield result
 
     def _ahead(self, slabs: Iterable[Tensor], network: nn.Module, total: int | None, name: str) -> Iterator[Tensor]:
         """The slabs on the network's device, some of them fetched while others are computed."""
@@ -178,14 +201,6 @@ class SlabInferer(Inferer):
                     return
                 yield slab
                 bar.update()
-
-
-def _labels(logits: Tensor) -> Tensor:
-    if logits.shape[1] == 1:
-        return (logits > 0).to(torch.uint8)
-    classes = logits.shape[1]
-    dtype = torch.uint8 if classes <= 2**8 else torch.int16 if classes <= 2**15 else torch.int32
-    return logits.argmax(1, keepdim=True).to(dtype)
 
 
 def _moved(state: Any, device: torch.device) -> Any:

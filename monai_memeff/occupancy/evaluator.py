@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monai_memeff.errors import InputError
 from monai_memeff.geometry import index_to_unit, sample_at
+from monai_memeff.memory import measure_peak
+from monai_memeff.memory.budget import fitting_part, ran_out
 
 
 class PointEvaluator:
@@ -18,6 +21,7 @@ class PointEvaluator:
             ``coarse_logits(latent) -> (B, K, h, w, d)`` or None; bare or inside DistributedDataParallel. Or a function
             points (B, N, 3) -> (B, N, K) that is no module.
         volume: (1, C, H, W, D) on any device; answers come back to that device.
+        memory_budget: bytes that one call of the network may take on its device; None for any number.
 
     Attributes:
         channels: K, from the first answer on; 0 before.
@@ -28,7 +32,7 @@ class PointEvaluator:
         ValueError: the coarse prediction has another shape, or is NaN.
     """
 
-    def __init__(self, network: Any, volume: Tensor) -> None:
+    def __init__(self, network: Any, volume: Tensor, memory_budget: int | None = None) -> None:
         network = getattr(network, "module", network)
         self._plain = not (hasattr(network, "encode") and hasattr(network, "query"))
         if self._plain and (isinstance(network, nn.Module) or not callable(network)):
@@ -40,19 +44,59 @@ class PointEvaluator:
         weight = next(network.parameters(), None) if isinstance(network, nn.Module) else None
         self._device = volume.device if weight is None else weight.device
         self.channels = 0
+        self._budget, self._limit = memory_budget, 0
         self.coarse: Tensor | None = None
         if not self._plain:
             self._volume = volume.to(self._device)
-            self._latent = network.encode(self._volume)
+            self._latent = self._encode(memory_budget)
             if hasattr(network, "coarse_logits"):
                 self.coarse = self._checked_coarse(network.coarse_logits(self._latent))
 
     def logits(self, voxels: Tensor) -> Tensor:
-        """The network's logits (N, K) at (N, 3) voxels.
+        """The network's logits (N, K) at (N, 3) voxels, in as many passes as memory needs.
 
         Raises:
             ValueError: they have another shape, or are NaN.
+            InputError: one point at a time is too much for the device, or for the budget.
         """
+        self._limit = self._limit or self._first_limit(voxels)
+        if len(voxels) > self._limit:
+            return torch.cat([self.logits(part) for part in voxels.split(self._limit)])
+        try:
+            return self._answer(voxels)
+        except RuntimeError as error:
+            if not ran_out(error, self._device):
+                raise
+            if len(voxels) == 1:
+                raise InputError(
+                    f"one point is more than the memory of {self._device} holds beside the volume"
+                ) from error
+        self._limit = -(-len(voxels) // 2)
+        return self.logits(voxels)
+
+    def _first_limit(self, voxels: Tensor) -> int:
+        """Points in one call, from the first call on."""
+        if self._budget is None or not len(voxels):
+            return max(1, len(voxels))
+        examples = voxels.new_zeros(1, 3)
+        return fitting_part(
+            len(voxels), lambda n: self._answer(examples.expand(n, 3)), self._budget, "points", self._device, first=64
+        )
+
+    def _encode(self, budget: int | None) -> Any:
+        """The network's view of the whole volume, which cannot be had in parts."""
+        if budget is None:
+            return self._network.encode(self._volume)
+        with measure_peak(self._device) as meter:
+            latent = self._network.encode(self._volume)
+        if meter.peak_bytes > budget:
+            raise InputError(
+                f"memory_budget is {budget} bytes, and the network takes {meter.peak_bytes} to look at the whole "
+                "volume: raise it to that, or take a coarser grid"
+            )
+        return latent
+
+    def _answer(self, voxels: Tensor) -> Tensor:
         points = voxels.to(self._device, torch.float32)[None]
         answer = self._network(points) if self._plain else self._network.query(self._latent, points, self._volume)
         if answer.dim() != 3 or answer.shape[:2] != points.shape[:2] or not self._fits(answer.shape[2]):

@@ -89,6 +89,8 @@ class OctreeInferer(Inferer):
         labels: give labels instead of logits, which takes no float buffer of the volume's size.
         compare_dense: Query all remaining voxels afterwards, count those that differ, and change nothing.
         progress: show a progress bar of points.
+        memory_budget: bytes that one call of the network may take on its device, beside weights and volume: passes get
+            smaller until they fit. A pass that runs out of memory is halved and queried again.
 
     Attributes:
         last_report: an :class:`OctreeReport` of the last call, None before it.
@@ -108,6 +110,7 @@ class OctreeInferer(Inferer):
         labels: bool = False,
         compare_dense: bool = False,
         progress: bool = False,
+        memory_budget: int | None = None,
     ) -> None:
         super().__init__()
         if points_per_pass < 1:
@@ -118,7 +121,7 @@ class OctreeInferer(Inferer):
         if strides is not None and (len(strides) != 3 or any(s < 1 or s & (s - 1) for s in strides)):
             raise ValueError(f"stride must be a power of two, or three of them, got {stride}.")
         self.points_per_pass, self.initial, self.stride, self.labels = points_per_pass, initial, strides, labels
-        self.compare_dense, self.progress = compare_dense, progress
+        self.compare_dense, self.progress, self.memory_budget = compare_dense, progress, memory_budget
         self.last_report: OctreeReport | None = None
 
     @torch.no_grad()
@@ -152,7 +155,7 @@ class OctreeInferer(Inferer):
         results, reports = [], []
         for item in volume.split(1):
             began = time.perf_counter()
-            search = _Search(self, PointEvaluator(network, item), item)
+            search = _Search(self, PointEvaluator(network, item, self.memory_budget), item)
             results.append(search.run())
             seconds = time.perf_counter() - began
             reports.append(search.report(seconds, search.disagreement() if self.compare_dense else None))

@@ -10,6 +10,8 @@ from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
 from monai_memeff.errors import InputError
+from monai_memeff.memory import measure_peak
+from monai_memeff.memory.budget import ran_out
 from monai_memeff.sparse.core.tensor import SparseTensor
 
 
@@ -21,10 +23,16 @@ class SparseInferer(Inferer):
 
     Args:
         device: where the network computes; default the device of its first parameter.
+        memory_budget: bytes that the network may take on its device, beside its weights, for each volume of the batch:
+            they go through one after the other, and what takes more is refused with the bytes it took. One volume has
+            no smaller parts: its sites see each other through the whole network.
+
+    Where the device runs out of memory, the volumes of a batch go through one after the other.
     """
 
-    def __init__(self, device: str | torch.device | None = None) -> None:
+    def __init__(self, device: str | torch.device | None = None, memory_budget: int | None = None) -> None:
         super().__init__()
+        self.memory_budget = memory_budget
         self.device = None if device is None else torch.device(device)
 
     def __call__(
@@ -55,6 +63,41 @@ class SparseInferer(Inferer):
                 f"SparseInferer needs a network with the methods sparsify and densify, got {type(bare).__name__}; "
                 "use a network of monai_memeff.sparse, or MONAI's SlidingWindowInferer for dense networks."
             )
+        if self.memory_budget is None or len(inputs) == 0:
+            try:
+                return self._dense(inputs, network, bare, device, *args, **kwargs)
+            except RuntimeError as error:
+                if not ran_out(error, device):
+                    raise
+                if len(inputs) < 2 or bare.training:
+                    raise InputError(_too_much(inputs, f"the memory of {device}")) from error
+        # each volume has its own parts of what is passed on only where nothing else is
+        if args or kwargs or (bare.training and len(inputs) > 1):
+            raise InputError(
+                "SparseInferer passes volumes singly within memory_budget: in evaluation, without arguments"
+            )
+        parts = [self._bounded(item, network, bare, device) for item in inputs.split(1)]
+        dense = torch.cat(parts)
+        return convert_to_dst_type(dense, inputs, dtype=dense.dtype, device=dense.device)[0]
+
+    def _bounded(self, item: Tensor, network: nn.Module, bare: Any, device: torch.device) -> Tensor:
+        """One volume, refused where it takes more than the budget."""
+        try:
+            if self.memory_budget is None:
+                return self._dense(item, network, bare, device).as_subclass(Tensor)
+            with measure_peak(device) as meter:
+                dense = self._dense(item, network, bare, device).as_subclass(Tensor)
+        except RuntimeError as error:
+            if not ran_out(error, device):
+                raise
+            raise InputError(_too_much(item, f"the memory of {device}")) from error
+        if meter.peak_bytes > self.memory_budget:
+            raise InputError(_too_much(item, f"memory_budget = {self.memory_budget}, it took {meter.peak_bytes}"))
+        return dense
+
+    def _dense(
+        self, inputs: Tensor, network: nn.Module, bare: Any, device: torch.device, *args: Any, **kwargs: Any
+    ) -> Tensor:
         logits = network(bare.sparsify(inputs).to(device), *args, **kwargs)
         shape = tuple(inputs.shape[2:])
         if logits.spatial_shape != shape:
@@ -64,3 +107,11 @@ class SparseInferer(Inferer):
             )
         dense = bare.densify(logits.to(inputs.device))
         return convert_to_dst_type(dense, inputs, dtype=dense.dtype, device=dense.device)[0]
+
+
+def _too_much(volume: Tensor, bound: str) -> str:
+    active = int((volume != 0).any(1).sum())
+    return (
+        f"a volume of {tuple(volume.shape[2:])} voxels with {active} that are not 0 needs more than {bound}: crop it, "
+        "take a coarser grid, or raise the bound"
+    )

@@ -1,0 +1,136 @@
+"""`memory_budget` of the inferers: a bound that is measured, a refusal that names what fits, and going on after OOM."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from monai_memeff.clstm import CLSTMUNet, SlabInferer
+from monai_memeff.errors import InputError
+from monai_memeff.memory import measure_peak
+from monai_memeff.occupancy import OccupancyNet, OctreeInferer
+from monai_memeff.sparse import SparseInferer, SparseUNet
+
+
+def clstm(bidirectional: bool) -> CLSTMUNet:
+    return CLSTMUNet(channels=(4, 8), hidden_channels=2, out_channels=3, bidirectional=bidirectional).double().eval()
+
+
+def out_of_memory(method: Callable[..., Any], most: int, size: Callable[..., int]) -> Callable[..., Any]:
+    """The method on a device that has memory for so much."""
+
+    def limited(*inputs: Any) -> Any:
+        if size(*inputs) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return method(*inputs)
+
+    return limited
+
+
+def peak(action: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    with torch.no_grad(), measure_peak() as meter:
+        result = action()
+    return result, meter.peak_bytes
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("labels", [False, True])
+def test_slabs_stay_within_the_budget(bidirectional: bool, labels: bool) -> None:
+    network, volume = clstm(bidirectional), torch.randn(1, 1, 20, 24, 21, dtype=torch.float64)
+    whole, free = peak(lambda: SlabInferer(slab=16, labels=labels)(volume, network))
+    with pytest.raises(InputError, match="memory_budget is 1000") as caught:
+        SlabInferer(slab=16, labels=labels, memory_budget=1000)(volume, network)
+    least = int(re.search(r"take (\d+): raise", str(caught.value))[1])  # type: ignore[index]
+    assert least < free
+    for budget in (least, least + (free - least) // 2):
+        result, used = peak(lambda b=budget: SlabInferer(slab=16, labels=labels, memory_budget=b)(volume, network))
+        assert used <= budget
+        torch.testing.assert_close(result, whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_slabs_go_on_after_running_out(bidirectional: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, volume = clstm(bidirectional), torch.randn(2, 1, 9, 11, 21, dtype=torch.float64)
+    whole = SlabInferer(slab=8)(volume, network)
+    for name in ("sweep", "state_before") if bidirectional else ("sweep",):
+        limited = out_of_memory(getattr(network, name), most, lambda slab, *_: slab.shape[-1])
+        monkeypatch.setattr(network, name, limited)
+    torch.testing.assert_close(SlabInferer(slab=8)(volume, network), whole, rtol=0, atol=1e-9)
+    monkeypatch.setattr(network, "sweep", out_of_memory(network.sweep, 0, lambda slab, *_: slab.shape[-1]))
+    with pytest.raises(InputError, match="one slice of"):
+        SlabInferer(slab=8)(volume, network)
+
+
+def test_two_walks_at_once_have_limits_of_their_own() -> None:
+    network, inferer = clstm(False), SlabInferer(labels=True)
+    volumes = [torch.randn(1, 1, 9, n, 12, dtype=torch.float64) for n in (8, 11)]
+    walks = [inferer(volume.split(4, -1), network) for volume in volumes]
+    found = list(zip(*walks, strict=True))
+    for n, volume in enumerate(volumes):
+        assert torch.equal(torch.cat([pair[n] for pair in found], -1), inferer(volume, network))
+
+
+def test_points_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, volume = OccupancyNet(1, 3, channels=(4, 8)).eval(), torch.randn(1, 1, 14, 12, 11)
+    whole = OctreeInferer(stride=1)(volume, network)
+    with pytest.raises(InputError, match="memory_budget is 1000") as caught:
+        OctreeInferer(stride=1, memory_budget=1000)(volume, network)
+    encode = int(re.search(r"takes (\d+) to look", str(caught.value))[1])  # type: ignore[index]
+    used: list[int] = []
+    query = network.query
+
+    def measured(*inputs: Any) -> Tensor:
+        result, taken = peak(lambda: query(*inputs))
+        used.append(taken)
+        return result
+
+    monkeypatch.setattr(network, "query", measured)
+    OctreeInferer(stride=1)(volume, network)
+    free = max(used)
+    budget = max(encode, free // 3)
+    assert budget < free
+    used.clear()
+    torch.testing.assert_close(OctreeInferer(stride=1, memory_budget=budget)(volume, network), whole)
+    assert max(used) <= budget
+
+
+def test_points_go_on_after_running_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, volume = OccupancyNet(1, 3, channels=(4, 8)).eval(), torch.randn(1, 1, 24, 20, 22)
+    whole = OctreeInferer(stride=2)(volume, network)
+    query = network.query
+    monkeypatch.setattr(network, "query", out_of_memory(query, 100, lambda latent, points, _: points.shape[1]))
+    inferer = OctreeInferer(stride=2)
+    torch.testing.assert_close(inferer(volume, network), whole)
+    monkeypatch.setattr(network, "query", out_of_memory(query, 0, lambda latent, points, _: points.shape[1]))
+    with pytest.raises(InputError, match="one point is more than the memory"):
+        inferer(volume, network)
+
+
+@torch.no_grad()
+def test_sparse_volumes_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = SparseUNet(3, 1, 2, channels=(4, 8), strides=(2,), num_res_units=1).eval()
+    volume = torch.rand(3, 1, 12, 13, 14) * (torch.rand(3, 1, 12, 13, 14) < 0.2)
+    whole, free = peak(lambda: SparseInferer()(volume, network))
+    with pytest.raises(InputError, match="needs more than memory_budget = 1000, it took") as caught:
+        SparseInferer(memory_budget=1000)(volume, network)
+    single = int(re.search(r"it took (\d+)", str(caught.value))[1])  # type: ignore[index]
+    assert single < free
+    torch.testing.assert_close(SparseInferer(memory_budget=2 * single)(volume, network), whole)
+    limited = out_of_memory(network.forward, 1, lambda tensor: tensor.batch_size)
+    monkeypatch.setattr(network, "forward", limited)
+    torch.testing.assert_close(SparseInferer()(volume, network), whole)
+    monkeypatch.setattr(network, "forward", out_of_memory(network.forward, 0, lambda tensor: tensor.batch_size))
+    with pytest.raises(InputError, match="needs more than the memory of cpu"):
+        SparseInferer()(volume[:1], network)
+
+
+@pytest.mark.parametrize("kind", [SlabInferer])
+def test_no_budget_below_one_byte(kind: Any) -> None:
+    with pytest.raises(ValueError, match="memory_budget must be at least 1"):
+        kind(memory_budget=0)
