@@ -11,9 +11,11 @@ from monai.engines import PrepareBatch, default_prepare_batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.run.ranks.agreement import digest
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.comm.process_group import init_mesh, start_processes
-from monai_memeff.halo.run.ranks.partition import spatial_partition
+from monai_memeff.halo.run.ranks.partition import is_partitioned, spatial_partition
 from monai_memeff.halo.run.ranks.parts import keeping_marks
 from monai_memeff.halo.run.ranks.volume import gather, scatter, with_meta
 
@@ -51,9 +53,27 @@ def parallelize(network: nn.Module, mesh: HaloMesh) -> nn.Module:
 
 
 def on_rank_zero(handlers: Iterable[Any], mesh: HaloMesh) -> list[Any]:
-    """Handlers for this process: those that write files or logs only on the first process of all."""
+    """Handlers for this process: those that write files or logs only on the first process of all.
+
+    Raises:
+        NotPartitionableError: when a trainer attaches them that has an ``iteration_update`` of its own.
+    """
     first = mesh.comm.rank == 0 and mesh.data_rank == 0
-    return [h for h in handlers if first or type(h).__name__ not in _ALONE]
+    kept = [h for h in handlers if first or type(h).__name__ not in _ALONE]
+    return [_OwnIteration(), *kept]
+
+
+class _OwnIteration:
+    """Refuses a trainer whose iterations are not MONAI's: they would take this rank's part for the whole volume."""
+
+    def attach(self, engine: Any) -> None:
+        update = getattr(engine, "_process_function", None)
+        own = getattr(type(engine), "_iteration", None)
+        if hasattr(engine, "optimizer") and getattr(update, "__func__", update) is not own:
+            raise NotPartitionableError(
+                f"The trainer has an iteration_update of its own ({type(update).__name__}: clicks, say), which would "
+                f"take each part for a whole volume: train this bundle on one device."
+            )
 
 
 class PrepareBatchPartition(PrepareBatch):
@@ -62,9 +82,24 @@ class PrepareBatchPartition(PrepareBatch):
     Args:
         mesh: where the parts live.
         prepare_batch: how image and label are taken from the batch; called with ``device=None``.
+        network: what the parts are for, to be refused here if it would take a part for a whole volume.
+
+    Raises:
+        NotPartitionableError: the network is not partitioned; when called, on every rank, if the ranks have loaded
+            different batches.
     """
 
-    def __init__(self, mesh: HaloMesh, prepare_batch: Callable[..., Any] = default_prepare_batch) -> None:
+    def __init__(
+        self,
+        mesh: HaloMesh,
+        prepare_batch: Callable[..., Any] = default_prepare_batch,
+        network: nn.Module | None = None,
+    ) -> None:
+        if network is not None and not is_partitioned(getattr(network, "module", network)):
+            raise NotPartitionableError(
+                f"The network ({type(network).__name__}) is not partitioned and would take each part for a whole "
+                f"volume: use parallelize, and in a bundle name the overlay halo after every file that sets network."
+            )
         self.mesh, self.prepare_batch = mesh, prepare_batch
 
     def __call__(
@@ -76,8 +111,27 @@ class PrepareBatchPartition(PrepareBatch):
     ) -> Any:
         """Image and label of this rank's part, on the device, which the whole volume never is."""
         batch = self.prepare_batch(batchdata, None, non_blocking, **kwargs)
+        _require_same(batch, self.mesh)
         parts = [scatter(t, self.mesh) if isinstance(t, torch.Tensor) and t.dim() > 2 else t for t in batch]
         return keeping_marks(lambda t: t.to(device=device, non_blocking=non_blocking), tuple(parts))
+
+
+def _require_same(batch: Sequence[Any], mesh: HaloMesh) -> None:
+    """Compare a sample of every tensor among the ranks of a spatial group; parts of different volumes fit together."""
+    tensors = [t.as_subclass(torch.Tensor).detach() for t in batch if isinstance(t, torch.Tensor)]
+    told = [(tuple(t.shape), str(t.dtype), _sample(t)) for t in tensors]
+    mine = torch.tensor([digest(told)], dtype=torch.int64).to(mesh.device)
+    if len({int(other) for other in mesh.comm.all_gather(mine)}) > 1:
+        raise NotPartitionableError(
+            "The ranks of a spatial group have loaded different batches, and each would give a part of another volume: "
+            "seed them alike and use no DistributedSampler."
+        )
+
+
+def _sample(tensor: torch.Tensor) -> list[Any]:
+    """Up to a thousand values from all over a tensor."""
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, len(flat) // 1000)].tolist()
 
 
 class GatheredNetwork(nn.Module):

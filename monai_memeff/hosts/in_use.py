@@ -16,7 +16,7 @@ def require_in_use(overlay: str, found: Mapping[str, Any], wanted: Mapping[str, 
     Args:
         overlay: its name, for the message.
         found: argument of the engine -> what the bundle gives there, which a configuration reads as
-            ``%evaluator#inferer`` without making the engine.
+            ``%evaluator#inferer`` without making the engine, or its class by name (``%evaluator#inferer#_target_``).
         wanted: Argument -> name of the class it must have, after DistributedDataParallel is taken off.
 
     Raises:
@@ -28,10 +28,10 @@ def require_in_use(overlay: str, found: Mapping[str, Any], wanted: Mapping[str, 
          "found": {"network": "%evaluator#network"}, "wanted": {"network": "CLSTMUNet"}}
     """
     for part, kind in wanted.items():
-        bare = _bare(found[part])
-        if kind not in [base.__name__ for base in type(bare).__mro__]:
+        names = _names(found[part])
+        if kind not in names:
             raise InputError(
-                f"the overlay {overlay} has no effect: the bundle's {part} is {type(bare).__name__}, not {kind}; name "
+                f"the overlay {overlay} has no effect: the bundle's {part} is {names[0]}, not {kind}; name "
                 f"the overlay after the file that sets it, and combine it with no other overlay that replaces it"
             )
 
@@ -61,6 +61,11 @@ def _sigmoids(transform: Any) -> Iterator[bool]:
         elif "Activations" in type(part).__name__:
             given = getattr(part, "sigmoid", False)
             yield any(given) if isinstance(given, tuple) else bool(given)
+
+
+def _names(thing: Any) -> list[str]:
+    """Names of a thing's class and its parents, or the one that a dotted name ends in."""
+    return [thing.rpartition(".")[2]] if isinstance(thing, str) else [k.__name__ for k in type(_bare(thing)).__mro__]
 
 
 def _bare(thing: Any) -> Any:

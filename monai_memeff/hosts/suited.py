@@ -27,13 +27,17 @@ def require_suited(name: str, overlay: Config, bundle: Config) -> None:
         _require_unet(name, network)
     if str(overlay.get("network_def#replacement", "")).endswith("OccupancyNet"):
         evaluator = get(bundle, where.get("validate#evaluator") or where.get("evaluator", "")) or {}
-        trainer = get(bundle, where.get("train#trainer", "")) or {}
         _require_exclusive(name, network, evaluator.get("postprocessing"), bundle)
-        if trainer.get("iteration_update") is not None:
-            raise InputError(
-                f"{name} trains on points of its own, and this bundle's trainer has an iteration_update of its own "
-                f"(clicks, say): choose the overlay clstm or halo"
-            )
+    if any("PrepareBatch" in str(value) for value in overlay.values()):
+        _require_own_iterations(name, get(bundle, where.get("train#trainer", "")) or {})
+
+
+def _require_own_iterations(name: str, trainer: Mapping[str, Any]) -> None:
+    if trainer.get("iteration_update") is not None:
+        raise InputError(
+            f"{name} trains on points or parts of volumes, and this bundle's trainer has an iteration_update of its "
+            f"own (clicks, say) that needs them whole: choose the overlay clstm"
+        )
 
 
 def _require_unet(name: str, network: Any) -> None:

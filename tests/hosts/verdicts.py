@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
+from monai.utils import set_determinism
 from torch import Tensor
 
 from monai_memeff.errors import InputError
+from monai_memeff.halo import NotPartitionableError
 from monai_memeff.hosts import merge_bundle_configs
 from monai_memeff.overlays import overlay_path
-from tests.hosts.zoo import save_weights, workflow
+from tests.hosts.zoo import save_weights, scripts_of_the_zoo, workflow
 
 TOLERANCE = 1e-4
+SEED = 123  # the bundles' own
 
 
 def verdict(root: Path, overlay: str) -> str:
@@ -135,12 +144,68 @@ def _trained(root: Path, overlay: str) -> str:
     return f"works: trains, validates, and `{overlay}_inference` runs what it saved"
 
 
+def _halo(root: Path, overlay: str) -> str:
+    """The losses of two processes with half a volume each against those of one with the bundle's own training."""
+    alone, parts = losses(root), _started(root, overlay)
+    assert len(alone) == len(parts) > 1, (alone, parts)
+    difference = max(abs(a - b) for a, b in zip(alone, parts, strict=True))
+    assert difference < TOLERANCE, (alone, parts)
+    return "works: on two processes the losses of the bundle's own training on one"
+
+
+def losses(root: Path, *overlays: str) -> list[float]:
+    """Loss of every iteration of a bundle's training, without dropout."""
+    still = {"network_def#dropout_prob": 0.0} if "dropout_prob" in _network_of(root) else {}
+    work = workflow(root, "train", *overlays, ckpt_dir=str(root / "models"), **still, **{"train#trainer#max_epochs": 2})
+    work.initialize()
+    found: list[float] = []
+    set_determinism(SEED)  # some bundles seed when they run, after their parts are made here
+    trainer = work.parser.get_parsed_content("train#trainer")
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: found.append(float(engine.state.output[0]["loss"]))
+    )
+    work.run()
+    work.finalize()
+    return found
+
+
+def _network_of(root: Path) -> dict[str, Any]:
+    return json.loads((root / "configs" / "train.json").read_text())["network_def"]
+
+
+def _started(root: Path, overlay: str) -> list[float]:
+    """The same under torchrun; the first process writes what it found."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    out = root / "losses.json"
+    done = subprocess.run(
+        [*run, "-m", "tests.hosts.verdicts", str(root), overlay, str(out)],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    refused = re.findall(r"(?:Error|Partitionable\w*): (.*)", done.stderr)
+    if done.returncode:
+        raise NotPartitionableError(refused[0] if refused else done.stderr[-2000:])
+    return json.loads(out.read_text())
+
+
 TRIED: dict[str, Callable[[Path, str], str]] = {
     "clstm": _trained,
     "clstm_inference": _whole,
+    "halo": _halo,
     "halo_inference": _whole,
     "occupancy": _trained,
     "occupancy_inference": _points,
     "sparse_unet": _trained,
     "sparse_unet_inference": _sparse,
 }
+
+
+if __name__ == "__main__":
+    folder, name, target = sys.argv[1:]
+    with scripts_of_the_zoo():
+        values = losses(Path(folder), name)
+    if os.environ["RANK"] == "0":
+        Path(target).write_text(json.dumps(values))

@@ -36,7 +36,8 @@ OURS: dict[str, dict[str, Any]] = {
     "halo": {},
 }
 """Overlay -> what makes our network small."""
-EXTENTS = (32, 32, 32)
+EXTENTS = {"swin_unetr_btcv_segmentation": (64, 32, 32)}
+"""Bundle -> extents of its volumes, where (32, 32, 32) leave nothing to norms at the network's lowest resolution."""
 SPACING = {"renalStructures_CECT_segmentation": (0.8, 0.8, 0.8), "wholeBody_ct_segmentation": (1.5, 1.5, 1.5)}
 """Bundle -> its own spacing, so that volumes keep extents that its network can halve; others (1.5, 1.5, 2) mm."""
 FLOAT = {"keys": "label", "dtype": "float32"}
@@ -64,10 +65,11 @@ def prepare(bundle: Path, folder: Path) -> Path:
 def _write_data(root: Path) -> None:
     """Two cases in the places of all six bundles."""
     generator, data = np.random.default_rng(0), root / "data"
+    extents = EXTENTS.get(root.name, (32, 32, 32))
     datalist = []
     for case in ("a", "b"):
-        image = (100 + 1000 * gaussian_filter(generator.normal(0, 1, EXTENTS), 3.0)).astype(np.float32)
-        label = np.zeros(EXTENTS, dtype=np.uint8)
+        image = (100 + 1000 * gaussian_filter(generator.normal(0, 1, extents), 3.0)).astype(np.float32)
+        label = np.zeros(extents, dtype=np.uint8)
         label[8:20, 8:20, 8:20], label[20:24, 10:20, 10:20] = 1, 2
         affine = np.diag([*SPACING.get(root.name, (1.5, 1.5, 2.0)), 1.0])
         phases = [f"{case}_{number}.nii.gz" for number in range(4)]
@@ -124,8 +126,11 @@ def _short(name: str, config: dict[str, Any]) -> dict[str, Any]:
     if "images" in config and name != "renalStructures_CECT_segmentation":
         pairs = "$[{'image': i, 'label': l} for i, l in zip(@images, @labels)]"
         short |= {"train#dataset#data": pairs, "validate#dataset#data": pairs}
+    extents = list(EXTENTS.get(name, (32, 32, 32)))
     for place, transform in components(config, "Crop"):
-        short |= {f"{place}#{key}": [32] * 3 for key in ("k_divisible", "roi_size", "spatial_size") if key in transform}
+        short |= {f"{place}#{key}": extents for key in ("k_divisible", "roi_size", "spatial_size") if key in transform}
+    for place, _ in components(config, "RandRotate90"):
+        short[f"{place}#prob"] = 0.0  # volumes of a batch keep one shape
     return short
 
 
