@@ -88,3 +88,14 @@ def test_the_command_ends_with_the_reason(stock: Path, organ_data: Path, tmp_pat
     assert run.returncode != 0
     assert "the checkpoint is not of the CLSTMUNet of the overlay clstm_inference" in run.stderr
     assert not list(tmp_path.rglob("*.nii.gz"))
+
+
+@pytest.mark.parametrize("name", overlay_names())
+def test_an_overlay_runs_under_any_run_id(name: str, stock: Path, tmp_path: Path) -> None:
+    """A bundle that is run by another name than ``run`` has no ``run`` afterwards, which would train nothing."""
+    config = json.loads(base_of(stock, name).read_text())
+    config["training"] = config.pop("run")
+    (tmp_path / "base.json").write_text(json.dumps(config))
+    both = ConfigParser.load_config_files([str(tmp_path / "base.json"), str(overlay_path(name))])
+    assert "run" not in both
+    assert both["training"] == config["training"]
