@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from monai.engines import PrepareBatch, default_prepare_batch
+from monai.engines import PrepareBatch, Trainer, default_prepare_batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -69,7 +69,7 @@ class _OwnIteration:
     def attach(self, engine: Any) -> None:
         update = getattr(engine, "_process_function", None)
         own = getattr(type(engine), "_iteration", None)
-        if hasattr(engine, "optimizer") and getattr(update, "__func__", update) is not own:
+        if isinstance(engine, Trainer) and getattr(update, "__func__", update) is not own:
             raise NotPartitionableError(
                 f"The trainer has an iteration_update of its own ({type(update).__name__}: clicks, say), which would "
                 f"take each part for a whole volume: train this bundle on one device."
