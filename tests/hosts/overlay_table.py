@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -45,16 +46,16 @@ def read_table() -> dict[tuple[str, str], str]:
     }
 
 
-def main() -> None:
-    """Try all, and write the page."""
+def main(*only: str) -> None:
+    """Try all overlays, or those that are named, and write the page."""
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
-    verdicts = {}
+    verdicts = read_table() if only else {}
     zoo = ROOT.parent / "shared" / "data" / "model_zoo"
     with tempfile.TemporaryDirectory() as folder, scripts_of_the_zoo():
         for bundle in sorted(SHRUNK):
             root = prepare(zoo / bundle, Path(folder))
-            for overlay in TRIED:
+            for overlay in only or TRIED:
                 verdicts[bundle, overlay] = verdict(root, overlay)
                 print(bundle, overlay, verdicts[bundle, overlay], flush=True)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
@@ -62,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

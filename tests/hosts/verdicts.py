@@ -26,6 +26,7 @@ from tests.hosts.zoo import save_weights, scripts_of_the_zoo, workflow
 
 TOLERANCE = 1e-4
 SEED = 123  # the bundles' own
+SHARE = 1e-3
 
 
 def verdict(root: Path, overlay: str) -> str:
@@ -35,6 +36,7 @@ def verdict(root: Path, overlay: str) -> str:
         "refused: ..." as `memeff merge` and the run itself say it, or "works: ..." with what was compared.
     """
     kind = "inference" if overlay.endswith("_inference") else "train"
+    torch.manual_seed(0)
     try:
         merge_bundle_configs([root / "configs" / f"{kind}.json", overlay_path(overlay)])
     except InputError as error:
@@ -114,7 +116,8 @@ def _points(root: Path, overlay: str) -> str:
     network, inferer, image = work.parser.get_parsed_content("network"), work.evaluator.inferer, _first(work)
     with torch.no_grad():
         found, expected = inferer(image, network.eval()).argmax(1), network(image).argmax(1)
-    assert (found != expected).float().mean() < 1e-3  # pieces that no voxel of the grid meets, with random weights
+    share = float((found != expected).float().mean())
+    assert share < SHARE, share  # pieces that no voxel of the grid meets, with random weights
     return "works: labels equal to those of every voxel queried, but for isolated pieces between the queried ones"
 
 
