@@ -84,14 +84,13 @@ UNLISTED: dict[str, Callable[[torch.Tensor], Any]] = {
     "median": lambda x: x - x.median(2, True)[0],
     "vander": lambda x: torch.vander(x[0, 0, :, 0, 0], 3),
     "linalg": lambda x: torch.linalg.inv(x[0, 0, :6, :6, 0] + 9 * torch.eye(6, dtype=x.dtype)),
-    "multinomial free": lambda x: x.clamp(x.amin(2, True), 1),
+    "clamp by tensors": lambda x: x.clamp(x.amin(2, True) * 0.5, x.amax(2, True) * 0.5),
     "embedding": lambda x: F.embedding((x[:, 0] > 0).long(), torch.eye(2, dtype=x.dtype)),
     "cross": lambda x: torch.cross(x.expand(3, 2, *x.shape[2:]), x.flip(2).expand(3, 2, *x.shape[2:]), 0),
     "logcumsumexp": lambda x: x.logcumsumexp(2),
     "trapezoid": lambda x: torch.trapezoid(x, dim=2),
     "lerp": lambda x: torch.lerp(x, x.flip(2), 0.3),
     "glu": lambda x: F.glu(x[:, :, :12], 2),
-    "repeat_interleave": lambda x: x.repeat_interleave(torch.tensor([1, 3]), 1),
     "tensor_split": lambda x: torch.cat(x.tensor_split((3, 5), 2)[::-1], 2),
     "antialias": lambda x: F.interpolate(x[..., 0], (5, 4), mode="bilinear", antialias=True),
     "allclose": lambda x: x if torch.is_tensor(x) else None,
@@ -103,6 +102,7 @@ UNLISTED: dict[str, Callable[[torch.Tensor], Any]] = {
 
 DEPEND_ON_DATA: dict[str, Callable[[torch.Tensor], Any]] = {
     "nonzero": lambda x: x.nonzero(),
+    "repeats of each": lambda x: x.repeat_interleave(torch.tensor([1, 3]), 1),
     "boolean index": lambda x: x[x > 0],
     "item": lambda x: x * x.mean().item(),
     "branch": lambda x: x if x.sum() > 0 else -x,

@@ -255,3 +255,14 @@ def test_random_numbers_are_the_same_under_any_cut(layer: Callable[[], nn.Module
     torch.set_rng_state(before)
     for other in results[1:]:
         assert difference(other, results[0]) < 1e-12
+
+
+def test_random_slopes_lie_between_their_bounds() -> None:
+    x = torch.cat([-torch.ones(1, 1, 9, 8, 8), torch.ones(1, 1, 9, 8, 8)], 1)
+    got = SpatialPartitionInferer(3)(x, nn.RReLU(0.2, 0.4).train())
+    assert torch.equal(got[:, 1], x[:, 1])
+    slopes = -got[:, 0]
+    assert 0.2 <= slopes.min() < 0.22
+    assert 0.38 < slopes.max() <= 0.4
+    assert abs(float(slopes.mean()) - 0.3) < 0.01
+    assert torch.allclose(SpatialPartitionInferer(3)(x, nn.RReLU(0.2, 0.4).eval())[:, 0], torch.full((), -0.3))

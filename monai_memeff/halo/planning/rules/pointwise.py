@@ -16,7 +16,6 @@ UNTAGGED = [
     "selu",
     "celu",
     "relu6",
-    "rrelu",
     "hardsigmoid",
     "hardswish",
     "mish",

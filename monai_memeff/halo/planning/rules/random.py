@@ -17,7 +17,7 @@ import torch
 
 from monai_memeff.halo.planning.layout import Box, Layout
 from monai_memeff.halo.planning.program import Ref, Value
-from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, broadcast_layout
+from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, arguments, broadcast_layout
 from monai_memeff.halo.planning.rules.table import Expansion, expander, rule
 
 _CHUNK = 2**20  # positions hashed at a time: their integers take 8 bytes each
@@ -199,3 +199,20 @@ def expand_normal(x: Expansion) -> Ref:
     drawn = _draw(x, "normal", suffix="drawn")
     scaled = x.add("scaled", torch.ops.aten.mul.Tensor, x.value.shape, [drawn, deviation])
     return x.add("", torch.ops.aten.add.Tensor, x.value.shape, [scaled, mean])
+
+
+@expander(["rrelu", "rrelu_with_noise_functional"])
+def expand_rrelu(x: Expansion) -> Ref | None:
+    """A leaky slope drawn for every element; in evaluation mode the mean of the bounds."""
+    aten, args = torch.ops.aten, arguments(x.value)
+    source, low, high = args["self"], float(args["lower"]), float(args["upper"])
+    if x.value.pick not in (None, 0):
+        return None
+    if not args["training"]:
+        return x.add("", aten.leaky_relu.default, x.value.shape, [source, (low + high) / 2])
+    drawn = _draw(x, "uniform", suffix="drawn")
+    scaled = x.add("scaled", aten.mul.Tensor, x.value.shape, [drawn, high - low])
+    slope = x.add("slope", aten.add.Tensor, x.value.shape, [scaled, low])
+    below = x.add("below", aten.mul.Tensor, x.value.shape, [source, slope])
+    positive = x.add("positive", aten.gt.Scalar, x.value.shape, [source, 0], torch.bool)
+    return x.add("", aten.where.self, x.value.shape, [positive, source, below])

@@ -10,8 +10,10 @@ import torch
 
 from monai_memeff.halo.planning.layout import Layout, narrow
 from monai_memeff.halo.planning.program import Ref, Value
+from monai_memeff.halo.planning.rules import RULES
 from monai_memeff.halo.planning.rules.base import Env
 from monai_memeff.halo.planning.rules.random import Draw, Dropout, hashed
+from monai_memeff.halo.planning.rules.table import EXPANDERS
 
 LAYOUT = Layout((((3, -1),), ((4, -1), (5, 0), (2, -1)), ((6, 1),)), 2)  # one axis inside a dimension, as in windows
 CPU = torch.device("cpu")
@@ -71,3 +73,11 @@ def test_dropout_keeps_the_mean_and_its_gradient(p: float) -> None:
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
     assert abs(float(y.detach().mean()) - (p < 1)) < 0.05
+
+
+def test_only_rules_about_random_numbers_know_operators_that_draw() -> None:
+    """A draw inside another rule would differ from tile to tile; attention refuses its dropout itself."""
+    seeded = {
+        str(t) for t in RULES if torch.Tag.nondeterministic_seeded in getattr(t, "tags", ()) and t not in EXPANDERS
+    }
+    assert seeded <= {"aten.scaled_dot_product_attention.default"}
