@@ -200,9 +200,9 @@ def bind_roll(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     source = _fine(native, list(moves))
     order: dict[int, Rows] = {}
     for axis in range(native.axes):
-        d = source.dim_of(axis)
-        if d in moves:
-            shift, rows = moves.pop(d), source.shape[d]
+        dim = source.dim_of(axis)
+        if dim in moves:
+            shift, rows = moves.pop(dim), source.shape[dim]
             order[axis] = lambda row, shift=shift, rows=rows: (row - shift) % rows  # type: ignore[misc]
     step = Turned(value, source, source, order)
     return step.setup(lambda x: x.roll(list(moves.values()), list(moves)) if moves else x)
