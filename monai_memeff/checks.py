@@ -7,9 +7,25 @@ from torch import Tensor
 
 from monai_memeff.errors import InputError
 
+UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+def computable(values: Tensor) -> Tensor:
+    """The same numbers in a dtype that torch computes with: unsigned ones of 16 to 64 bits and floats of 8 are none."""
+    if values.is_floating_point():
+        return values.float() if values.dtype.itemsize == 1 else values
+    wider = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+    return values.to(wider.get(values.dtype, values.dtype))
+
+
+def check_real(values: Tensor, owner: str) -> None:
+    """Refuse complex numbers: InputError."""
+    if values.is_complex():
+        raise InputError(f"{owner} takes real numbers, got {values.dtype}; give parts or magnitudes as channels.")
+
 
 def check_finite(values: Tensor, owner: str) -> None:
-    """Refuse NaN and infinity.
+    """Refuse NaN, infinity and complex numbers.
 
     Args:
         values: any shape; integers and booleans are finite.
@@ -19,8 +35,10 @@ def check_finite(values: Tensor, owner: str) -> None:
         InputError: a value is NaN or infinite; the message counts them.
     """
     values = values.detach().as_subclass(Tensor)
+    check_real(values, owner)
     if not values.is_floating_point() or values.numel() == 0 or values.is_meta:
         return
+    values = computable(values)
     if all(bool(bound.isfinite()) for bound in values.aminmax()):  # either bound is NaN where any value is
         return
     bad = int((~values.isfinite()).sum())
@@ -39,9 +57,9 @@ def check_mask(values: Tensor, owner: str) -> None:
     """
     values = values.detach().as_subclass(Tensor)
     check_finite(values, owner)
-    if values.dtype == torch.bool or values.is_complex() or values.numel() == 0 or values.is_meta:
+    if values.dtype in UNSIGNED or values.numel() == 0 or values.is_meta:
         return
-    lowest = values.amin()
+    lowest = computable(values).amin()
     if bool(lowest < 0):
         raise InputError(
             f"{owner} needs masks, which are zero where nothing is and positive elsewhere, got {lowest.item():g}; "
@@ -66,8 +84,7 @@ def as_network_input(values: Tensor, dtype: torch.dtype, owner: str) -> Tensor:
     """
     if not isinstance(values, Tensor):
         raise TypeError(f"{owner} takes a tensor, got {type(values).__name__}; use torch.as_tensor.")
-    if values.is_complex():
-        raise InputError(f"{owner} takes real numbers, got {values.dtype}; give parts or magnitudes as channels.")
+    check_real(values, owner)
     if values.is_floating_point():
         check_dtype(values, dtype, owner)
         check_finite(values, owner)

@@ -168,6 +168,7 @@ def checkpoints(folder: Path) -> dict[str, Path]:
     torch.save({"weight": torch.zeros(100, 100)}, whole)
     torch.save({"network": torch.nn.Conv3d(1, 1, 3)}, folder / "object.pt")
     torch.save([torch.zeros(3)], folder / "list.pt")
+    torch.save({0: torch.zeros(3)}, folder / "numbered.pt")
     torch.save({f"layer{number}.kernel": torch.tensor(1.0) for number in range(13)}, folder / "scalars.pt")
     content = {"text": b"not a checkpoint\n", "empty": b"", "truncated": whole.read_bytes()[:20_000]}
     content |= {"damaged": whole.read_bytes()[:200] + bytes(300) + whole.read_bytes()[500:], "pickle": b"\x80\x02X"}

@@ -22,19 +22,21 @@ def check_extent(spatial_shape: Sequence[int], batch_size: int) -> None:
         batch_size: number of volumes that share the key range.
 
     Raises:
-        ValueError: an axis is empty or longer than 2^18, or the whole grid has more than 2^63 - 1 voxels.
+        ValueError: an axis is empty or longer than 2^18, there is no volume, or more than 2^63 - 1 voxels in all.
     """
     if len(spatial_shape) != 3 or min(spatial_shape) < 1 or max(spatial_shape) > MAX_EXTENT:
         raise ValueError(
             f"spatial_shape must be three extents between 1 and {MAX_EXTENT} (2^18), got {tuple(spatial_shape)}; "
             "crop or resample the volume first."
         )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}; give at least one volume.")
     voxels = batch_size
     for extent in spatial_shape:
         voxels *= extent
-    if batch_size < 1 or voxels > MAX_KEY:
+    if voxels > MAX_KEY:
         raise ValueError(
-            f"batch_size must be at least 1 and batch_size * voxels at most 2^63 - 1, got batch_size {batch_size} "
+            f"batch_size * voxels must be at most 2^63 - 1, got batch_size {batch_size} "
             f"with spatial_shape {tuple(spatial_shape)}; use a smaller batch."
         )
 

@@ -203,7 +203,7 @@ class OccupancyNet(nn.Module):
         known = [unit if self.normalize_coordinates else points]
         if self.patch_encoder is not None:
             voxels = voxels_of(points, shape)
-            patches = [gather_patches(plain, voxels).to(dtype)]
+            patches = [gather_patches(plain, voxels, dtype=dtype)]
             if latent.halved is not None:
                 patches.append(gather_patches(latent.halved, voxels, step=2))
             known.append(self.patch_encoder(torch.cat(patches, 2).flatten(2)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from monai_memeff.checks import check_finite
+from monai_memeff.checks import check_finite, computable
 
 Draw = Callable[[int, int], Tensor]
 """``draw(limit, count)``: ``count`` random integers below ``limit``, int64."""
@@ -35,6 +35,9 @@ def checked_fractions(sampling: str | Mapping[str, float]) -> dict[str, float]:
 
 def checked_label(label: Tensor) -> Tensor:
     """A label (1, H, W, D) or (H, W, D) as (H, W, D); ValueError for another shape, no voxels, NaN, or no integers."""
+    if not isinstance(label, Tensor):
+        raise TypeError(f"a label must be a tensor or an array, got {type(label).__name__}; load it first.")
+    label = computable(label)
     volume = label[0] if label.ndim == 4 and len(label) == 1 else label
     if volume.ndim != 3 or volume.numel() == 0:
         raise ValueError(

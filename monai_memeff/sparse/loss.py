@@ -29,13 +29,13 @@ class SparseCompletionLoss(nn.Module):
             turns to the missing piece soon, since most candidates repeat the input and are easy.
 
     Raises:
-        ValueError: gamma is negative.
+        ValueError: gamma is negative, infinite or NaN.
     """
 
     def __init__(self, ignore_index: int | None = None, gamma: float = 0.0) -> None:
         super().__init__()
-        if gamma < 0:
-            raise ValueError(f"gamma must not be negative, got {gamma}; 0 weights all candidates alike.")
+        if not 0 <= gamma < float("inf"):
+            raise ValueError(f"gamma must be finite and not negative, got {gamma}; 0 weights all candidates alike.")
         self.ignore_index = check_ignore_index(ignore_index)
         self.gamma = gamma
 

@@ -7,13 +7,25 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from torch import Tensor, nn
 
-from monai_memeff.apps.skull import RandSkullDefect
+from monai_memeff.apps.skull import RandSkullDefect, RandSkullVariation, SkullShell, UpperSkullCrop
 from monai_memeff.clstm import CLSTMUNet, SlabInferer
-from monai_memeff.occupancy import OccupancyNet, OctreeInferer
+from monai_memeff.occupancy import OccupancyNet, OctreeInferer, RandOccupancyPoints
 from monai_memeff.occupancy.evaluator import label_dtype
-from monai_memeff.sparse import CoarseToSparseUNet, SparseCompletionNet, SparseInferer, SparseTensor, SparseUNet
+from monai_memeff.sparse import (
+    CoarseToSparseUNet,
+    DownsampleMask,
+    RandSegmentationErrors,
+    RandVoxelDropout,
+    SparseCompletionLoss,
+    SparseCompletionNet,
+    SparseCoordinates,
+    SparseInferer,
+    SparseTensor,
+    SparseUNet,
+)
 
 SHAPE = (5, 6, 7)
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -151,3 +163,113 @@ def test_logits_are_not_written_into_integers() -> None:
     labels = np.zeros((1, 1, *SHAPE), np.uint8)
     SlabInferer(2, labels=True).write(volume, net, labels)
     assert np.array_equal(labels, SlabInferer(2, labels=True)(volume, net).numpy())
+
+
+ODD = (
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.float8_e4m3fn,
+)  # torch stores them, no more
+MASK_TRANSFORMS: dict[str, Callable[[], Callable]] = {
+    "RandSkullDefect": lambda: RandSkullDefect().set_random_state(0),
+    "RandSkullVariation": lambda: RandSkullVariation(bend=0.0).set_random_state(0),
+    "SkullShell": SkullShell,
+    "UpperSkullCrop": lambda: UpperSkullCrop(keep=3, face=1),
+    "RandVoxelDropout": lambda: RandVoxelDropout(0.5).set_random_state(0),
+    "DownsampleMask": lambda: DownsampleMask(factor=2),
+    "RandSegmentationErrors": lambda: RandSegmentationErrors(prob=1.0).set_random_state(0),
+    "RandOccupancyPoints": lambda: RandOccupancyPoints(16).set_random_state(0),
+}
+
+
+def head_mask() -> Tensor:
+    """A hollow box, large enough for every transform."""
+    mask = torch.zeros(1, 12, 13, 14)
+    mask[:, 1:11, 1:11, 1:12] = 1
+    mask[:, 3:9, 3:9, 3:10] = 0
+    return mask
+
+
+def first(result: object) -> Tensor:
+    """The tensor that a transform returns, or the first of several."""
+    found = result if isinstance(result, Tensor) else next(iter(result))  # type: ignore[arg-type]
+    return torch.as_tensor(found).as_subclass(Tensor).float()
+
+
+@pytest.mark.parametrize("dtype", ODD)
+@pytest.mark.parametrize("name", MASK_TRANSFORMS)
+def test_mask_transforms_take_every_real_dtype(name: str, dtype: torch.dtype) -> None:
+    make, mask = MASK_TRANSFORMS[name], head_mask()
+    assert torch.equal(first(make()(mask.to(dtype))), first(make()(mask)))
+
+
+@pytest.mark.parametrize("name", MASK_TRANSFORMS)
+def test_mask_transforms_refuse_what_is_no_mask(name: str) -> None:
+    transform = MASK_TRANSFORMS[name]()
+    with pytest.raises(ValueError, match="takes real numbers, got"):
+        transform(head_mask() * 1j)
+    with pytest.raises(ValueError, match="needs finite values"):
+        transform(head_mask() * float("nan"))
+    for junk in (None, "head.nii"):
+        with pytest.raises(TypeError, match=r"a tensor or an array.*load it first"):
+            transform(junk)
+    if name != "RandOccupancyPoints":  # labels may have any number
+        with pytest.raises(ValueError, match="needs masks"):
+            transform(head_mask() - 0.5)
+
+
+def test_the_value_of_bone_does_not_matter_to_variations() -> None:
+    vary = RandSkullVariation(bend=0.0).set_random_state(0)
+    expected = vary(head_mask())
+    assert 0 < expected.sum() < expected.numel()
+    assert torch.equal(vary((head_mask() * 255).to(torch.uint8), randomize=False).float(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_take_unsigned_integers(name: str, dtype: torch.dtype) -> None:
+    net, volume = NETWORKS[name]().eval(), torch.randint(0, 5, (1, 1, *shape_of(name)))
+    with torch.no_grad():
+        assert torch.equal(net(volume.to(dtype)), net(volume.float()))
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_take_volumes_with_metadata(name: str, train: bool) -> None:
+    net, volume = NETWORKS[name]().train(train), (torch.rand(2, 1, *shape_of(name)) < 0.4).float()
+    arguments = ((volume,) if name == "SparseCompletionNet" else ()) if train else ()
+    results = [net(volume, *arguments), net(MetaTensor(volume), *arguments)]
+    plain, found = (result[-1] if isinstance(result, list | tuple) else result for result in results)
+    if isinstance(plain, SparseTensor):
+        assert isinstance(found, SparseTensor)
+        assert type(found.features) is Tensor
+        plain, found = plain.dense(), found.dense()
+    torch.testing.assert_close(found.as_subclass(Tensor), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_sparse_tensors_have_no_metadata() -> None:
+    place = torch.zeros(1, 4, dtype=torch.int64)
+    x = SparseTensor(MetaTensor(torch.ones(1, 1)), MetaTensor(place), SHAPE)
+    assert type(x.features) is type(x.coordinates) is type(x.replace(MetaTensor(torch.ones(1, 2))).features) is Tensor
+
+
+def test_the_completion_network_refuses_logits_and_complex_numbers() -> None:
+    net, mask = SparseCompletionNet((2,) * 7, ignore_index=-1), torch.ones(1, 1, *SHAPE)
+    with pytest.raises(ValueError, match="SparseCompletionNet needs masks"):
+        net.eval()(mask - 1.5)
+    with pytest.raises(ValueError, match="a target of the completion network needs masks"):
+        net.train()(mask, mask - 2.5)
+    with pytest.raises(ValueError, match="takes real numbers"):
+        net.eval()(mask * 1j)
+    levels = net.train()(mask, -mask)  # nothing is annotated
+    assert SparseCompletionLoss(ignore_index=-1)(levels, -mask) == 0
+    with pytest.raises(ValueError, match="a target of the completion network needs masks"):
+        SparseCompletionLoss()(levels, -mask)
+
+
+def test_coordinates_keep_integers_exact() -> None:
+    volume = torch.full((1, 1, 1, 2), 2**24 + 1)
+    with pytest.raises(ValueError, match="holds integers up to 16777216 exactly"):
+        SparseCoordinates()(volume)
+    assert SparseCoordinates(constant=1.0)(volume)[1].tolist() == [[1.0], [1.0]]

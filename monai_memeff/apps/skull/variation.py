@@ -9,10 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import TransformBackends, convert_to_dst_type
 from torch import Tensor
+
+from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask
 
 __all__ = ["RandSkullVariation", "RandSkullVariationD", "RandSkullVariationDict", "RandSkullVariationd"]
 
@@ -91,26 +92,27 @@ class RandSkullVariation(RandomizableTransform):
         """Vary a skull.
 
         Args:
-            img: complete binary skull (1, H, W, D), its last axis upwards; it is left as it is.
+            img: complete skull (1, H, W, D), bone where it is not zero, its last axis upwards; it is left as it is.
             randomize: whether to draw anew, or repeat the last variation.
 
         Returns:
             The other skull, 0 and 1, with dtype, device and metadata of ``img``.
 
         Raises:
-            ValueError: when ``img`` is not (1, H, W, D).
+            ValueError: when ``img`` is not (1, H, W, D), or has values that are NaN, infinite or negative.
         """
-        if img.ndim != 4 or len(img) != 1:
+        img = as_volume(img)
+        if len(img) != 1:
             raise ValueError(f"a skull must be (1, H, W, D), got {tuple(img.shape)}; give one mask of a head.")
+        mask = foreground_mask(img)
         if randomize:
             self.randomize()
         if not self._do_transform:
             return img
-        plain = img.as_tensor() if isinstance(img, MetaTensor) else img
-        bone = F.grid_sample(plain[None].float(), self._grid(plain), mode="bilinear", align_corners=False)[0]
+        bone = F.grid_sample(mask[None].float(), self._grid(mask), mode="bilinear", align_corners=False)[0]
         varied = bone > self._level
         varied[..., : int(self._rows_cut * varied.shape[-1])] = False
-        return convert_to_dst_type(varied.to(plain.dtype), img)[0]
+        return convert_to_dst_type(varied, img)[0]
 
     def _grid(self, volume: Tensor) -> Tensor:
         """Where every voxel comes from, (1, H, W, D, 3) in grid_sample's coordinates (last axis first)."""

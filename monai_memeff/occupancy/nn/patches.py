@@ -27,7 +27,9 @@ def halved(volume: Tensor) -> Tensor:
     return F.avg_pool3d(F.pad(volume, (1,) * 6), 2, stride=1)
 
 
-def gather_patches(volume: Tensor, voxels: Tensor, step: int = 1, size: int = PATCH_SIZE) -> Tensor:
+def gather_patches(
+    volume: Tensor, voxels: Tensor, step: int = 1, size: int = PATCH_SIZE, dtype: torch.dtype | None = None
+) -> Tensor:
     """Cubes of ``size``^3 values around voxels, zeros outside the volume.
 
     Args:
@@ -35,6 +37,7 @@ def gather_patches(volume: Tensor, voxels: Tensor, step: int = 1, size: int = PA
         voxels: (B, N, 3) int64 centers (i, j, k) in the volume.
         step: distance between the values of a cube, in voxels.
         size: odd edge of the cubes.
+        dtype: of the result; default that of the volume. Only what is gathered is converted.
 
     Returns:
         (B, N, C, size^3).
@@ -48,7 +51,7 @@ def gather_patches(volume: Tensor, voxels: Tensor, step: int = 1, size: int = PA
     places = (plane[..., None] + k[..., None, None, :]).flatten(1)  # B, N * size^3
     kept = inside[:, :, 0, :, None, None] & inside[:, :, 1, None, :, None] & inside[:, :, 2, None, None, :]
     rows = [values.flatten(1).index_select(1, place) for values, place in zip(volume, places, strict=True)]
-    values = torch.stack(rows).view(*volume.shape[:2], -1, size**3)
+    values = torch.stack(rows).view(*volume.shape[:2], -1, size**3).to(dtype or volume.dtype)
     return (values * kept.flatten(2)[:, None]).transpose(1, 2)
 
 

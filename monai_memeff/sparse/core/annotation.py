@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from monai_memeff.checks import check_mask
 from monai_memeff.geometry import voxels
 from monai_memeff.sparse.core.tensor import SparseTensor, nonzero_voxels
 from monai_memeff.sparse.core.voxel_set import VoxelSet
@@ -25,12 +26,19 @@ def foreground_and_ignored(
     Args:
         target: sparse, or dense (B, 1, H, W, D); voxels that are neither zero nor ``ignore_index`` are foreground.
         ignore_index: label of voxels without annotation; None: there are none.
+
+    Raises:
+        InputError: a dense target has negative voxels, as logits have.
     """
     found = nonzero_voxels(target)
     if ignore_index is None:
-        return found, None
-    ignored = found.features[:, 0] == ignore_index
-    return found.prune(~ignored), found.voxels.select(ignored)
+        structure, unknown = found, None
+    else:
+        ignored = found.features[:, 0] == ignore_index
+        structure, unknown = found.prune(~ignored), found.voxels.select(ignored)
+    if isinstance(target, Tensor):
+        check_mask(structure.features, "a target of the completion network")
+    return structure, unknown
 
 
 def filled_cells(fine: VoxelSet, stride: tuple[int, int, int]) -> VoxelSet:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monai_memeff.checks import check_finite
+from monai_memeff.checks import check_finite, computable
 from monai_memeff.geometry import key_lists, voxels
 from monai_memeff.sparse.core.checks import check_batch_index, check_inside, check_rows
 from monai_memeff.sparse.core.fused import Recompute
@@ -40,6 +40,7 @@ class SparseTensor:
         stride: int | Sequence[int] = 1,
         batch_size: int | None = None,
     ) -> None:
+        features, coordinates = features.as_subclass(Tensor), coordinates.as_subclass(Tensor)
         check_rows(features, coordinates)
         check_batch_index(coordinates)
         if batch_size is None:
@@ -67,7 +68,7 @@ class SparseTensor:
             recompute: computes the same features once more, for graphs to keep in their place where that is cheaper.
         """
         tensor = cls.__new__(cls)
-        tensor.features = features
+        tensor.features = features.as_subclass(Tensor)  # metadata of MONAI describes volumes, no rows
         tensor.voxels = voxel_set
         tensor.recompute = recompute
         return tensor
@@ -204,6 +205,7 @@ def nonzero_voxels(volume: SparseTensor | Tensor) -> SparseTensor:
             "one channel."
         )
     check_finite(volume, "a binary volume")
+    volume = computable(volume)
     found = SparseTensor.from_dense(volume, volume != 0)
     return found if found.features.is_floating_point() else found.replace(found.features.float())
 

@@ -8,6 +8,7 @@ import torch
 from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
+from monai_memeff.checks import check_mask
 from monai_memeff.geometry import key_lists
 from monai_memeff.memory import checkpoint
 from monai_memeff.sparse.core.activity import ABSENT_LOGIT
@@ -91,7 +92,7 @@ class SparseCompletionNet(nn.Module):
         """
         if self.training and target is None:
             raise ValueError("SparseCompletionNet prunes with the target in training: call network(x, target).")
-        present = nonzero_voxels(x)
+        present = self.sparsify(x)
         check_budget(present.voxels, self.max_voxels)
         wanted = None
         if self.training and target is not None:
@@ -104,8 +105,10 @@ class SparseCompletionNet(nn.Module):
         logits = self.densify(levels[-1])
         return convert_to_dst_type(logits, x, dtype=logits.dtype, device=logits.device)[0]
 
-    def sparsify(self, volume: Tensor) -> SparseTensor:
-        """The non-zero voxels of (B, 1, H, W, D)."""
+    def sparsify(self, volume: SparseTensor | Tensor) -> SparseTensor:
+        """The non-zero voxels of (B, 1, H, W, D), which holds no negative numbers; a SparseTensor as it is."""
+        if isinstance(volume, Tensor):
+            check_mask(volume, "SparseCompletionNet")
         return nonzero_voxels(volume)
 
     def densify(self, logits: SparseTensor) -> Tensor:

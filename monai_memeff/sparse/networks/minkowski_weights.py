@@ -137,7 +137,9 @@ def convert_file(source: str, channels: tuple[int, ...] | None = None) -> tuple[
     """
     loaded = _load(source)
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+    ):
         raise ValueError(f"{source} holds no state dict: names and tensors, or those under `state_dict`.")
     channels = channels or channels_of(loaded)
     return from_minkowski(loaded, SparseCompletionNet(channels)), channels

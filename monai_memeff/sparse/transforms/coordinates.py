@@ -12,7 +12,7 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple
 from torch import Tensor
 
-from monai_memeff.checks import check_finite
+from monai_memeff.checks import as_network_input, check_finite
 from monai_memeff.sparse.core.activity import active_voxels
 
 
@@ -47,14 +47,18 @@ class SparseCoordinates(Transform):
             ValueError: the volume is not (C, H, W, D), or holds NaN or infinity.
         """
         volume = convert_to_tensor(img, track_meta=False)
+        if not isinstance(volume, Tensor):
+            raise TypeError(f"SparseCoordinates takes a tensor or an array, got {type(img).__name__}; load it first.")
         if volume.ndim != 4:
             raise ValueError(f"SparseCoordinates takes (C, H, W, D), got {tuple(volume.shape)}; add a channel first.")
         check_finite(volume, "SparseCoordinates")
         active = active_voxels(volume[None], self.threshold, self.background)[0, 0]
         features = volume[:, active].t().contiguous()
-        features = features if features.is_floating_point() else features.float()
         if self.constant is not None:
-            features = features.new_full((len(features), 1), self.constant)
+            dtype = features.dtype if features.is_floating_point() else torch.float32
+            features = features.new_full((len(features), 1), self.constant, dtype=dtype)
+        elif not features.is_floating_point():
+            features = as_network_input(features, torch.float32, "SparseCoordinates")
         return active.nonzero(), features
 
 

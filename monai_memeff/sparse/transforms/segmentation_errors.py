@@ -10,10 +10,11 @@ import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandomizableTransform
-from monai.utils import TransformBackends, convert_to_tensor
+from monai.utils import TransformBackends
 from torch import Tensor
 
 from monai_memeff.checks import check_mask
+from monai_memeff.sparse.transforms.volumes import checked_volume
 
 __all__ = ["RandSegmentationErrors", "RandSegmentationErrorsD", "RandSegmentationErrorsDict", "RandSegmentationErrorsd"]
 
@@ -99,11 +100,7 @@ class RandSegmentationErrors(RandomizableTransform):
         Raises:
             ValueError: ``img`` is not (C, h, w, d).
         """
-        volume = convert_to_tensor(img, track_meta=isinstance(img, MetaTensor))
-        if volume.ndim != 4:
-            raise ValueError(
-                f"RandSegmentationErrors takes (C, H, W, D), got {tuple(volume.shape)}; add the missing axes."
-            )
+        volume = checked_volume(img, "RandSegmentationErrors")
         check_mask(volume, "RandSegmentationErrors")
         mask = volume.as_subclass(Tensor) != 0
         edge = _boundary(mask).flatten().nonzero()[:, 0]

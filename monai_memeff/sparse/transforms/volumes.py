@@ -32,6 +32,8 @@ def positive(name: str, value: Any, least: float, exception: int | None = None) 
 
 def checked_volume(img: NdarrayOrTensor, who: str) -> Tensor:
     volume = convert_to_tensor(img, track_meta=isinstance(img, MetaTensor))
+    if not isinstance(volume, Tensor):
+        raise TypeError(f"{who} takes a tensor or an array of numbers, got {type(img).__name__}; load it first.")
     if volume.ndim != 4 or min(volume.shape) < 1:
         raise ValueError(f"{who} takes (C, H, W, D), got {tuple(volume.shape)}; add the missing axes.")
     check_finite(volume, who)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from monai_memeff.apps.skull import RandSkullDefect
 from monai_memeff.apps.skull.demo import methods, report
+from monai_memeff.apps.skull.demo.io import check_size
 from monai_memeff.apps.skull.demo.mirror import mirror_implant
 from monai_memeff.apps.skull.demo.volume import HeadVolume, load_head
 from monai_memeff.apps.skull.metrics import implant_scores
@@ -24,6 +25,7 @@ from monai_memeff.errors import InputError
 SECONDS_AT_64 = 95.0
 LEARNING_RATE = {"sparse": 4e-3, "dense": 2e-3}
 TEST_SEED = 12345
+DEFECT_BYTES = 2**32  # all unseen defects; each is two masks of the grid
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,15 @@ def run_demo(
         InputError: on every bad input, in one line, before training starts.
     """
     target = report.check_output(output, image)
+    check_size(size)
     if seconds is None:
         seconds = SECONDS_AT_64 * (size / 64) ** 3
-    if not 0 < seconds < float("inf") or defects < 1:
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"--seconds must be positive and finite, got {seconds:g}; leave it out for the default")
+    most = DEFECT_BYTES // (2 * size**3)
+    if not 1 <= defects <= most:
         raise InputError(
-            f"--seconds must be positive and --defects at least 1, got {seconds:g} and {defects}; leave them out for"
-            " the defaults"
+            f"--defects must be 1 to {most} at size {size} (they are kept in memory), got {defects}; leave it out for 6"
         )
     console = Console()
     with console.status("reading the head"):
