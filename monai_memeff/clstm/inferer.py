@@ -12,6 +12,7 @@ from monai.inferers import Inferer
 from monai.utils import convert_to_dst_type, optional_import
 from torch import Tensor, nn
 
+from monai_memeff.arguments import check_count
 from monai_memeff.clstm.slabs import check_that_slabs_continue
 from monai_memeff.clstm.sweep import Sweep
 from monai_memeff.clstm.target import SlabTarget
@@ -55,11 +56,11 @@ class SlabInferer(Inferer):
         memory_budget: int | None = None,
     ) -> None:
         super().__init__()
-        if memory_budget is not None and memory_budget < 1:
-            raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}.")
+        if memory_budget is not None:
+            check_count("memory_budget", memory_budget)
         self.memory_budget = memory_budget
-        if slab < 1 or prefetch < 0:
-            raise ValueError(f"slab must be at least 1 and prefetch at least 0, got {slab} and {prefetch}.")
+        check_count("slab", slab)
+        check_count("prefetch", prefetch, least=0)
         self.slab, self.labels, self.prefetch, self.progress = slab, labels, prefetch, progress
         self.device = None if device is None else torch.device(device)
 

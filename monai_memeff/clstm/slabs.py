@@ -12,6 +12,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
+from monai_memeff.arguments import check_axis, check_count
 from monai_memeff.data.nifti import LabelFile
 from monai_memeff.data.nifti_checks import open_nifti
 from monai_memeff.errors import InputError
@@ -95,8 +96,8 @@ class NiftiSlabs(Sequence[Tensor]):
         axis: int = 2,
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        if slab < 1:
-            raise ValueError(f"slab must be at least 1, got {slab}.")
+        check_count("slab", slab)
+        check_axis(axis)
         self.path = Path(path)
         self.image = open_nifti(path, keep_file_open=True)
         if len(self.image.shape) != 3:

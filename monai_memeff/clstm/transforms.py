@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from monai.transforms import InvertibleTransform, MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
+from monai_memeff.arguments import check_axis
 from monai_memeff.clstm.slabs import TOLERANCE, affine_of, check_that_slabs_continue, shifted
 
 
@@ -40,9 +42,11 @@ class SliceSequence(Transform):
     def __init__(
         self, slab: float = 16, axis: int = 2, overlap: float = 0, mm: bool = False, spacing: float | None = None
     ) -> None:
-        if slab <= 0 or overlap < 0 or not -3 <= axis <= 2:
+        check_axis(axis)
+        if not (0 < slab < math.inf and 0 <= overlap < math.inf and (spacing is None or 0 < spacing < math.inf)):
             raise ValueError(
-                f"slab must be positive, overlap not negative and axis in -3 ... 2, got {slab}, {overlap} and {axis}."
+                "slab and spacing must be positive and finite, overlap not negative, got "
+                f"{slab}, {spacing} and {overlap}."
             )
         self.slab, self.axis, self.overlap, self.mm, self.spacing = slab, axis % 3, overlap, mm, spacing
 

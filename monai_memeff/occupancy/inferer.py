@@ -15,6 +15,7 @@ from monai.inferers import Inferer
 from monai.utils import convert_to_dst_type, optional_import
 from torch import Tensor, nn
 
+from monai_memeff.arguments import check_count
 from monai_memeff.checks import check_finite
 from monai_memeff.occupancy.evaluator import PointEvaluator, labels_of
 from monai_memeff.occupancy.octree import NodeGrid, default_stride, node_counts, refine
@@ -113,8 +114,7 @@ class OctreeInferer(Inferer):
         memory_budget: int | None = None,
     ) -> None:
         super().__init__()
-        if points_per_pass < 1:
-            raise ValueError(f"points_per_pass must be at least 1, got {points_per_pass}.")
+        check_count("points_per_pass", points_per_pass)
         if initial not in ("network", "grid"):
             raise ValueError(f"initial must be 'network' or 'grid', got {initial!r}.")
         strides = None if stride is None else (stride,) * 3 if isinstance(stride, int) else tuple(stride)

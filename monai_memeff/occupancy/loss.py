@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from monai_memeff.arguments import check_number
 from monai_memeff.errors import InputError
 
 
@@ -32,6 +33,7 @@ class OccupancyLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.point_loss = point_loss
+        check_number("coarse_weight", coarse_weight, least=0)
         self.coarse_weight = coarse_weight
         self.ignore_index = ignore_index
 

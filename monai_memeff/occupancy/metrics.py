@@ -10,6 +10,7 @@ from monai.metrics import CumulativeIterationMetric
 from monai.metrics.utils import do_metric_reduction
 from torch import Tensor
 
+from monai_memeff.arguments import check_count
 from monai_memeff.occupancy.checks import plain_tensor
 from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_fractions, checked_label, sample_points
 
@@ -44,6 +45,8 @@ class SampledDiceMetric(CumulativeIterationMetric):
     ) -> None:
         super().__init__()
         self.ignore_index = ignore_index
+        check_count("num_samples", num_samples)
+        check_count("classes", classes)
         self.num_samples, self.classes, self.reduction, self.seed, self.band_width = (
             num_samples,
             classes,

@@ -10,6 +10,7 @@ from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from monai_memeff.arguments import check_count
 from monai_memeff.geometry import index_to_unit, sample_at
 from monai_memeff.norms import accept_single_values
 from monai_memeff.occupancy.checks import checked_points, checked_shape, checked_volume, plain_tensor
@@ -134,8 +135,10 @@ class OccupancyNet(nn.Module):
         ours = parts.interpolated
         if encoder is not None and not ours:
             raise ValueError(f"variant {variant!r} has its own encoder: use variant='interpolated' with another one.")
-        if points_per_pass < 1 or downscale < 1 or not channels:
-            raise ValueError("points_per_pass and downscale must be positive, and channels must name a level or more.")
+        check_count("points_per_pass", points_per_pass)
+        check_count("downscale", downscale)
+        if not channels:
+            raise ValueError("channels must name a level or more, got none.")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.downscale, self.points_per_pass = downscale, points_per_pass
         self.volume_shape = None if ours else checked_shape(volume_shape, downscale * 2 ** len(channels))

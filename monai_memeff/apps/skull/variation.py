@@ -13,6 +13,7 @@ from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import TransformBackends, convert_to_dst_type
 from torch import Tensor
 
+from monai_memeff.arguments import check_number
 from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask
 
 __all__ = ["RandSkullVariation", "RandSkullVariationD", "RandSkullVariationDict", "RandSkullVariationd"]
@@ -58,11 +59,10 @@ class RandSkullVariation(RandomizableTransform):
         prob: float = 1.0,
     ) -> None:
         super().__init__(prob)
-        if min(rotation, scale, shear, bend, cut) < 0 or scale >= 1 or cut > 1:
-            raise ValueError(
-                "rotation, shear and bend must not be negative, scale in 0 ... 1 and cut a probability, got "
-                f"{(rotation, shear, bend)}, {scale} and {cut}."
-            )
+        for name, value in (("rotation", rotation), ("shear", shear), ("bend", bend)):
+            check_number(name, value, least=0)
+        if not (0 <= scale < 1 and 0 <= cut <= 1):
+            raise ValueError(f"scale must be at least 0 and below 1, and cut a probability, got {scale} and {cut}.")
         self.rotation, self.scale, self.shear, self.bend, self.cut = rotation, scale, shear, bend, cut
         self._matrix = np.eye(3)
         self._field = np.zeros((3, *[CONTROL_POINTS] * 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from monai_memeff.arguments import check_number
 from monai_memeff.checks import check_finite
 
 ABSENT_LOGIT = 10.0
@@ -22,8 +23,9 @@ def active_voxels(image: Tensor, threshold: float | None = None, background: flo
         (B, 1, H, W, D) boolean.
 
     Raises:
-        InputError: a value is NaN or infinite.
+        ValueError: a value of the image, or the one it is compared with, is NaN or infinite.
     """
+    check_number("background" if threshold is None else "threshold", background if threshold is None else threshold)
     check_finite(image, "active_voxels")
     active = image != background if threshold is None else image > threshold
     return active.any(dim=1, keepdim=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from monai_memeff.sparse.core.voxel_set import VoxelSet
 
 def check_ignore_index(ignore_index: int | None) -> int | None:
     """The label as it is; ValueError for 0, which sparse targets do not list."""
+    if ignore_index is not None and not isinstance(ignore_index, Integral):
+        raise ValueError(f"ignore_index must be a whole number, got {ignore_index!r}; labels have no fractions.")
     if ignore_index == 0:
         raise ValueError("ignore_index must not be 0, the background of sparse targets; give ignored voxels a label.")
     return ignore_index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from monai.utils import convert_to_dst_type
@@ -60,10 +61,10 @@ class SparseCompletionNet(nn.Module):
         super().__init__()
         if len(channels) != 7 or min(channels) < 1:
             raise ValueError(f"channels must be seven positive numbers (strides 1 ... 64), got {tuple(channels)}.")
-        if max_voxels is not None and max_voxels < 64:
+        if max_voxels is not None and not (isinstance(max_voxels, Integral) and max_voxels >= 64):
             raise ValueError(
-                f"max_voxels must be at least 64, what one voxel can generate at once, got {max_voxels}; give the "
-                "number of voxels that fit into memory, or None for no bound."
+                "max_voxels must be a whole number of at least 64, what one voxel can generate at once, got "
+                f"{max_voxels}; give the number of voxels that fit into memory, or None for no bound."
             )
         self.channels = tuple(channels)
         self.use_checkpoint = use_checkpoint

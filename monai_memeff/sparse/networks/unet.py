@@ -10,6 +10,7 @@ from monai.networks.nets.unet import UNet
 from monai.utils import convert_to_dst_type
 from torch import Tensor
 
+from monai_memeff.arguments import check_number
 from monai_memeff.checks import as_network_input, check_dtype
 from monai_memeff.sparse.core.activity import ABSENT_LOGIT, active_voxels
 from monai_memeff.sparse.core.tensor import SparseTensor
@@ -87,6 +88,11 @@ class SparseUNet(UNet):
             inactive_logits = (ABSENT_LOGIT, *[0.0] * (out_channels - 1)) if out_channels > 1 else (-ABSENT_LOGIT,)
         if len(inactive_logits) != out_channels:
             raise ValueError(f"inactive_logits must have {out_channels} values (out_channels), got {inactive_logits}.")
+        for name, value in (("threshold", threshold), ("background", background)):
+            if value is not None:
+                check_number(name, value)
+        for value in inactive_logits:
+            check_number("inactive_logits", value)
         self.threshold = threshold
         self.background = background
         self.inactive_logits = tuple(float(value) for value in inactive_logits)

@@ -12,7 +12,7 @@ from monai_memeff.sparse.core.fused import Recompute, norm_act
 from monai_memeff.sparse.core.kernel_map import kernel_map_between
 from monai_memeff.sparse.core.neighbors import KernelShape
 from monai_memeff.sparse.core.tensor import SparseTensor
-from monai_memeff.sparse.nn.conv import Size, _triple
+from monai_memeff.sparse.nn.conv import Size, steps
 
 
 class SparseBatchNorm3d(nn.BatchNorm3d):
@@ -204,8 +204,8 @@ class _SparsePool3d(nn.Module):
     def __init__(self, kernel_size: Size = 2, stride: Size | None = None) -> None:
         """Args: kernel_size and stride, one number or one per axis; the stride defaults to the kernel size."""
         super().__init__()
-        self.kernel_size = _triple(kernel_size)
-        self.stride = _triple(kernel_size if stride is None else stride)
+        self.kernel_size = steps(kernel_size)
+        self.stride = steps(kernel_size if stride is None else stride)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Pool (N, C) features to (M, C)."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from monai_memeff.arguments import check_count
 from monai_memeff.sparse import backends
 from monai_memeff.sparse.core.checks import check_refines
 from monai_memeff.sparse.core.fused import saved_for_recompute
@@ -47,8 +50,8 @@ class SparseConv3d(nn.Conv3d):
         dilation: Size = 1,
         bias: bool = True,
     ) -> None:
-        padding = _default_padding(_triple(kernel_size), _triple(dilation))
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias)
+        padding = _default_padding(steps(kernel_size), steps(dilation))
+        super().__init__(in_channels, out_channels, kernel_size, steps(stride), padding, dilation, bias=bias)
 
     @torch.compiler.disable  # every number of active voxels would be compiled anew
     def forward(self, x: SparseTensor) -> SparseTensor:
@@ -94,9 +97,9 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
         generative: bool = False,
         padding: Size | None = None,
     ) -> None:
-        if padding is None:
-            padding = _default_padding(_triple(kernel_size), _triple(dilation))
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias, dilation=dilation)
+        default = _default_padding(steps(kernel_size), steps(dilation))
+        padding = default if padding is None else padding
+        super().__init__(in_channels, out_channels, kernel_size, steps(stride), padding, bias=bias, dilation=dilation)
         self.generative = generative
 
     @torch.compiler.disable  # every number of active voxels would be compiled anew
@@ -170,6 +173,14 @@ def _default_padding(kernel_size: Triple, dilation: Triple) -> Triple:
 
 def _triple(value: int | tuple[int, ...]) -> Triple:
     i, j, k = (value,) * 3 if isinstance(value, int) else value
+    return i, j, k
+
+
+def steps(value: int | tuple[int, ...]) -> Triple:
+    """Kernel size, stride or dilation per axis: ValueError unless they are whole numbers of at least 1."""
+    i, j, k = values = value if isinstance(value, Sequence) else (value,) * 3
+    for number in values:
+        check_count("a kernel size, stride or dilation", number)
     return i, j, k
 
 

@@ -18,9 +18,10 @@ from monai.transforms import (
     SpatialResample,
 )
 from monai.transforms.utils import generate_spatial_bounding_box
-from monai.utils import TraceKeys, TransformBackends
+from monai.utils import TraceKeys, TransformBackends, ensure_tuple
 from torch import Tensor
 
+from monai_memeff.arguments import check_number
 from monai_memeff.geometry.grid import crop_affine
 from monai_memeff.sparse.transforms.masks import as_volume
 
@@ -51,6 +52,9 @@ class ThresholdAtSpacing(InvertibleTransform):
         super().__init__()
         if components < 0:
             raise ValueError(f"components must not be negative, got {components}.")
+        check_number("threshold", threshold)
+        for size in ensure_tuple(pixdim):
+            check_number("pixdim", size)
         self.spacing = Spacing([pixdim] * 3 if isinstance(pixdim, (int, float)) else pixdim)
         self.threshold, self.components = threshold, components
 
