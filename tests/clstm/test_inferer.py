@@ -215,7 +215,7 @@ def test_what_it_cannot_run_is_refused() -> None:
         SlabInferer()(torch.rand(1, 1, 4, 4, 4), network(), 3)
     with pytest.raises(ValueError, match=r"takes a volume \(B, C, H, W, D\), got \(1, 4, 4, 4\)"):
         SlabInferer()(torch.rand(1, 4, 4, 4), network())
-    with pytest.raises(ValueError, match="slab must be at least 1"):
+    with pytest.raises(ValueError, match="slab must be a whole number of at least 1"):
         SlabInferer(slab=0)
     with pytest.raises(ValueError, match="finite values"):
         SlabInferer()(torch.full((1, 1, 4, 4, 4), torch.nan, dtype=torch.float64), network())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,9 +192,9 @@ def head_mask() -> Tensor:
     return mask
 
 
-def first(result: object) -> Tensor:
+def first(result: Any) -> Tensor:
     """The tensor that a transform returns, or the first of several."""
-    found = result if isinstance(result, Tensor) else next(iter(result))  # type: ignore[arg-type]
+    found = result if isinstance(result, Tensor) else next(iter(result))
     return torch.as_tensor(found).as_subclass(Tensor).float()
 
 

@@ -261,7 +261,7 @@ def test_bad_input_is_refused_in_one_line() -> None:
         ({"volume_shape": (16, 16, 16)}, "three multiples of 32.*interpolated"),
         ({"volume_shape": None}, "three multiples of 32"),
         ({"encoder": nn.Identity()}, "has its own encoder"),
-        ({"points_per_pass": 0}, "must be positive"),
+        ({"points_per_pass": 0}, "points_per_pass must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, words: str) -> None:

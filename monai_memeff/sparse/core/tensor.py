@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_memeff.checks import check_finite, computable
@@ -40,7 +41,7 @@ class SparseTensor:
         stride: int | Sequence[int] = 1,
         batch_size: int | None = None,
     ) -> None:
-        features, coordinates = features.as_subclass(Tensor), coordinates.as_subclass(Tensor)
+        features, coordinates = _plain(features), _plain(coordinates)
         check_rows(features, coordinates)
         check_batch_index(coordinates)
         if batch_size is None:
@@ -68,7 +69,7 @@ class SparseTensor:
             recompute: computes the same features once more, for graphs to keep in their place where that is cheaper.
         """
         tensor = cls.__new__(cls)
-        tensor.features = features.as_subclass(Tensor)  # metadata of MONAI describes volumes, no rows
+        tensor.features = _plain(features)
         tensor.voxels = voxel_set
         tensor.recompute = recompute
         return tensor
@@ -189,6 +190,11 @@ class SparseTensor:
             f"SparseTensor({len(self)} voxels x {self.features.shape[1]} channels, spatial_shape={self.spatial_shape}, "
             f"stride={self.stride}, batch_size={self.batch_size}, dtype={self.dtype}, device={self.device})"
         )
+
+
+def _plain(rows: Tensor) -> Tensor:
+    """Rows without MONAI's metadata, which describes volumes; others stay the same object, a leaf of a graph say."""
+    return rows.as_tensor() if isinstance(rows, MetaTensor) else rows
 
 
 def nonzero_voxels(volume: SparseTensor | Tensor) -> SparseTensor:

@@ -19,10 +19,10 @@ def as_volume(img: Tensor | np.ndarray) -> Tensor:
     """
     if not isinstance(img, Tensor | np.ndarray):
         raise TypeError(f"a skull must be a tensor or an array (C, H, W, D), got {type(img).__name__}; load it first.")
-    if img.ndim != 4 or 0 in img.shape:
-        raise ValueError(
-            f"a skull must be channel first (C, H, W, D) and not empty, got {tuple(img.shape)}; add or take an axis."
-        )
+    if img.ndim != 4:
+        raise ValueError(f"a skull must be channel first (C, H, W, D), got {tuple(img.shape)}; add or take an axis.")
+    if 0 in img.shape:
+        raise ValueError(f"a skull must have voxels, got {tuple(img.shape)}; crop it less.")
     volume = computable(img if isinstance(img, Tensor) else torch.as_tensor(img))
     check_finite(volume, "a skull transform")
     return volume

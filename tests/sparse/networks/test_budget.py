@@ -84,5 +84,5 @@ def test_inputs_above_the_budget_are_refused() -> None:
     volume = shell(ODD)
     with pytest.raises(ValueError, match=r"max_voxels = 100 voxels, got \d+; raise max_voxels, crop"):
         SparseCompletionNet(SMALL, max_voxels=100).eval()(volume)
-    with pytest.raises(ValueError, match=r"max_voxels must be at least 64.*got 10"):
+    with pytest.raises(ValueError, match=r"max_voxels must be a whole number of at least 64.*got 10"):
         SparseCompletionNet(SMALL, max_voxels=10)
