@@ -71,7 +71,7 @@ def test_slabs_out_of_order_are_refused() -> None:
 def test_bad_arguments_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(
         ValueError,
-        match="slab and spacing must be positive and finite, overlap not negative|axis must be a whole number",
+        match=r"slab and spacing must be positive and finite, overlap not negative|axis must be a whole number",
     ):
         SliceSequence(**options)
 
