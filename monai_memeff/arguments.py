@@ -1,4 +1,4 @@
-"""What constructors refuse of their numbers: NaN passes every comparison that asks whether it is too small."""
+"""What constructors refuse of their numbers: no comparison with a bound is true of NaN, so it would pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numbers import Integral
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
-    """Refuse what is no whole number of at least ``least``: ValueError."""
+    """ValueError unless it is a whole number of at least ``least``."""
     if not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
@@ -20,6 +20,6 @@ def check_number(name: str, value: float, least: float = -math.inf) -> None:
 
 
 def check_axis(axis: int) -> None:
-    """Refuse what is no axis of a volume: ValueError."""
+    """ValueError unless it is an axis of a volume."""
     if not isinstance(axis, Integral) or not -3 <= axis <= 2:
         raise ValueError(f"axis must be a whole number in -3 ... 2, got {axis!r}.")

@@ -37,7 +37,7 @@ def gather_patches(
         voxels: (B, N, 3) int64 centers (i, j, k) in the volume.
         step: distance between the values of a cube, in voxels.
         size: odd edge of the cubes.
-        dtype: of the result; default that of the volume. Only what is gathered is converted.
+        dtype: Type of the result, default that of the volume. Only what is gathered is converted.
 
     Returns:
         (B, N, C, size^3).
