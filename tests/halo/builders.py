@@ -131,8 +131,8 @@ def swin(n: int = 3, **extra: Any) -> nn.Module:
     return nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12, spatial_dims=n, **extra)
 
 
-def dints() -> nn.Module:
-    """DiNTS with a searched topology."""
+def dints(switches: Any) -> nn.Module:
+    """DiNTS with a searched topology; the switches of its nodes are an array of NumPy or torch."""
     space = nets.TopologyInstance(
         channel_mul=0.2,
         num_blocks=4,
@@ -141,4 +141,4 @@ def dints() -> nn.Module:
         arch_code=[np.ones((4, 7)), np.ones((4, 7))],
         device="cpu",
     )
-    return nets.DiNTS(space, 1, 2, use_downsample=True, node_a=torch.ones(5, 3))
+    return nets.DiNTS(space, 1, 2, use_downsample=True, node_a=switches)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import monai.networks.nets as nets
+import numpy as np
 import torch
 from dynamic_network_architectures.architectures.primus import Primus
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
@@ -229,7 +230,7 @@ ENTRIES: dict[str, Entry] = {
         lambda: nets.SPADENet(3, 1, 1, 2, [16, 16, 16], [8, 4], is_vae=False, spade_intermediate_channels=4),
         (1, 2, 16, 16, 16),
     ),
-    "DiNTS": Entry(dints, (1, 1, 32, 32, 32)),
+    "DiNTS": Entry(lambda: dints(np.ones((5, 3))), (1, 1, 32, 32, 32)),
     "DAF3D": Entry(lambda: nets.DAF3D(1, 2), (1, 1, 32, 32, 32), big=True),
     "PlainConvUNet": Entry(lambda: nnunet(PlainConvUNet), EVEN, fast=True),
     "PlainConvUNet 2D, batch norm": Entry(
