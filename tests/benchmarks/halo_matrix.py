@@ -24,7 +24,7 @@ HEAD = """# Networks that run in parts
 
 Each network, with random weights and tiny widths, was run whole and by `SpatialPartitionInferer`: every axis, and 2, 3
 and 8 parts, in float64 (two networks know float32 alone), then once each with a store in a folder, a batch of two, and
-float32. Two settings mean 3 parts of the first axis and 2 of the last alone. *Exact* means that the largest difference is
+float32. Two settings mean 3 parts of the first axis and 2 of the last alone. *Exact* means that the largest error is
 below 1e-9 of the largest value in float64, 2e-4 in float32. *Whole* names operators that the plan runs on whole stored
 tensors, because they look at the whole volume. `python tests/benchmarks/halo_matrix.py --write` makes this page;
 `tests/halo/test_matrix.py` runs most of it.
