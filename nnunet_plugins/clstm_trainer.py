@@ -17,7 +17,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_plugins import whole_volume
-from nnunet_plugins.trainer_mixin import TrainerMixin
+from nnunet_plugins.training.trainer_mixin import TrainerMixin
 
 KEY = "clstm_trainer"
 """Key of a configuration in the plans: settings to change beforehand, and afterwards what was used."""

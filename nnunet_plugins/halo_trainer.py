@@ -16,9 +16,15 @@ from torch import Tensor, nn
 
 from monai_memeff.halo import GatheredNetwork, HaloMesh, SpatialLoss, scatter, spatial_partition, unpartition
 from monai_memeff.halo.run.ranks.parts import part_of
-from nnunet_plugins.halo_processes import local_device, mesh_of_launch, share_weights, shared_batch, sum_gradients
 from nnunet_plugins.lean import switch
-from nnunet_plugins.trainer_mixin import TrainerMixin
+from nnunet_plugins.training.halo_processes import (
+    local_device,
+    mesh_of_launch,
+    share_weights,
+    shared_batch,
+    sum_gradients,
+)
+from nnunet_plugins.training.trainer_mixin import TrainerMixin
 
 KEY = "halo_trainer"
 """Key of a configuration in the plans: settings to change beforehand."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from monai_memeff.occupancy import Lookahead, OccupancyLoss, occupancy_optimizer
 from monai_memeff.occupancy.engine import draw_batch
-from nnunet_plugins.trainer_mixin import TrainerMixin
+from nnunet_plugins.training.trainer_mixin import TrainerMixin
 
 KEY = "occupancy_trainer"
 """Key of a configuration in the plans: settings to change beforehand, and afterwards what was used."""

@@ -10,7 +10,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunet_plugins.sparse_plans import KEY, NETWORK_SETTINGS, edit_plans, why_not_larger
-from nnunet_plugins.trainer_mixin import TrainerMixin
+from nnunet_plugins.training.trainer_mixin import TrainerMixin
 
 SETTINGS = ("memory_share", "patch_size", *NETWORK_SETTINGS)
 

@@ -20,7 +20,7 @@ from nnunet_plugins.networks import WORD, mark_class_layers
 from nnunet_plugins.occupancy_network import OccupancyPlansNet
 from nnunet_plugins.plans_network import CoarseToSparsePlansUNet
 from nnunet_plugins.sparse_plans import why_not_larger
-from nnunet_plugins.trainer_mixin import HINT
+from nnunet_plugins.training.trainer_mixin import HINT
 from tests.nnunet_plugins.host import Host, write_dataset
 
 NETWORKS = {

@@ -14,8 +14,8 @@ from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 from monai_memeff.halo.planning.capture import home
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.layout import Box, narrow
-from monai_memeff.halo.planning.remember import Remembering
 from monai_memeff.halo.planning.rules.base import Env, Reduction, State
+from monai_memeff.halo.planning.rules.remember import Remembering
 from monai_memeff.halo.planning.rules.windowed.kernels import DRY
 from monai_memeff.halo.planning.schedule import Job, Schedule
 from monai_memeff.halo.planning.tile import Worker, compile_tile
