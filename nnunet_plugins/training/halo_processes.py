@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from monai_memeff.halo import HaloMesh, init_mesh
+from monai_memeff.halo.run.ranks.comm import process_group as processes
 
 
 def mesh_of_launch(device: torch.device, axis: int) -> HaloMesh:
@@ -19,20 +19,18 @@ def mesh_of_launch(device: torch.device, axis: int) -> HaloMesh:
     Without such a launch it is a mesh of one, and nothing is started.
     """
     world = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    if not dist.is_initialized() and world > 1:
+    if not processes.is_started() and world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(local_device(device))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    return init_mesh(data=1, spatial=(world,), axes=(axis,))
+        processes.start("nccl" if device.type == "cuda" else "gloo")
+    return init_mesh(data=1, spatial=(processes.world_size(),), axes=(axis,))
 
 
 def local_device(device: torch.device) -> torch.device:
     """This process's own device of a kind."""
     if device.type != "cuda":
         return device
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", processes.process_rank())))
 
 
 def shared_batch(batch: dict[str, Any] | None, mesh: HaloMesh, device: torch.device) -> dict[str, Any]:
@@ -40,13 +38,12 @@ def shared_batch(batch: dict[str, Any] | None, mesh: HaloMesh, device: torch.dev
     if mesh.size == 1:
         assert batch is not None
         return {name: _to(batch[name], device) for name in ("data", "target")}
-    described: list[Any] = [None]
+    described: dict[str, Any] = {}
     if mesh.comm.rank == 0:
         assert batch is not None
-        described = [{name: _described(batch[name]) for name in ("data", "target")}]
-    dist.broadcast_object_list(described, 0)
+        described = {name: _described(batch[name]) for name in ("data", "target")}
     result: dict[str, Any] = {}
-    for name, shapes in described[0].items():
+    for name, shapes in processes.broadcast_object(described).items():
         values = batch[name] if batch is not None else None
         many = isinstance(shapes, list)
         listed = shapes if many else [shapes]
@@ -60,7 +57,7 @@ def share_weights(network: nn.Module, mesh: HaloMesh) -> None:
     """Give every process the first one's parameters and buffers."""
     if mesh.size > 1:
         for tensor in network.state_dict().values():
-            dist.broadcast(tensor, 0)
+            processes.broadcast_tensor(tensor)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], mesh: HaloMesh) -> None:
@@ -94,5 +91,5 @@ def _broadcast(tensor: Tensor | None, described: tuple[Any, torch.dtype], device
     shape, dtype = described
     kind = torch.uint8 if dtype == torch.bool or dtype == torch.int16 else dtype  # NCCL and gloo know neither
     whole = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
-    dist.broadcast(whole.view(kind) if kind != dtype else whole, 0)
+    processes.broadcast_tensor(whole.view(kind) if kind != dtype else whole)
     return whole

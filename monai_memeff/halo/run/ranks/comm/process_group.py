@@ -160,3 +160,35 @@ def destroy_mesh() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def is_started() -> bool:
+    """Whether the processes of this launch know each other."""
+    return dist.is_initialized()
+
+
+def start(backend: str) -> None:
+    """Let the processes of this launch meet, by the environment that torchrun gives."""
+    dist.init_process_group(backend)
+
+
+def world_size() -> int:
+    """Number of processes; 1 before they know each other."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """This process's number; 0 before they know each other."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def broadcast_object(value: Any) -> Any:
+    """The first process's object on every process."""
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def broadcast_tensor(tensor: torch.Tensor) -> None:
+    """Fill a tensor, in place, with the first process's values."""
+    dist.broadcast(tensor, 0)
