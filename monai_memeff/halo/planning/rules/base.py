@@ -20,6 +20,7 @@ How an executor uses a rule. `bind` (rules/__init__.py) turns every `Value` of a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,7 @@ class Step:
         return f"{type(self).__name__}({self.value.name}: {self.value.operator})"
 
 
-class Reduction(Step):
+class Reduction(Step, ABC):
     """A step that combines partial results of all rows."""
 
     heavy = True
@@ -122,17 +123,17 @@ class Reduction(Step):
         """All rows."""
         return tuple(Read(i, layout.whole) for i, layout in enumerate(self.reads))
 
+    @abstractmethod
     def partial(self, tensor: torch.Tensor, box: Box, env: Env) -> State:
         """Small tensors that stand for the rows `box` of the first input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def combine(self, a: State, b: State) -> State:
         """The partial results of two sets of rows, a's rows before b's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, state: State, env: Env) -> torch.Tensor:
         """The result."""
-        raise NotImplementedError
 
     def compute(self, tensors: Sequence[torch.Tensor], reads: Sequence[Read], box: Box, env: Env) -> torch.Tensor:
         """The result from whole inputs."""
