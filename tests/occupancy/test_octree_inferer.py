@@ -251,7 +251,7 @@ def test_labels_take_no_float_buffer() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"points_per_pass": 0}, "points_per_pass must be at least 1, got 0"),
+        ({"points_per_pass": 0}, "points_per_pass must be a whole number of at least 1, got 0"),
         ({"initial": "coarse"}, "initial must be 'network' or 'grid', got 'coarse'"),
         ({"stride": 3}, "stride must be a power of two, or three of them, got 3"),
         ({"stride": (4, 4)}, "stride must be a power of two"),
