@@ -17,6 +17,7 @@ from monai_memeff.apps.skull.demo import report
 from monai_memeff.clstm import NiftiSlabs
 from monai_memeff.clstm.figure import save_agreement
 from monai_memeff.data import LabelFile, atomic_write, save_nifti
+from monai_memeff.data.folder import atomic_folder, check_output_folder
 from monai_memeff.errors import InputError
 from monai_memeff.occupancy.mesh import labels_to_mesh, write_mesh
 from monai_memeff.sparse.core import map_cache
@@ -120,17 +121,17 @@ def test_the_demo_writes_neither_over_its_image_nor_into_its_series(tmp_path: Pa
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "implant.nii.gz").write_bytes(b"ct")
     with pytest.raises(InputError, match="is the input itself"):
-        report.check_output(tmp_path / "out", tmp_path / "out" / "implant.nii.gz")
+        check_output_folder(tmp_path / "out", report.WRITTEN, tmp_path / "out" / "implant.nii.gz")
     for output in ("series", "series/out", "series/../series"):
         (tmp_path / "series").mkdir(exist_ok=True)
         with pytest.raises(InputError, match="the image's own folder"):
-            report.check_output(tmp_path / output, tmp_path / "series")
-    assert report.check_output(tmp_path / "out", tmp_path / "out" / "ct.nii.gz") == tmp_path / "out"
+            check_output_folder(tmp_path / output, report.WRITTEN, tmp_path / "series")
+    assert check_output_folder(tmp_path / "out", report.WRITTEN, tmp_path / "out" / "ct.nii.gz") == tmp_path / "out"
 
 
 def test_a_second_run_leaves_no_implant_of_the_first(tmp_path: Path) -> None:
     for written in (("report.json", "implant.stl"), ("report.json", "implant.nii.gz")):
-        with report.atomic_folder(tmp_path / "out") as folder:
+        with atomic_folder(tmp_path / "out", report.WRITTEN, report.REPORTS) as folder:
             for name in written:
                 (folder / name).write_text(name)
         (tmp_path / "out" / "mine.txt").write_text("mine")

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from monai_memeff.apps.skull.demo.volume import HeadVolume
-from monai_memeff.data.atomic import atomic_write, check_other_file
-from monai_memeff.errors import InputError
+from monai_memeff.data.atomic import atomic_write
 from monai_memeff.geometry import voxel_volume
 
 if TYPE_CHECKING:
@@ -245,52 +240,3 @@ def write_case(
     both = int(drawn.sum()) + int(removed.sum())
     volume = voxel_volume(head.ct_affine) * int(drawn.sum()) / 1000
     return {"ct_implant_dice": 2 * int((drawn & removed).sum()) / max(both, 1), "implant_volume_ml": volume}
-
-
-def check_output(output: str | Path, image: str | Path | None = None) -> Path:
-    """Refuse a folder that cannot be written, before any work starts.
-
-    Args:
-        output: the folder.
-        image: what is read; nothing is written over it, nor into the folder of a series.
-
-    Raises:
-        InputError: when it is a file, it or the nearest folder above it cannot be written, or it holds the image.
-    """
-    path = Path(output).expanduser().absolute()
-    if image is not None:
-        source = Path(image).expanduser().resolve()
-        if source.is_dir() and path.resolve().is_relative_to(source):
-            raise InputError(f"output {path} lies in the image's own folder: give another --output")
-        for name in WRITTEN:
-            check_other_file(path / name, source)
-    above = next(p for p in (path, *path.parents) if p.exists())
-    if not above.is_dir():
-        raise InputError(f"output {path} needs a folder, but {above} is a file: give another --output")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"output {path} cannot be written, {above} allows no new files: give another --output")
-    return path
-
-
-@contextlib.contextmanager
-def atomic_folder(output: Path) -> Iterator[Path]:
-    """Files written into the folder that this gives appear in ``output`` when all is done, and never when it fails.
-
-    Args:
-        output: made when it does not exist; what an earlier run wrote there goes away, other files stay. The report
-            goes first and comes last: where one stands, the files beside it belong to it.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        yield work
-        work.chmod(0o755)
-        if output.exists():
-            for name in WRITTEN:
-                (output / name).unlink(missing_ok=True)
-            for file in sorted(work.iterdir(), key=lambda file: file.name in REPORTS):
-                os.replace(file, output / file.name)
-        else:
-            os.replace(work, output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

@@ -20,6 +20,7 @@ from monai_memeff.apps.skull.demo.io import check_size
 from monai_memeff.apps.skull.demo.mirror import mirror_implant
 from monai_memeff.apps.skull.demo.volume import HeadVolume, load_head
 from monai_memeff.apps.skull.metrics import implant_scores
+from monai_memeff.data.folder import atomic_folder, check_output_folder
 from monai_memeff.errors import InputError
 
 SECONDS_AT_64 = 95.0
@@ -65,7 +66,7 @@ def run_demo(
     Raises:
         InputError: on every bad input, in one line, before training starts.
     """
-    target = report.check_output(output, image)
+    target = check_output_folder(output, report.WRITTEN, image)
     check_size(size)
     if seconds is None:
         seconds = SECONDS_AT_64 * (size / 64) ** 3
@@ -83,7 +84,7 @@ def run_demo(
     console.print(f"{head.name}: {head.size}^3 cells of {head.cell_mm:.2f} mm, occupancy {head.occupancy:.1%}")
     results, implants = _compare(head, tests, seconds, seed, console)
     result = report.make_report(head, results, seed=seed, shown=0)
-    with console.status("writing"), report.atomic_folder(target) as folder:
+    with console.status("writing"), atomic_folder(target, report.WRITTEN, report.REPORTS) as folder:
         numbers = report.write_case(folder, head, tests[0].defective, tests[0].implant, implants[0], _caption(results))
         result.extra.update(numbers)  # type: ignore[attr-defined]
         report.write_report(folder, result)

@@ -14,8 +14,7 @@ import torch
 from rich.console import Console
 
 from monai_memeff.apps.skull.demo import render, report
-from monai_memeff.apps.skull.demo.io import InputError
-from monai_memeff.apps.skull.demo.report import MethodResult, atomic_folder, check_output, make_report
+from monai_memeff.apps.skull.demo.report import MethodResult, make_report
 from monai_memeff.apps.skull.metrics import implant_scores
 from tests.apps.skull.demo.conftest import Case
 
@@ -106,37 +105,3 @@ def test_an_empty_prediction_has_no_surface(case: Case, tmp_path: Path, monkeypa
     scores = implant_scores(*(torch.from_numpy(x) for x in (empty, case.truth, case.defective)), case.head.cell_mm)
     assert scores["implant_dice"] == 0.0
     assert scores["skull_dice"] == scores["copy_dice"]
-
-
-def test_files_appear_together_or_not_at_all(tmp_path: Path, case: Case, methods: list[MethodResult]) -> None:
-    target = tmp_path / "deep" / "out"
-
-    def stop_halfway() -> None:
-        with atomic_folder(target) as work:
-            (work / "half").write_text("x")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stop_halfway()
-    assert list((tmp_path / "deep").iterdir()) == []
-    with atomic_folder(target) as work:
-        report.write_report(work, make_report(case.head, methods))
-        assert not target.exists()
-    assert {p.name for p in target.iterdir()} == {"report.txt", "report.json"}
-    (target / "mine").write_text("kept")
-    with atomic_folder(target) as work:
-        (work / "report.txt").write_text("new")
-    assert (target / "report.txt").read_text() == "new"
-    assert (target / "mine").read_text() == "kept"
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check_output(tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="is a file"):
-            check_output(path)
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(InputError, match="allows no new files"):
-        check_output(tmp_path / "a")
