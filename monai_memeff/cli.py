@@ -136,6 +136,44 @@ def run_bundle(
 
 
 @app.command()
+def certify(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a MONAI bundle or a trained nnU-Net model, or MODULE:FUNCTION that returns a network.",
+            metavar="MODEL",
+        ),
+    ],
+    image: Annotated[
+        list[Path], typer.Option(help="Volume or DICOM folder; once for each image that the model reads, in its order.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for certificate.html and certificate.json.")],
+    label: Annotated[
+        list[Path] | None, typer.Option(help="True labels on the image's grid; where segments overlap, one file each.")
+    ] = None,
+    partitions: Annotated[int | None, typer.Option(help="Parts of the streamed run. Default: 8.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Memory for activations instead of parts, such as 2GiB.")] = None,
+    repeats: Annotated[int, typer.Option(help="Streamed runs that must be the same to the last bit.")] = 10,
+    whole: Annotated[
+        bool | None, typer.Option("--whole/--no-whole", help="Run the whole network. Default: where it fits.")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Size of the sliding window, such as 96,96,96. Default: the model's own.")
+    ] = None,
+    fold: Annotated[str | None, typer.Option(help="nnU-Net: the fold to certify. Default: the first.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="MODULE:FUNCTION: channels above it are foreground. Default: arg-max.")
+    ] = None,
+) -> int:
+    """Prove on your own volume that a model streamed in parts gives the labels of the whole: a page to file."""
+    from monai_memeff.hosts.certify import certify as run_certify
+    from monai_memeff.hosts.certify.sources.subject import Options, window_of
+
+    options = Options(fold, threshold, window_of(window))
+    return run_certify(model, image, output, label or (), partitions, budget, repeats, whole, options)
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="State dict of the skull network, trained in MinkowskiEngine.")],
     output: Annotated[Path, typer.Argument(help="Where to write the state dict for SparseCompletionNet.")],

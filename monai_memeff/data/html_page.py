@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import re
 import struct
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_markup
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+"""What no page may hold: control characters, and the halves of characters that undecodable file names leave."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --quiet: #667; }
@@ -16,7 +20,15 @@ body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; line-height:
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p, li { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
+p.verdict { max-width: none; font-size: 1.05rem; padding: .75rem 1rem; border-left: .35rem solid var(--quiet);
+  background: var(--soft); }
+p.good { border-color: #1a7f4b; } p.bad { border-color: #c0392b; } p.open { border-color: #c28a00; }
+pre { background: var(--soft); padding: .75rem; overflow-x: auto;
+  font: .8rem/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); gap: 0 1rem; }
 figure { margin: 1rem 0; }
+.pictures figure { margin: .5rem 0; }
+.pictures img { width: 100%; }
 img { display: block; max-width: 100%; height: auto; border-radius: .3rem; }
 figcaption, caption { color: var(--quiet); font-size: .9rem; text-align: left; padding: .3rem 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin: .5rem 0 1rem; }
@@ -65,6 +77,14 @@ class HtmlPage:
         """Add paragraphs."""
         self._parts += [f"<p>{escape(text)}</p>" for text in paragraphs]
 
+    def verdict(self, text: str, kind: str) -> None:
+        """Add a paragraph that stands out: kind is "good", "bad" or "open"."""
+        self._parts.append(f'<p class="verdict {escape(kind)}">{escape(text)}</p>')
+
+    def text(self, text: str) -> None:
+        """Add text with its lines and spaces as they are."""
+        self._parts.append(f'<pre tabindex="0">{escape(text)}</pre>')
+
     def items(self, texts: Sequence[str]) -> None:
         """Add a list with a dot before every text."""
         self._parts.append("<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>")
@@ -100,6 +120,14 @@ class HtmlPage:
         Raises:
             ValueError: the bytes are no PNG.
         """
+        self._parts.append(self._figure(png, description, caption))
+
+    def pictures(self, pictures: Sequence[tuple[bytes, str, str]]) -> None:
+        """Add pictures (see :meth:`picture`) side by side, and one below the other where the window is narrow."""
+        figures = "".join(self._figure(*picture) for picture in pictures)
+        self._parts.append(f'<div class="pictures">{figures}</div>')
+
+    def _figure(self, png: bytes, description: str, caption: str) -> str:
         if png[:8] != b"\x89PNG\r\n\x1a\n":
             raise ValueError(f"a picture must be a PNG, got bytes that begin with {png[:8]!r}")
         width, height = struct.unpack(">II", png[16:24])
@@ -108,7 +136,7 @@ class HtmlPage:
             f'<img src="data:image/png;base64,{code}" width="{width}" height="{height}" alt="{escape(description)}">'
         )
         below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-        self._parts.append(f"<figure>{image}{below}</figure>")
+        return f"<figure>{image}{below}</figure>"
 
     def render(self) -> str:
         """The whole page as text, to be written as UTF-8."""
@@ -119,6 +147,11 @@ class HtmlPage:
         )
         body = "\n".join(self._parts)
         return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def escape(text: str) -> str:
+    """Text as it may stand anywhere in a page."""
+    return escape_markup(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text))
 
 
 def _cells(columns: Sequence[str], row: Sequence[str]) -> str:

@@ -37,5 +37,5 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         return  # a socket of this machine
     host = place[0] if isinstance(place, tuple) else place
     raise InputError(
-        f"the bundle wants to reach {host!s:.60}, and memeff run uses no network: copy the file there first"
+        f"the bundle wants to reach {host!s:.60}, and this command uses no network: copy the file there first"
     )

@@ -54,6 +54,17 @@ class Prediction:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class Case:
+    """A study before the network: MONAI's batch of one, what the network gets, and seconds of each stage so far."""
+
+    batch: Any
+    inputs: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    seconds: dict[str, float]
+
+
 class Program:
     """A bundle ready to run, its weights loaded.
 
@@ -87,26 +98,46 @@ class Program:
         Raises:
             InputError: the study cannot be read, or a result is not on its grid.
         """
+        case = self.read(study, series, resample)
+        with _timed(case.seconds, "inference"), torch.no_grad(), self.precision():
+            answer = self.inferer(case.inputs, self.network, *case.args, **case.kwargs)
+        return self.finish(case, answer)
+
+    def read(self, study: Study, series: str | None = None, resample: bool = False) -> Case:
+        """The network's input, by the bundle's own preprocessing.
+
+        Raises:
+            InputError: the study cannot be read, or the preprocessing makes several images of it.
+        """
         self.reader.begin(series if study.dicom else None, resample and study.dicom)
         seconds: dict[str, float] = {}
-        with _timed(seconds, "reading and preprocessing"):
+        with _timed(seconds, "reading and preprocessing"), torch.no_grad():
             item = apply_transform(self.before, self._item(study))
-        if not isinstance(item, dict):
-            raise InputError("the bundle's preprocessing makes several images of one, and memeff run takes one")
-        batch = list_data_collate([item])
-        with _timed(seconds, "inference"), torch.no_grad(), self._precision():
+            if not isinstance(item, dict):
+                raise InputError("the bundle's preprocessing makes several images of one, and memeff takes one")
+            batch = list_data_collate([item])
             prepared = self.prepare(batch, self.device, False)
-            inputs, _, args, kwargs = prepared if len(prepared) == 4 else (*prepared, (), {})
-            answer = self.inferer(inputs, self.network, *args, **kwargs)
-        with _timed(seconds, "postprocessing"):
-            output = {"image": inputs, "pred": answer}
-            del inputs, answer, prepared
-            data = {**decollate_batch(batch)[0], **decollate_batch(output)[0]}
-            del batch, output
+        inputs, _, args, kwargs = prepared if len(prepared) == 4 else (*prepared, (), {})
+        return Case(batch, inputs, args, kwargs, seconds)
+
+    def finish(self, case: Case, answer: Any) -> Prediction:
+        """Results on the grid of the image, by the bundle's own postprocessing.
+
+        Args:
+            case: it may be finished several times, with other answers.
+            answer: The network's.
+
+        Raises:
+            InputError: a result is not on the grid.
+        """
+        with _timed(case.seconds, "postprocessing"):
+            output = {"image": case.inputs, "pred": answer}
+            data = {**decollate_batch(case.batch)[0], **decollate_batch(output)[0]}
+            del output
             data = apply_transform(self.after, data)
             results = [self._result(*found) for found in data.get(RESULTS) or [("pred", "", data["pred"])]]
         assert self.reader.affine is not None
-        return Prediction(results, self.reader.affine, self.reader.notes, seconds)
+        return Prediction(results, self.reader.affine, self.reader.notes, case.seconds)
 
     def _item(self, study: Study) -> dict[str, Any]:
         paths = [str(path) for path in study.images]
@@ -114,7 +145,7 @@ class Program:
             return dict(zip(self.keys, paths, strict=True))
         return {self.keys[0]: paths if len(paths) > 1 else paths[0]}
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
         """As MONAI's evaluator: mixed precision on a GPU only."""
         if self.amp and self.device.type == "cuda":
             return torch.autocast("cuda", **self.amp_options)

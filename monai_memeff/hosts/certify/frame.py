@@ -1,0 +1,85 @@
+"""The volume in extents that a network takes: its own, or padded with zeros at its end, and results cropped back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from monai_memeff.halo.inferer import whole_peak_bytes
+from monai_memeff.hosts.certify.sources.subject import Subject
+
+DIVISORS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of which the extents of a volume may have to be multiples, for networks that halve them."""
+
+TRIAL_LOG = "torch._subclasses.fake_tensor"
+"""Logger that reports every shape a network does not take."""
+
+
+@dataclass
+class Frame:
+    """The volume as whole and streamed network see it: padded at its end where the network takes no other extents."""
+
+    inputs: Tensor
+    extents: tuple[int, ...]
+    whole_bytes: int | None
+
+    @property
+    def padded(self) -> bool:
+        """Whether it is larger than the volume."""
+        return tuple(self.inputs.shape[2:]) != self.extents
+
+    def crop(self, answer: Any) -> Any:
+        """A result without the padding, on the CPU."""
+        inside = (..., *(slice(extent) for extent in self.extents))
+        size = tuple(self.inputs.shape[2:])
+
+        def one(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            plain = leaf.detach().as_subclass(Tensor).cpu()
+            return plain[inside].contiguous() if self.padded and tuple(plain.shape[2:]) == size else plain
+
+        return pytree.tree_map(one, answer)
+
+
+def frame(subject: Subject) -> Frame:
+    """The volume in extents that the network takes: its own, or the next multiples of a power of 2, with zeros."""
+    plain = subject.inputs.as_subclass(Tensor)
+    extents = tuple(plain.shape[2:])
+    for divisor in DIVISORS:
+        size = tuple(-(-extent // divisor) * divisor for extent in extents)
+        needed = _dry_run(subject, (*plain.shape[:2], *size))
+        if needed is not None:
+            missing = [
+                part for own, new in zip(reversed(extents), reversed(size), strict=True) for part in (0, new - own)
+            ]
+            return Frame(torch.nn.functional.pad(plain, missing), extents, needed)
+    return Frame(plain, extents, None)
+
+
+def _dry_run(subject: Subject, shape: tuple[int, ...]) -> int | None:
+    """Peak bytes of the whole network at a shape; None where it does not take it (or cannot be run without values)."""
+    if subject.args or subject.kwargs:
+        return None
+    try:
+        with _quiet(), subject.precision():
+            return whole_peak_bytes(subject.network, shape, subject.inputs.dtype)
+    except Exception:  # of the network, of any kind: the run itself says it in words
+        return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    log = logging.getLogger(TRIAL_LOG)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
