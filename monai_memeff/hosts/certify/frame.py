@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from monai_memeff.halo.inferer import whole_peak_bytes
 from monai_memeff.hosts.certify.sources.subject import Subject
 
-DIVISORS = (1, 2, 4, 8, 16, 32, 64)
+DIVISORS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
 """Numbers of which the extents of a volume may have to be multiples, for networks that halve them."""
 
 TRIAL_LOG = "torch._subclasses.fake_tensor"

@@ -1,0 +1,165 @@
+"""The subject of a trained nnU-Net model for ``memeff certify``: its own preprocessing, network and export."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import SlidingWindowInferer
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+
+from monai_memeff.data import read_volume
+from monai_memeff.errors import InputError
+from monai_memeff.hosts.certify.sources.subject import Options, Subject, file_sha256
+
+CHECKPOINT = "checkpoint_final.pth"
+
+
+def nnunet_subject(folder: Path, images: Sequence[Path], options: Options) -> Subject:
+    """A fold of a trained model on one case.
+
+    Args:
+        folder: with ``plans.json``, ``dataset.json`` and ``fold_*/checkpoint_final.pth``.
+        images: one for each channel, in their order.
+        options: the fold, and the size of the window.
+
+    Raises:
+        InputError: the model cannot be loaded, is 2D or the second of a cascade, or does not take these images.
+    """
+    plans, dataset = PlansManager(_json(folder / "plans.json")), _json(folder / "dataset.json")
+    file, others = _checkpoint(folder, options.fold)
+    checkpoint = _load(file)
+    configuration = plans.get_configuration(checkpoint["init_args"]["configuration"])
+    if len(configuration.patch_size) != 3 or configuration.previous_stage_name is not None:
+        raise InputError(f"{folder} is 2D or the second stage of a cascade, and certify takes 3D models of one stage")
+    channels = determine_num_input_channels(plans, configuration, dataset)
+    if len(images) != channels:
+        names = ", ".join(map(str, (dataset.get("channel_names") or dataset.get("modality")).values()))
+        raise InputError(f"{folder} reads {names}, and --image was given {len(images)} times: once for each of them")
+    network = _network(checkpoint, plans, configuration, channels, dataset, file)
+    case = _Case(plans, configuration, dataset, images)
+    mirrored = checkpoint.get("inference_allowed_mirroring_axes") is not None
+    return Subject(
+        name=f"{plans.dataset_name} {checkpoint['init_args']['configuration']}, {file.parent.name}",
+        kind=f"trained nnU-Net model, {checkpoint['trainer_name']}",
+        network=network,
+        inputs=case.inputs,
+        labels=case.labels,
+        rule="nnU-Net's own export, on the grid of the image",
+        image=read_volume(images[0]).image,
+        window=SlidingWindowInferer(
+            options.window or tuple(configuration.patch_size), overlap=0.5, mode="gaussian", padding_mode="constant"
+        ),
+        weights={str(path): file_sha256(path) for path in (file, folder / "plans.json", folder / "dataset.json")},
+        classes=_classes(dataset, plans),
+        notes=[
+            *([f"One fold of {others + 1} is certified; nnU-Net averages the folds it is given."] if others else []),
+            *(["Mirroring is left out (nnU-Net: --disable_tta)."] if mirrored else []),
+        ],
+    )
+
+
+class _Case:
+    """One case: the preprocessed image, and labels on its grid from logits."""
+
+    def __init__(self, plans: Any, configuration: Any, dataset: dict[str, Any], images: Sequence[Path]) -> None:
+        self.plans, self.configuration, self.dataset = plans, configuration, dataset
+        files = [str(image) for image in images]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                preprocessor = configuration.preprocessor_class(verbose=False)
+                data, _, self.properties = preprocessor.run_case(files, None, plans, configuration, dataset)
+        except Exception as error:  # of readers and of nnU-Net, of any kind
+            text = " ".join(str(error).split())[:200]
+            raise InputError(f"nnU-Net cannot read or preprocess {files[0]}: {type(error).__name__}: {text}") from error
+        self.inputs = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))[None]
+
+    def labels(self, answer: Any) -> np.ndarray:
+        """nnU-Net's segmentation, written as it writes it and read as everybody reads it: (H, W, D)."""
+        logits = answer[0].as_subclass(Tensor).float()
+        manager = self.plans.get_label_manager(self.dataset)
+        threads = torch.get_num_threads()
+        found = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits, self.plans, self.configuration, manager, self.properties, num_threads_torch=threads
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"labels{self.dataset['file_ending']}"
+            self.plans.image_reader_writer_class().write_seg(found, str(file), self.properties)
+            return read_volume(file).image.as_tensor()[0].numpy().astype(np.int32)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from None
+    return found
+
+
+def _checkpoint(folder: Path, fold: str | None) -> tuple[Path, int]:
+    """The file of the fold's weights, and the number of other folds."""
+    found = sorted(folder.glob(f"fold_*/{CHECKPOINT}"))
+    if not found:
+        raise InputError(f"{folder} has no fold_*/{CHECKPOINT}: train the model to its end")
+    chosen = [file for file in found if fold is None or file.parent.name == f"fold_{fold}"]
+    if not chosen:
+        names = ", ".join(file.parent.name.removeprefix("fold_") for file in found)
+        raise InputError(f"{folder} has no fold {fold}: it has {names}")
+    return chosen[0], len(found) - 1
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """A checkpoint without running code of the file; nnU-Net's log holds numbers of numpy, which are let in."""
+    numbers = [np.dtype, np.ndarray, *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "b1")}]
+    scalar = getattr(np, "_core", getattr(np, "core", None)).multiarray.scalar  # type: ignore[union-attr]
+    allowed: list[Any] = [*numbers, scalar, (scalar, "numpy.core.multiarray.scalar")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's, zip's and torch's own
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise InputError(f"{file} is no checkpoint of tensors and numbers alone: {reason}") from error
+    missing = {"network_weights", "init_args", "trainer_name"} - set(found if isinstance(found, dict) else ())
+    if missing:
+        raise InputError(f"{file} is no checkpoint of nnU-Net: it lacks {', '.join(sorted(missing))}")
+    return dict(found)
+
+
+def _network(
+    checkpoint: dict[str, Any], plans: Any, configuration: Any, channels: int, dataset: dict[str, Any], file: Path
+) -> nn.Module:
+    name = checkpoint["trainer_name"]
+    trainer = recursive_find_trainer_class_by_name(name)
+    if trainer is None:
+        raise InputError(f"nnU-Net finds no trainer {name}, which built this model: install the package it comes from")
+    heads = plans.get_label_manager(dataset).num_segmentation_heads
+    network: nn.Module = trainer.build_network_architecture(
+        plans, configuration, channels, heads, enable_deep_supervision=False
+    )
+    try:
+        network.load_state_dict(checkpoint["network_weights"])
+    except Exception as error:  # torch says it in many lines
+        raise InputError(f"{file} does not fit the network of its plans ({type(network).__name__})") from error
+    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _classes(dataset: dict[str, Any], plans: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> numbers of its voxels, for labels and for regions."""
+    ignored = plans.get_label_manager(dataset).ignore_label
+    found = {}
+    for name, numbers in dataset["labels"].items():
+        kept = tuple(int(n) for n in (numbers if isinstance(numbers, list | tuple) else [numbers]))
+        if kept not in ((0,), (ignored,)):
+            found[name] = kept
+    return found
