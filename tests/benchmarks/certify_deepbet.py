@@ -3,11 +3,12 @@
     pip install deepbet --no-deps
     python tests/benchmarks/certify_deepbet.py [--image mr.nii.gz] [--label brain.nii.gz] --output deepbet
 
-The package (MIT) ships its weights as TorchScript, which no tool can look into at a new shape. The network is built here
-as a plain module from the operators of that graph, takes the weights by their names, and is held against the TorchScript
-before anything is certified. The image is prepared as the package does it: turned to RAS, a first network at 128^3 finds
-the head's box, the box is sampled at 256^3 by nearest neighbors, and intensities are clipped and normalized. The volume
-and the label on its grid are written beside the certificate, so that `memeff certify` can be run on them again:
+The package (MIT) ships its weights as TorchScript, which no tool can look into at a new shape. The network is built
+here as a plain module from the operators of that graph, takes the weights by their names, and is held against the
+TorchScript before anything is certified. The image is prepared as the package does it: turned to RAS, a first network
+at 128^3 finds the head's box, the box is sampled at 256^3 by nearest neighbors, and intensities are clipped and
+normalized. The volume and the label on its grid are written beside the certificate, so that the command can be run on
+them again in this folder:
 
     MEMEFF_CERTIFY_MODELS=... memeff certify certify_deepbet:brain_network --image deepbet/input.nii.gz --output again
 """
