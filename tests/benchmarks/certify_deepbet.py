@@ -22,7 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(ROOT))
 
 import nibabel
 import numpy as np
@@ -193,7 +194,7 @@ def main() -> int:
     parser.add_argument("--partitions", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
-    x = torch.randn(1, 1, 64, 96, 80, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 1, 64, 96, 128, generator=torch.Generator().manual_seed(0))
     for name in ("model.pt", "bbox_model.pt"):
         network, script = rebuilt(name)
         with torch.no_grad():

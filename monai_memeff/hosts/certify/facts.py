@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from monai_memeff import __version__
 from monai_memeff.hosts.run.output.results import versions
 
 SHOWN = ("monai-memeff", "torch", "monai", "numpy", "nnunetv2", "python")
@@ -18,7 +18,7 @@ SHOWN = ("monai-memeff", "torch", "monai", "numpy", "nnunetv2", "python")
 
 def software() -> dict[str, str]:
     """Names and versions, also where the package runs from its source."""
-    found = {"monai-memeff": __version__, **versions()}
+    found = {"monai-memeff": str(vars(sys.modules["monai_memeff"])["__version__"]), **versions()}
     found["torch"] = torch.__version__  # with the build that the distribution's number leaves out
     return {name: found[name] for name in SHOWN if name in found}
 
