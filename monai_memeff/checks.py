@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -91,6 +94,29 @@ def as_network_input(values: Tensor, dtype: torch.dtype, owner: str) -> Tensor:
         return values
     _check_exact(values, dtype, owner)
     return values.to(dtype)
+
+
+def check_layer(name: str, spec: Any, make: Callable[[], object]) -> None:
+    """Refuse by the argument's name a layer that MONAI cannot make of it: ValueError.
+
+    Args:
+        name: of the argument.
+        spec: MONAI's name of a layer, or the name and its arguments.
+        make: makes the layer.
+    """
+    try:
+        make()
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{name} {spec!r} makes no layer: {why}") from None
+
+
+def as_device(device: str | int | torch.device) -> torch.device:
+    """The device of a name: ValueError for what is none."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be a name such as cpu or cuda:0, got {device!r}.") from None
 
 
 def check_dtype(values: Tensor, dtype: torch.dtype, owner: str) -> None:

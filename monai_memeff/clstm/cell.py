@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from monai_memeff.arguments import numbers_checked
+
 State = tuple[Tensor, Tensor]
 """(h, c): hidden and cell state of one slice, each (B, hidden_channels, H, W)."""
 
@@ -29,6 +31,7 @@ class GatedConvLSTMCell(nn.Module):
         ValueError: an even kernel or no channel.
     """
 
+    @numbers_checked
     def __init__(self, hidden_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
         if hidden_channels < 1 or kernel_size % 2 == 0:

@@ -7,6 +7,8 @@ from typing import Any
 from monai.utils import IgniteInfo, min_version, optional_import
 from torch import nn
 
+from monai_memeff.arguments import numbers_checked
+
 Events, _ = optional_import("ignite.engine", IgniteInfo.OPT_IMPORT_VERSION, min_version, "Events")
 
 
@@ -22,6 +24,7 @@ class FreezeUNetHandler:
         iterations: Number of iterations; 0 freezes nothing.
     """
 
+    @numbers_checked
     def __init__(self, network: nn.Module, iterations: int = 1000) -> None:
         self.network: Any = getattr(network, "module", network)
         self.iterations = iterations

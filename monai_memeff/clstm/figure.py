@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import convert_to_numpy, optional_import
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.data.atomic import atomic_write
 
 GREEN, RED, PURPLE = (0.1, 0.8, 0.2), (0.9, 0.1, 0.1), (0.6, 0.1, 0.9)
@@ -27,6 +28,7 @@ def agreement_colors(image: np.ndarray, prediction: np.ndarray, reference: np.nd
     return np.moveaxis(blend_images(image[None], kind, opacity, palette, rescale_arrays=False), 0, -1)
 
 
+@numbers_checked
 def save_agreement(
     path: str | os.PathLike[str],
     image: NdarrayOrTensor,
@@ -93,6 +95,7 @@ class SaveAgreementd(MapTransform):
         allow_missing_keys: pass over predictions that are not there.
     """
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

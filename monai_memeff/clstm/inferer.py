@@ -12,7 +12,8 @@ from monai.inferers import Inferer
 from monai.utils import convert_to_dst_type, optional_import
 from torch import Tensor, nn
 
-from monai_memeff.arguments import check_count
+from monai_memeff.arguments import check_count, numbers_checked
+from monai_memeff.checks import as_device
 from monai_memeff.clstm.slabs import check_that_slabs_continue
 from monai_memeff.clstm.sweep import Sweep
 from monai_memeff.clstm.target import SlabTarget
@@ -46,6 +47,7 @@ class SlabInferer(Inferer):
         ValueError: slab below 1, prefetch below 0, or memory_budget below 1.
     """
 
+    @numbers_checked
     def __init__(
         self,
         slab: int = 16,
@@ -62,7 +64,7 @@ class SlabInferer(Inferer):
         check_count("slab", slab)
         check_count("prefetch", prefetch, least=0)
         self.slab, self.labels, self.prefetch, self.progress = slab, labels, prefetch, progress
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else as_device(device)
 
     def __call__(self, inputs: Tensor | Iterable[Tensor], network: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Infer.

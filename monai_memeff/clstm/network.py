@@ -11,6 +11,7 @@ import torch
 from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.checks import as_network_input
 from monai_memeff.clstm.cell import GatedConvLSTMCell, State
 from monai_memeff.clstm.recompute import checkpoint_keeping, kept_from
@@ -66,6 +67,7 @@ class CLSTMUNet(nn.Module):
         ValueError: an argument out of range.
     """
 
+    @numbers_checked
     def __init__(
         self,
         spatial_dims: int = 3,

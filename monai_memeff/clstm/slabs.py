@@ -12,7 +12,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from monai_memeff.arguments import check_axis, check_count
+from monai_memeff.arguments import check_axis, check_count, numbers_checked
 from monai_memeff.data.nifti import LabelFile
 from monai_memeff.data.nifti_checks import open_nifti
 from monai_memeff.errors import InputError
@@ -89,6 +89,7 @@ class NiftiSlabs(Sequence[Tensor]):
         InputError: the file is not 3D, or is refused by :func:`monai_memeff.data.open_nifti`.
     """
 
+    @numbers_checked
     def __init__(
         self,
         path: str | os.PathLike[str],

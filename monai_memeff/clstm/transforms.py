@@ -14,7 +14,7 @@ from monai.transforms import InvertibleTransform, MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
-from monai_memeff.arguments import check_axis
+from monai_memeff.arguments import check_axis, numbers_checked
 from monai_memeff.clstm.slabs import TOLERANCE, affine_of, check_that_slabs_continue, shifted
 
 
@@ -39,6 +39,7 @@ class SliceSequence(Transform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(
         self, slab: float = 16, axis: int = 2, overlap: float = 0, mm: bool = False, spacing: float | None = None
     ) -> None:
@@ -133,6 +134,7 @@ class SliceSequenced(MapTransform, InvertibleTransform):
 
     backend = SliceSequence.backend
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
+from monai_memeff.arguments import numbers_checked
+from monai_memeff.checks import check_layer
+
 
 class SliceBatchNorm2d(nn.BatchNorm2d):
     """Batch normalization whose training statistics belong to one slice position, however many slices come at once.
@@ -71,6 +74,7 @@ class SliceUNet(nn.Module):
         ValueError: fewer than two levels, or channels below 1.
     """
 
+    @numbers_checked
     def __init__(
         self,
         in_channels: int,
@@ -86,6 +90,8 @@ class SliceUNet(nn.Module):
                 f"SliceUNet needs two or more levels and channels of at least 1, got channels {tuple(channels)}, "
                 f"in_channels {in_channels}, out_channels {out_channels}."
             )
+        check_layer("norm", norm, lambda: norm is None or get_norm_layer(norm, spatial_dims=2, channels=channels[0]))
+        check_layer("act", act, lambda: get_act_layer(act))
         self.stride = 2 ** (len(channels) - 1)
         above = [in_channels, *channels[:-1]]
         self.encoder = nn.ModuleList(_Pair(i, o, norm, act) for i, o in zip(above, channels, strict=True))

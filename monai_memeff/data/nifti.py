@@ -11,29 +11,35 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.data.atomic import atomic_write, check_other_file, temporary_beside
 from monai_memeff.errors import InputError
+from monai_memeff.geometry import check_affine
 
 NIFTI1_MAX = 32767
 """Largest extent that a NIfTI-1 header can hold."""
 
 
-def save_nifti(path: str | os.PathLike[str], values: np.ndarray, affine: np.ndarray) -> None:
+def save_nifti(path: str | os.PathLike[str], values: np.ndarray | Tensor, affine: np.ndarray | Tensor) -> None:
     """Write a volume as NIfTI, all or nothing.
 
     Args:
         path: ends in .nii or .nii.gz.
-        values: (H, W, D), of a type that NIfTI knows; stored as it is.
+        values: (H, W, D); every number is stored exactly. Types that NIfTI lacks become wider: booleans uint8, half
+            precision float32. Integers of 64 bits become int32 where that holds them.
         affine: (4, 4), voxel index -> RAS millimeters.
 
     Raises:
-        InputError: another ending, or a volume that is not 3D.
+        InputError: another ending, a volume that is not 3D or empty, complex or no numbers, an affine that maps to no
+            millimeters.
     """
     path = Path(path)
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise InputError(f"a volume is written as .nii or .nii.gz, got {path.name!r}: give such a name.")
-    image = _image(values, affine)
+    image = _image(_storable(values), affine)
     with atomic_write(path) as work, open(work, "wb") as raw:
         if path.suffix.lower() == ".gz":
             with gzip.GzipFile("", "wb", 1, raw, mtime=0) as packed:
@@ -64,6 +70,7 @@ class LabelFile:
             labels[..., :20] = 1
     """
 
+    @numbers_checked
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -128,14 +135,30 @@ class LabelFile:
         return self._voxels
 
 
-def _image(values: np.ndarray, affine: np.ndarray) -> Any:
+def _storable(values: np.ndarray | Tensor) -> np.ndarray:
+    """The same numbers in a type that NIfTI has."""
+    if isinstance(values, Tensor):
+        values = values.detach().as_subclass(Tensor).cpu()
+        values = values.float() if values.is_floating_point() and values.dtype != torch.float64 else values
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise InputError(f"a volume of real numbers of up to 64 bits is written, got {array.dtype}: convert it first.")
+    if array.dtype.kind in "iu" and array.dtype.itemsize == 8 and array.size:
+        small = np.iinfo(np.int32)
+        return array.astype(np.int32) if small.min <= array.min() and array.max() <= small.max else array
+    wider = {np.dtype(np.bool_): np.uint8, np.dtype(np.float16): np.float32}
+    return array.astype(wider.get(array.dtype.newbyteorder("="), array.dtype), copy=False)
+
+
+def _image(values: np.ndarray, affine: np.ndarray | Tensor) -> Any:
     """A NIfTI image whose two geometries agree; a sheared grid has no qform, which cannot hold it."""
     import nibabel
 
-    if values.ndim != 3:
-        raise InputError(f"a volume (H, W, D) is written, got the shape {values.shape}.")
+    if values.ndim != 3 or 0 in values.shape:
+        raise InputError(f"a volume (H, W, D) with voxels is written, got the shape {values.shape}.")
+    affine = check_affine(affine).cpu().numpy()
     kind = nibabel.Nifti1Image if max(values.shape) <= NIFTI1_MAX else nibabel.Nifti2Image
-    image = kind(values, affine)
+    image = kind(values, affine, dtype=values.dtype)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)

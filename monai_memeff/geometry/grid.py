@@ -74,7 +74,10 @@ def check_affine(affine: Tensor | np.ndarray) -> Tensor:
     Raises:
         ValueError: wrong shape, values that are not finite, or axes that do not span space.
     """
-    matrix = torch.as_tensor(affine).detach().as_subclass(Tensor).to(torch.float64)
+    try:
+        matrix = torch.as_tensor(affine).detach().as_subclass(Tensor).to(torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"An affine must be a 4x4 array of numbers, got {type(affine).__name__}.") from None
     if matrix.shape != (4, 4):
         raise ValueError(f"An affine must be 4x4, got shape {tuple(matrix.shape)}; 2D images need a third axis.")
     if not bool(matrix.isfinite().all()):

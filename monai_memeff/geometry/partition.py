@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from monai_memeff.arguments import numbers_checked
 
+
+@numbers_checked
 def split_axis(
     size: int, parts: int, alignment: int = 1, weights: Sequence[float] | None = None
 ) -> list[tuple[int, int]]:

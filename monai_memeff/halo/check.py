@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.halo.inferer import SpatialPartitionInferer
 from monai_memeff.halo.planning.errors import NotPartitionableError
 
 
+@numbers_checked
 def verify(
     network: nn.Module, shape: Sequence[int], partitions: int = 3, axis: int = 0, tolerance: float = 1e-8
 ) -> float:

@@ -11,6 +11,7 @@ from monai.engines import PrepareBatch, Trainer, default_prepare_batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.run.ranks.agreement import digest
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
@@ -29,6 +30,7 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+@numbers_checked
 def init_from_torchrun(data: int = -1, spatial: Sequence[int] = (2,), axes: Sequence[int] | None = None) -> HaloMesh:
     """Join the processes that torchrun started and arrange them as data x spatial.
 

@@ -17,6 +17,8 @@ from monai.utils import optional_import
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from monai_memeff.arguments import numbers_checked
+from monai_memeff.checks import as_device
 from monai_memeff.halo.planning.capture import bare, home
 from monai_memeff.halo.planning.estimate import dry_peak
 from monai_memeff.halo.planning.fingerprint import call_key, fingerprint, mode_key
@@ -90,6 +92,7 @@ class SpatialPartitionInferer(Inferer):
         torch.Size([1, 2, 17, 16, 16])
     """
 
+    @numbers_checked
     def __init__(
         self,
         partitions: int | str = "auto",
@@ -106,7 +109,7 @@ class SpatialPartitionInferer(Inferer):
         if labels not in (True, False, "regions"):
             raise ValueError(f"labels must be True, False or 'regions' but is {labels!r}.")
         self.partitions, self.store, self.axis = partitions, store, axis
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else as_device(device)
         self.labels, self.memory_budget, self.progress = labels, memory_budget, progress
         self.last_report: StreamingReport | None = None
         self._calls = 0

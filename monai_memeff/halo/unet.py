@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from monai_memeff.arguments import numbers_checked
+
 FEATURES = {64: (256, 512, 1024), 128: (128, 256, 512, 1024), 256: (64, 128, 256, 512, 1024)}
 FEATURES[512] = (32, 64, 128, 256, 512, 1024)
 
@@ -41,6 +43,7 @@ class VolumeUNet(nn.Module):
         dropout: rate after every convolution but the first, and after every transposed convolution.
     """
 
+    @numbers_checked
     def __init__(
         self,
         in_channels: int = 1,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.memory.meter import measure_peak
 
 
@@ -62,6 +63,7 @@ class PeakEstimate:
         return edge
 
 
+@numbers_checked
 def estimate_peak(
     step: Callable[[tuple[int, ...]], Any],
     spatial_shapes: Sequence[Sequence[int]],

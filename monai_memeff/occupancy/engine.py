@@ -9,8 +9,9 @@ import torch
 from monai.engines import PrepareBatch
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.occupancy.checks import plain_tensor
-from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_fractions, sample_points
+from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_band, checked_fractions, sample_points
 
 
 class PrepareBatchOccupancy(PrepareBatch):
@@ -34,6 +35,7 @@ class PrepareBatchOccupancy(PrepareBatch):
         ignore_index: see :class:`~monai_memeff.occupancy.RandOccupancyPoints`; the loss takes the same number.
     """
 
+    @numbers_checked
     def __init__(
         self,
         image_key: str = "image",
@@ -47,7 +49,7 @@ class PrepareBatchOccupancy(PrepareBatch):
     ) -> None:
         self.image_key, self.label_key = image_key, label_key
         self.points_key, self.occupancy_key = points_key, occupancy_key
-        self.num_samples, self.band_width, self.ignore_index = num_samples, band_width, ignore_index
+        self.num_samples, self.band_width, self.ignore_index = num_samples, checked_band(band_width), ignore_index
         self.sampling = checked_fractions(sampling)
 
     def __call__(

@@ -15,7 +15,7 @@ from monai.inferers import Inferer
 from monai.utils import convert_to_dst_type, optional_import
 from torch import Tensor, nn
 
-from monai_memeff.arguments import check_count
+from monai_memeff.arguments import check_count, numbers_checked
 from monai_memeff.checks import check_finite
 from monai_memeff.occupancy.evaluator import PointEvaluator, labels_of
 from monai_memeff.occupancy.octree import NodeGrid, default_stride, node_counts, refine
@@ -103,6 +103,7 @@ class OctreeInferer(Inferer):
         UserWarning: the coarse prediction is one single label, so the grid is used.
     """
 
+    @numbers_checked
     def __init__(
         self,
         points_per_pass: int = 2**14,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from monai_memeff.arguments import check_number
+from monai_memeff.arguments import check_number, numbers_checked
 from monai_memeff.errors import InputError
 
 
@@ -28,6 +28,7 @@ class OccupancyLoss(nn.Module):
             :class:`~monai_memeff.occupancy.RandOccupancyPoints` takes ``ignore_index`` too.
     """
 
+    @numbers_checked
     def __init__(
         self, point_loss: nn.Module | None = None, coarse_weight: float = 0.1, ignore_index: int | None = None
     ) -> None:

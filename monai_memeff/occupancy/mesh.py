@@ -12,6 +12,8 @@ from monai.data import MetaTensor
 from monai.transforms.utils import generate_spatial_bounding_box
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
+from monai_memeff.checks import check_finite, computable
 from monai_memeff.data.atomic import atomic_write
 from monai_memeff.geometry import check_affine, ras_affine
 
@@ -34,6 +36,7 @@ class SurfaceMesh(NamedTuple):
         return float(np.einsum("ij,ij->", a, np.cross(b, c)) / 6)
 
 
+@numbers_checked
 def labels_to_mesh(
     labels: Tensor | np.ndarray, affine: Tensor | np.ndarray | None = None, label: int = 1
 ) -> SurfaceMesh:
@@ -57,6 +60,7 @@ def labels_to_mesh(
     return _surface(inside[box].astype(np.float32) - 0.5, box, matrix)
 
 
+@numbers_checked
 def logits_to_mesh(logits: Tensor, affine: Tensor | np.ndarray | None = None, label: int = 1) -> SurfaceMesh:
     """The surface of one class at sub-voxel precision, where its logit equals the largest of the others.
 
@@ -75,12 +79,16 @@ def logits_to_mesh(logits: Tensor, affine: Tensor | np.ndarray | None = None, la
     stack = logits.detach().as_subclass(Tensor)
     stack = stack[0] if stack.dim() == 5 and len(stack) == 1 else stack
     if stack.dim() != 4 or not (label == 1 if len(stack) == 1 else 0 <= label < len(stack)):
-        raise ValueError(f"class {label} needs logits (K, H, W, D) that have it, got shape {tuple(logits.shape)}.")
+        raise ValueError(f"label {label} needs logits (K, H, W, D) that have it, got shape {tuple(logits.shape)}.")
+    if not stack.is_floating_point():
+        raise ValueError(f"logits are floating-point numbers, got {stack.dtype}; labels_to_mesh takes label maps.")
+    stack = stack.float()
+    check_finite(stack, "logits_to_mesh")
     field = stack[0]
     if len(stack) > 1:
         others = torch.cat([stack[:label], stack[label + 1 :]])
         field = stack[label] - others.amax(0)
-    values = field.float().cpu().numpy()
+    values = field.cpu().numpy()
     if not (values > 0).any():
         raise ValueError(f"class {label} is empty: its logit is the largest nowhere, so it has no surface.")
     box = _box(values > 0)
@@ -96,7 +104,7 @@ def write_mesh(path: str | Path, mesh: SurfaceMesh, space: str = "LPS") -> None:
         space: "LPS", as DICOM and 3D Slicer take files (the header says so), or "RAS", as it is.
 
     Raises:
-        ValueError: another suffix or space, or a mesh without faces.
+        ValueError: another suffix or space, no faces, or vertices that float32 does not hold.
     """
     path = Path(path)
     if path.suffix.lower() != ".stl":
@@ -105,6 +113,8 @@ def write_mesh(path: str | Path, mesh: SurfaceMesh, space: str = "LPS") -> None:
         raise ValueError(f"space must be 'LPS' or 'RAS', got {space!r}.")
     if not len(mesh.faces):
         raise ValueError("a mesh without faces cannot be written.")
+    if not (np.abs(mesh.vertices) <= np.finfo(np.float32).max).all():
+        raise ValueError("the vertices of a mesh must be finite numbers of float32, got others; check the affine.")
     points = (mesh.vertices * ([-1.0, -1.0, 1.0] if space == "LPS" else 1.0)).astype("<f4")
     content = _stl(points, mesh.faces, space)
     with atomic_write(path) as work:
@@ -150,7 +160,12 @@ def _affine(volume: Tensor | np.ndarray, affine: Tensor | np.ndarray | None) -> 
 
 
 def _volume(labels: Tensor | np.ndarray) -> np.ndarray:
-    values = labels.detach().as_subclass(Tensor).cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if not isinstance(labels, Tensor):
+        labels = np.asarray(labels)
+        labels = torch.from_numpy(np.ascontiguousarray(labels, labels.dtype.newbyteorder("=")))
+    tensor = labels.detach().as_subclass(Tensor)
+    check_finite(tensor, "labels_to_mesh")
+    values = (tensor.float() if tensor.dtype == torch.bfloat16 else computable(tensor)).cpu().numpy()
     if values.ndim < 3 or any(extent != 1 for extent in values.shape[:-3]):
         raise ValueError(f"labels must be one volume (H, W, D), got shape {values.shape}.")
     return values.reshape(values.shape[-3:])

@@ -10,9 +10,15 @@ from monai.metrics import CumulativeIterationMetric
 from monai.metrics.utils import do_metric_reduction
 from torch import Tensor
 
-from monai_memeff.arguments import check_count
+from monai_memeff.arguments import check_count, numbers_checked
 from monai_memeff.occupancy.checks import plain_tensor
-from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_fractions, checked_label, sample_points
+from monai_memeff.occupancy.sampling import (
+    PUBLISHED_BAND,
+    checked_band,
+    checked_fractions,
+    checked_label,
+    sample_points,
+)
 
 
 class SampledDiceMetric(CumulativeIterationMetric):
@@ -33,6 +39,7 @@ class SampledDiceMetric(CumulativeIterationMetric):
         ignore_index: Label of voxels in the truth that are not scored; a volume of nothing else scores NaN.
     """
 
+    @numbers_checked
     def __init__(
         self,
         num_samples: int = 2**14,
@@ -52,7 +59,7 @@ class SampledDiceMetric(CumulativeIterationMetric):
             classes,
             reduction,
             seed,
-            band_width,
+            checked_band(band_width),
         )
         self.sampling = checked_fractions(sampling or {"border": 0.4, "uniform": 0.6})
 

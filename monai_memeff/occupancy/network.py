@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from monai.networks.layers import get_norm_layer
 from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from monai_memeff.arguments import check_count
+from monai_memeff.arguments import numbers_checked
+from monai_memeff.checks import check_layer
 from monai_memeff.geometry import index_to_unit, sample_at
 from monai_memeff.norms import accept_single_values
 from monai_memeff.occupancy.checks import checked_points, checked_shape, checked_volume, plain_tensor
+from monai_memeff.occupancy.nn.activation import activation
 from monai_memeff.occupancy.nn.decoder import PointDecoder
 from monai_memeff.occupancy.nn.encoder import (
     AuxiliaryHead,
@@ -111,6 +115,7 @@ class OccupancyNet(nn.Module):
         ValueError: an unknown variant, an encoder for a variant of the paper, or extents that do not divide.
     """
 
+    @numbers_checked
     def __init__(
         self,
         in_channels: int = 1,
@@ -135,8 +140,6 @@ class OccupancyNet(nn.Module):
         ours = parts.interpolated
         if encoder is not None and not ours:
             raise ValueError(f"variant {variant!r} has its own encoder: use variant='interpolated' with another one.")
-        check_count("points_per_pass", points_per_pass)
-        check_count("downscale", downscale)
         if not channels:
             raise ValueError("channels must name a level or more, got none.")
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -146,10 +149,13 @@ class OccupancyNet(nn.Module):
         width, blocks = width or (128 if ours else 512), blocks or (3 if ours else 5)
         act = act or (("leakyrelu", {"negative_slope": 0.01}) if ours else "PADE")
         norm = norm or ("batch" if not ours else ("group", {"num_groups": _groups(channels)}))
+        check_layer("norm", norm, lambda: get_norm_layer(norm, 3, channels[0]))
+        check_layer("act", act, lambda: activation(act))
         self.encoder = encoder or ResidualEncoder(in_channels, channels, act, norm)
         self.code = (PooledLatentHead if ours else SkipLatentHead if parts.skip else PlainLatentHead)(channels, blocks)
         self.coarse_head = _coarse_head(parts, channels, out_channels)
-        condition = channels[-1] if ours else _product(self.volume_shape) // (downscale * 2 ** len(channels)) ** 3
+        cells = math.prod(self.volume_shape or ()) // (downscale * 2 ** len(channels)) ** 3
+        condition = channels[-1] if ours else cells
         self.patch_encoder = _patch_encoder(parts, in_channels, act)
         known = 3 + condition + (sum(channels) if ours else 0)
         known += self.patch_encoder.features if self.patch_encoder else 0
@@ -258,7 +264,7 @@ class OccupancyNet(nn.Module):
         answers = (self.query(latent, p.expand(len(volume), -1, -1), volume).transpose(1, 2) for p in passes)
         if torch.is_grad_enabled():
             return torch.cat(list(answers), 2).unflatten(2, shape)
-        extents = (len(volume), self.out_channels, _product(shape))
+        extents = (len(volume), self.out_channels, math.prod(shape))
         result, start = volume.new_empty(extents, dtype=self._dtype_of(volume)), 0
         for answer in answers:
             result[:, :, start : start + answer.shape[2]] = answer
@@ -270,7 +276,7 @@ def grid_points(
     spatial_shape: Sequence[int], points_per_pass: int, device: torch.device | None = None
 ) -> Iterator[Tensor]:
     """All voxel centers of a volume as (N, 3) float32 voxel indices, last axis fastest, in portions."""
-    total = _product(spatial_shape)
+    total = math.prod(spatial_shape)
     for start in range(0, total, points_per_pass):
         numbers = torch.arange(start, min(start + points_per_pass, total), device=device)
         yield torch.stack(torch.unravel_index(numbers, tuple(spatial_shape)), 1).float()
@@ -290,10 +296,3 @@ def _patch_encoder(parts: Variant, in_channels: int, act: tuple | str) -> PatchE
 
 def _groups(channels: Sequence[int]) -> int:
     return max(groups for groups in (8, 4, 2, 1) if all(width % groups == 0 for width in channels))
-
-
-def _product(shape: Sequence[int] | None) -> int:
-    result = 1
-    for extent in shape or ():
-        result *= extent
-    return result

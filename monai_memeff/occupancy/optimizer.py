@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.occupancy.nn.activation import PadeActivation
 
 
@@ -27,6 +28,7 @@ class Lookahead(Optimizer):
         ValueError: k or alpha out of range.
     """
 
+    @numbers_checked
     def __init__(self, optimizer: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
         if k < 1 or not 0 < alpha <= 1:
             raise ValueError(f"k must be 1 or more and alpha in (0, 1], got {k} and {alpha}.")
@@ -72,6 +74,7 @@ class Lookahead(Optimizer):
         self.steps = state_dict["steps"]
 
 
+@numbers_checked
 def occupancy_optimizer(
     network: nn.Module, lr: float = 3e-4, pade_lr: float = 1e-2, k: int = 5, alpha: float = 0.8
 ) -> Lookahead:

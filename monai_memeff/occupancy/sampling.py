@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from monai_memeff.arguments import check_count, check_number
 from monai_memeff.checks import check_finite, computable
 
 Draw = Callable[[int, int], Tensor]
@@ -14,6 +15,14 @@ Draw = Callable[[int, int], Tensor]
 
 KINDS = ("uniform", "border", "balanced")
 PUBLISHED_BAND = 13
+
+
+def checked_band(width: int) -> int:
+    """The width of a border in voxels: ValueError unless it is odd."""
+    check_count("band_width", width)
+    if width % 2 == 0:
+        raise ValueError(f"band_width must be odd, got {width}.")
+    return width
 
 
 def checked_fractions(sampling: str | Mapping[str, float]) -> dict[str, float]:
@@ -27,6 +36,8 @@ def checked_fractions(sampling: str | Mapping[str, float]) -> dict[str, float]:
     unknown = [kind for kind in sampling if kind not in KINDS]
     if unknown:
         raise ValueError(f"sampling must be of {', '.join(KINDS)}, got {unknown[0]!r}.")
+    for kind, fraction in sampling.items():
+        check_number(f"sampling[{kind!r}]", fraction, 0)
     fractions = {kind: float(fraction) for kind, fraction in sampling.items()}
     if not fractions or min(fractions.values()) < 0 or abs(sum(fractions.values()) - 1) > 1e-6:
         raise ValueError(f"the fractions of sampling must be 0 or more and add up to 1, got {fractions}.")

@@ -12,7 +12,8 @@ from monai.transforms import MapTransform, Randomizable, Transform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
-from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_fractions, sample_points
+from monai_memeff.arguments import numbers_checked
+from monai_memeff.occupancy.sampling import PUBLISHED_BAND, checked_band, checked_fractions, sample_points
 
 __all__ = ["RandOccupancyPoints", "RandOccupancyPointsD", "RandOccupancyPointsDict", "RandOccupancyPointsd"]
 
@@ -39,6 +40,7 @@ class RandOccupancyPoints(Randomizable, Transform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(
         self,
         num_samples: int = 2**14,
@@ -46,11 +48,7 @@ class RandOccupancyPoints(Randomizable, Transform):
         band_width: int = PUBLISHED_BAND,
         ignore_index: int | None = None,
     ) -> None:
-        if num_samples < 1 or band_width < 1 or band_width % 2 == 0:
-            raise ValueError(
-                f"num_samples must be positive and band_width positive and odd, got {num_samples} and {band_width}."
-            )
-        self.num_samples, self.band_width, self.ignore_index = num_samples, band_width, ignore_index
+        self.num_samples, self.band_width, self.ignore_index = num_samples, checked_band(band_width), ignore_index
         self.sampling = checked_fractions(sampling)
 
     def __call__(self, label: NdarrayOrTensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +90,7 @@ class RandOccupancyPointsd(Randomizable, MapTransform):
 
     backend = RandOccupancyPoints.backend
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

@@ -9,6 +9,8 @@ from monai.inferers import Inferer
 from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
+from monai_memeff.arguments import numbers_checked
+from monai_memeff.checks import as_device
 from monai_memeff.errors import InputError
 from monai_memeff.memory import measure_peak
 from monai_memeff.memory.budget import ran_out
@@ -30,10 +32,11 @@ class SparseInferer(Inferer):
     Where the device runs out of memory, the volumes of a batch go through one after the other.
     """
 
+    @numbers_checked
     def __init__(self, device: str | torch.device | None = None, memory_budget: int | None = None) -> None:
         super().__init__()
         self.memory_budget = memory_budget
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else as_device(device)
 
     def __call__(
         self, inputs: Tensor | SparseTensor, network: nn.Module, *args: Any, **kwargs: Any

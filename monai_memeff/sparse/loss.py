@@ -9,6 +9,7 @@ from monai.losses.focal_loss import sigmoid_focal_loss
 from torch import Tensor, nn
 from torch.nn import functional
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.geometry import key_lists
 from monai_memeff.sparse.core.annotation import check_ignore_index, filled_cells, foreground_and_ignored
 from monai_memeff.sparse.core.tensor import SparseTensor
@@ -32,6 +33,7 @@ class SparseCompletionLoss(nn.Module):
         ValueError: gamma is negative, infinite or NaN.
     """
 
+    @numbers_checked
     def __init__(self, ignore_index: int | None = None, gamma: float = 0.0) -> None:
         super().__init__()
         if not 0 <= gamma < float("inf"):

@@ -9,6 +9,7 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import Transform
 from monai.utils import TransformBackends
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.errors import InputError
 from monai_memeff.transforms.each_key import EachKey, name_of
 
@@ -72,6 +73,7 @@ class CheckForeground(Transform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(
         self,
         max_fraction: float = 1.0,
@@ -167,6 +169,7 @@ class CheckForegroundd(EachKey):
         allow_missing_keys: Whether a dictionary without a key passes.
     """
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

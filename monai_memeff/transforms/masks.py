@@ -10,6 +10,7 @@ from monai.transforms.utils_morphological_ops import dilate, erode
 from monai.utils import TransformBackends
 from torch import Tensor, nn
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.errors import InputError
 from monai_memeff.transforms.each_key import EachKey, name_of
 
@@ -47,6 +48,7 @@ class SelectLabel(Transform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(self, label: float | None = None, allow_empty: bool = True) -> None:
         self.label, self.allow_empty = label, allow_empty
 
@@ -80,6 +82,7 @@ class PredictMask(Transform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(self, network: nn.Module, threshold: float = 0.0, device: torch.device | str | None = None) -> None:
         self.network, self.threshold, self.device = network, threshold, device
 
@@ -106,6 +109,7 @@ class DilateMask(Transform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(self, size: int = 3) -> None:
         if size < 1 or size % 2 == 0:
             raise ValueError(f"size must be odd and at least 1, got {size}.")
@@ -133,6 +137,7 @@ class OpenMask(Transform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(self, size: int = 3) -> None:
         if size < 1 or size % 2 == 0:
             raise ValueError(f"size must be odd and at least 1, got {size}.")
@@ -154,6 +159,7 @@ class SelectLabeld(EachKey):
         allow_missing_keys: Whether a dictionary without a key passes.
     """
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,
@@ -175,6 +181,7 @@ class PredictMaskd(EachKey):
         allow_missing_keys: Whether a dictionary without a key passes.
     """
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,
@@ -195,6 +202,7 @@ class DilateMaskd(EachKey):
         allow_missing_keys: Whether a dictionary without a key passes.
     """
 
+    @numbers_checked
     def __init__(self, keys: KeysCollection, size: int = 3, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, DilateMask(size), allow_missing_keys)
 
@@ -208,6 +216,7 @@ class OpenMaskd(EachKey):
         allow_missing_keys: Whether a dictionary without a key passes.
     """
 
+    @numbers_checked
     def __init__(self, keys: KeysCollection, size: int = 3, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, OpenMask(size), allow_missing_keys)
 

@@ -105,7 +105,7 @@ def test_a_number_that_cannot_be_meant_is_refused(
 
 
 def test_what_inactive_voxels_are_is_finite() -> None:
-    with pytest.raises(ValueError, match="inactive_logits must be finite, got nan"):
+    with pytest.raises(ValueError, match="inactive_logits must be a sequence of finite numbers"):
         unet(inactive_logits=(NAN, 0.0))
     with pytest.raises(ValueError, match="threshold must be finite, got nan"):
         active_voxels(torch.ones(1, 1, 2, 2, 2), NAN)

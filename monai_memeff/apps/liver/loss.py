@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from monai_memeff.arguments import check_count, numbers_checked
+
 
 class LiverTumorLoss(nn.Module):
     """0.2 Dice + 0.8 weighted cross entropy, Hou et al. 2019 (https://arxiv.org/abs/1909.03108) and their code.
@@ -21,10 +23,14 @@ class LiverTumorLoss(nn.Module):
         dice_weight: Weight of the Dice term; that of cross entropy is 1 minus this.
     """
 
+    @numbers_checked
     def __init__(
         self, class_weights: Sequence[float] = (1.0, 8.0, 16.0), lesion: int = 2, dice_weight: float = 0.2
     ) -> None:
         super().__init__()
+        check_count("lesion", lesion)
+        if lesion >= len(class_weights):
+            raise ValueError(f"lesion must be one of the {len(class_weights)} classes, got {lesion}.")
         self.register_buffer("class_weights", torch.tensor(list(class_weights)), persistent=False)
         self.class_weights: Tensor
         self.lesion, self.dice_weight = lesion, dice_weight

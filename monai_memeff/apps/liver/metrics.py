@@ -8,6 +8,8 @@ import torch
 from monai.metrics import CumulativeIterationMetric
 from torch import Tensor
 
+from monai_memeff.arguments import check_count, numbers_checked
+
 
 class LesionDiceMetric(CumulativeIterationMetric):
     """Dice of one class per case (mean over cases) or global (over all voxels of all cases), the two LiTS scores.
@@ -18,8 +20,10 @@ class LesionDiceMetric(CumulativeIterationMetric):
             prediction counts 1 per case and nothing globally.
     """
 
+    @numbers_checked
     def __init__(self, lesion: int = 2, overall: bool = False) -> None:
         super().__init__()
+        check_count("lesion", lesion)
         self.lesion, self.overall = lesion, overall
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:

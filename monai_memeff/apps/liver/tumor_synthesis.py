@@ -14,6 +14,8 @@ from monai.transforms import MapTransform, Randomizable, RandomizableTransform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
+from monai_memeff.arguments import check_positive, numbers_checked
+
 
 def _box_mean(x: Tensor, size: int) -> Tensor:
     """Mean over cubes of `size` voxels, SAME padding with zeros, of (spatial...)."""
@@ -58,12 +60,14 @@ class RandTumorSynthesis(RandomizableTransform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(
         self, prob: float = 0.5, contrast: float = 1.15, min_ratio: float = 0.05, resolution: int | None = None
     ) -> None:
         if not 0 <= prob <= 1 or not 0 <= min_ratio <= 1:
             raise ValueError(f"prob and min_ratio must be within [0, 1] but are {prob} and {min_ratio}.")
         RandomizableTransform.__init__(self, prob)
+        check_positive("contrast", contrast)
         self.contrast, self.min_ratio, self.resolution = contrast, min_ratio, resolution
         self._ratio = 0.0
         self._noise = torch.empty(0)
@@ -130,6 +134,7 @@ class RandTumorSynthesisd(MapTransform, Randomizable):
 
     backend = RandTumorSynthesis.backend
 
+    @numbers_checked
     def __init__(
         self,
         image_key: str,

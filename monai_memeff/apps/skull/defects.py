@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import TransformBackends
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.geometry import ras_affine
 from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask
 
@@ -93,6 +94,7 @@ class RandSkullDefect(RandomizableTransform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(
         self,
         kind: str | Sequence[str] = KINDS,
@@ -220,6 +222,7 @@ class RandSkullDefectd(RandomizableTransform, MapTransform):
 
     backend = RandSkullDefect.backend
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

@@ -10,6 +10,7 @@ from monai.transforms import KeepLargestConnectedComponent, MapTransform, Transf
 from monai.utils import TransformBackends
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask, morphology
 
 
@@ -29,6 +30,7 @@ class ImplantFromCompletion(Transform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(self, opening: int = 1, largest: bool = True) -> None:
         if opening < 0:
             raise ValueError(f"opening must not be negative, got {opening}.")
@@ -75,6 +77,7 @@ class ImplantFromCompletiond(MapTransform):
 
     backend = ImplantFromCompletion.backend
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

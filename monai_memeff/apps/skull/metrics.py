@@ -12,7 +12,9 @@ from monai.data import MetaTensor
 from monai.metrics import CumulativeIterationMetric
 from monai.metrics.utils import do_metric_reduction, get_edge_surface_distance, prepare_spacing
 from monai.transforms.utils import distance_transform_edt, generate_spatial_bounding_box
+from monai.utils import ensure_tuple
 
+from monai_memeff.arguments import check_positive, numbers_checked
 from monai_memeff.checks import check_mask
 
 __all__ = [
@@ -235,6 +237,7 @@ class ImplantMetric(CumulativeIterationMetric):
         value = metric.aggregate().item()
     """
 
+    @numbers_checked
     def __init__(
         self,
         score: str = "dice",
@@ -247,6 +250,8 @@ class ImplantMetric(CumulativeIterationMetric):
         super().__init__()
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        for step in () if spacing is None else ensure_tuple(spacing):
+            check_positive("spacing", step)
         self.score, self.spacing = score, spacing
         self.distance_mm, self.percentile = distance_mm, percentile
         self.reduction, self.get_not_nans = reduction, get_not_nans

@@ -14,6 +14,7 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask, morphology
 
 
@@ -33,6 +34,7 @@ class SkullShell(Transform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(self, steps: int = 1, first_slices: int | None = None) -> None:
         if steps < 1 or (first_slices is not None and first_slices < 0):
             raise ValueError(f"steps must be at least 1 and first_slices not negative, got {steps} and {first_slices}.")
@@ -77,6 +79,7 @@ class SkullShelld(MapTransform):
 
     backend = SkullShell.backend
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import Crop, InvertibleTransform, MapTransform
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.geometry import grid, ras_affine
 from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask
 
@@ -46,6 +47,7 @@ class UpperSkullCrop(Crop):
 
     backend = Crop.backend
 
+    @numbers_checked
     def __init__(
         self,
         keep: int = 126,
@@ -127,6 +129,7 @@ class UpperSkullCropd(MapTransform, InvertibleTransform):
 
     backend = UpperSkullCrop.backend
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

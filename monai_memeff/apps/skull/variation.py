@@ -13,7 +13,7 @@ from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import TransformBackends, convert_to_dst_type
 from torch import Tensor
 
-from monai_memeff.arguments import check_number
+from monai_memeff.arguments import check_number, numbers_checked
 from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask
 
 __all__ = ["RandSkullVariation", "RandSkullVariationD", "RandSkullVariationDict", "RandSkullVariationd"]
@@ -49,6 +49,7 @@ class RandSkullVariation(RandomizableTransform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(
         self,
         rotation: float = 0.15,
@@ -140,6 +141,7 @@ class RandSkullVariationd(RandomizableTransform, MapTransform):
 
     backend = RandSkullVariation.backend
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

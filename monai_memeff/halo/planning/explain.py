@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.halo.planning.binding import bind_program
 from monai_memeff.halo.planning.capture import capture
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.plan import examples
 
 
+@numbers_checked
 def explain(network: nn.Module, inputs: Any, axis: int = 0, kwargs: dict[str, Any] | None = None) -> list[str]:
     """The reasons why a network cannot be partitioned exactly; empty if it can.
 

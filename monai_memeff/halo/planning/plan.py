@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from monai_memeff.arguments import numbers_checked
+from monai_memeff.checks import as_device
 from monai_memeff.halo.planning.binding import bind_program, main_input
 from monai_memeff.halo.planning.capture import bare, capture, home
 from monai_memeff.halo.planning.errors import NotPartitionableError
@@ -97,6 +99,7 @@ def examples(inputs: Any, network: nn.Module) -> tuple[Any, ...]:
     return tuple(inputs)
 
 
+@numbers_checked
 def plan(
     network: nn.Module,
     inputs: Any,
@@ -127,7 +130,7 @@ def plan(
     """
     if partitions != "auto" and (not isinstance(partitions, int) or isinstance(partitions, bool) or partitions < 1):
         raise ValueError(f"partitions must be a positive number or 'auto' but is {partitions!r}.")
-    target = torch.device(device) if device is not None else home(bare(network))
+    target = as_device(device) if device is not None else home(bare(network))
     return make_plan(network, examples(inputs, network), kwargs or {}, partitions, memory_budget, axis, target)
 
 

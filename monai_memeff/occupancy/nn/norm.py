@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from monai_memeff.arguments import numbers_checked
+
 Statistics = Literal["scalar", "feature"]
 
 
@@ -25,6 +27,7 @@ class ConditionalBatchNorm(nn.Module):
         ValueError: another word for ``statistics``.
     """
 
+    @numbers_checked
     def __init__(
         self, features: int, condition_features: int, statistics: Statistics = "scalar", momentum: float = 0.1
     ) -> None:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from monai_memeff.checks import as_device
 from monai_memeff.sparse.backends.self_test import self_test_error
 
 BACKENDS: dict[str, str] = {
@@ -67,7 +68,7 @@ def status(device: torch.device | str | None = None) -> dict[str, str | None]:
     Args:
         device: where the tensors are; default CUDA if there is such a device, else the CPU.
     """
-    where = _devices()[0] if device is None else torch.device(device)
+    where = _devices()[0] if device is None else as_device(device)
     return {name: _reason(name, where) for name in BACKENDS}
 
 
@@ -95,7 +96,7 @@ def chosen(device: torch.device | str) -> str:
     Raises:
         ValueError: the engine that was chosen by name cannot be used on this device.
     """
-    where = torch.device(device)
+    where = as_device(device)
     choice = _choice()
     if choice != AUTO:
         _check(choice, [where])

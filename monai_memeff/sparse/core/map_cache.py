@@ -12,6 +12,7 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.data.atomic import atomic_write
 from monai_memeff.sparse.core.neighbors import KernelShape, NeighborTable
 from monai_memeff.sparse.core.voxel_set import VoxelSet
@@ -26,6 +27,7 @@ _folder: Path | None = None
 _max_bytes = 0
 
 
+@numbers_checked
 def keep_kernel_maps(folder: str | os.PathLike[str] | None, max_bytes: int = 20 * 2**30) -> None:
     """Keep the neighbors that convolutions find in a folder, and read them there when the same voxels come back.
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from monai.networks.layers.factories import Act, Norm
 from monai.networks.layers.simplelayers import SkipConnection
+from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 from torch.nn import functional
 
-from monai_memeff.checks import as_network_input
+from monai_memeff.arguments import check_odd, numbers_checked
+from monai_memeff.checks import as_network_input, check_layer
 from monai_memeff.memory import checkpoint
 from monai_memeff.norms import accept_single_values
 from monai_memeff.sparse.core.tensor import SparseTensor
@@ -80,6 +82,7 @@ class CoarseToSparseUNet(nn.Module):
         ValueError: an argument is out of range.
     """
 
+    @numbers_checked
     def __init__(
         self,
         spatial_dims: int,
@@ -109,6 +112,10 @@ class CoarseToSparseUNet(nn.Module):
         super().__init__()
         if spatial_dims != 3:
             raise ValueError(f"CoarseToSparseUNet works on volumes: spatial_dims must be 3, got {spatial_dims}.")
+        check_odd("kernel_size", kernel_size)
+        check_odd("up_kernel_size", up_kernel_size)
+        check_layer("norm", norm, lambda: norm is None or get_norm_layer(norm, 3, channels[0]))
+        check_layer("act", act, lambda: act is None or get_act_layer(act))
         self.coarse_factor = _per_axis("coarse_factor", coarse_factor)
         _check_range("max_active", max_active, 0 < max_active <= 1, "above 0 and at most 1")
         _check_range("certainty", certainty, 0 < certainty <= 1, "above 0 and at most 1")

@@ -9,6 +9,7 @@ import torch
 from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.checks import check_mask
 from monai_memeff.geometry import key_lists
 from monai_memeff.memory import checkpoint
@@ -51,6 +52,7 @@ class SparseCompletionNet(nn.Module):
     ``final``, frozen and not computed, so that parameter counts and checkpoints agree.
     """
 
+    @numbers_checked
     def __init__(
         self,
         channels: Sequence[int] = (8, 8, 16, 16, 32, 32, 64),

@@ -142,7 +142,9 @@ def convert_file(source: str, channels: tuple[int, ...] | None = None) -> tuple[
     ):
         raise ValueError(f"{source} holds no state dict: names and tensors, or those under `state_dict`.")
     channels = channels or channels_of(loaded)
-    return from_minkowski(loaded, SparseCompletionNet(channels)), channels
+    with torch.device("meta"):  # only names and shapes are wanted
+        network = SparseCompletionNet(channels)
+    return from_minkowski(loaded, network), channels
 
 
 def _load(source: str) -> Any:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from monai.networks.layers.factories import Act, Norm
+from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from monai.networks.nets.unet import UNet
 from monai.utils import convert_to_dst_type
 from torch import Tensor
 
-from monai_memeff.arguments import check_number
-from monai_memeff.checks import as_network_input, check_dtype
+from monai_memeff.arguments import check_number, check_odd, numbers_checked
+from monai_memeff.checks import as_network_input, check_dtype, check_layer
 from monai_memeff.sparse.core.activity import ABSENT_LOGIT, active_voxels
 from monai_memeff.sparse.core.tensor import SparseTensor
 from monai_memeff.sparse.nn.convert import to_sparse
@@ -48,6 +49,7 @@ class SparseUNet(UNet):
     Shape: dense (B, in_channels, H, W, D) -> dense (B, out_channels, H, W, D); SparseTensor -> SparseTensor.
     """
 
+    @numbers_checked
     def __init__(
         self,
         spatial_dims: int,
@@ -69,6 +71,10 @@ class SparseUNet(UNet):
     ) -> None:
         if spatial_dims != 3:
             raise ValueError(f"SparseUNet works on volumes: spatial_dims must be 3, got {spatial_dims}.")
+        check_odd("kernel_size", kernel_size)
+        check_odd("up_kernel_size", up_kernel_size)
+        check_layer("norm", norm, lambda: norm is None or get_norm_layer(norm, 3, channels[0]))
+        check_layer("act", act, lambda: act is None or get_act_layer(act))
         super().__init__(
             spatial_dims,
             in_channels,

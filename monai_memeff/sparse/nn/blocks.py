@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.sparse.core.fused import Recompute, norm_act
 from monai_memeff.sparse.core.kernel_map import kernel_map_between
 from monai_memeff.sparse.core.neighbors import KernelShape
@@ -195,12 +196,14 @@ class _SparsePool3d(nn.Module):
     """Pooling over the active voxels of each window; a result stands at floor(c / stride) of the active voxels.
 
     The window of output o starts at ``stride * o - padding``, with ``padding = (kernel_size - 1) // 2`` where windows
-    overlap and none where they do not (torch's own default). A window without any active voxel, which a kernel smaller
-    than its stride can leave, gives zero.
+    overlap and none where they do not (torch's own default). A window that reaches past the volume's end counts what is
+    in it, where torch leaves it out: an axis of n voxels has ceil(n / stride) results. A window without any active
+    voxel, which a kernel smaller than its stride can leave, gives zero.
     """
 
     reduction: str
 
+    @numbers_checked
     def __init__(self, kernel_size: Size = 2, stride: Size | None = None) -> None:
         """Args: kernel_size and stride, one number or one per axis; the stride defaults to the kernel size."""
         super().__init__()

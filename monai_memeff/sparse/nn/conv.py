@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from monai_memeff.arguments import check_count
+from monai_memeff.arguments import check_count, numbers_checked
 from monai_memeff.sparse import backends
 from monai_memeff.sparse.core.checks import check_refines
 from monai_memeff.sparse.core.fused import saved_for_recompute
@@ -41,6 +41,7 @@ class SparseConv3d(nn.Conv3d):
     ``weight`` is (out_channels, in_channels, k, k, k) and ``bias`` (out_channels), as in torch.
     """
 
+    @numbers_checked
     def __init__(
         self,
         in_channels: int,
@@ -86,6 +87,7 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
 
     generative: bool = False
 
+    @numbers_checked
     def __init__(
         self,
         in_channels: int,

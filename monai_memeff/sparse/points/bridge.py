@@ -9,6 +9,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.geometry import grid, ras_affine, space_of, to_ras, voxels
 from monai_memeff.sparse.core.tensor import SparseTensor
 from monai_memeff.sparse.points.data import Data, attributes, batch_of, check_points, with_attributes
@@ -98,6 +99,7 @@ def to_sparse_tensor(data: Any) -> SparseTensor:
     return place(features, data.coords, batch_of(data))
 
 
+@numbers_checked
 def data_from_sparse(x: SparseTensor, like: Any = None, grid_size: float | None = None) -> Any:
     """A SparseTensor as points.
 

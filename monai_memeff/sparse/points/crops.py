@@ -11,6 +11,7 @@ import torch
 from monai.transforms import Randomizable
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.sparse.points.data import Data, PointTransform, select_points, with_attributes
 from monai_memeff.sparse.points.grid_sampling import GridSampling3D
 
@@ -27,9 +28,12 @@ class SphereSampling(PointTransform):
         align_origin: move the center to the origin.
     """
 
+    @numbers_checked
     def __init__(self, radius: float, sphere_center: Sequence[float] | Tensor, align_origin: bool = True) -> None:
         self.radius, self.align_origin = _positive("radius", radius), align_origin
-        self.center = torch.as_tensor(sphere_center, dtype=torch.float64).reshape(3)
+        self.center = torch.as_tensor(sphere_center, dtype=torch.float64)
+        if self.center.shape != (3,):
+            raise ValueError(f"sphere_center must be three numbers, got the shape {tuple(self.center.shape)}.")
 
     def _process(self, data: Any) -> Any:
         center = self.center.to(data.pos)
@@ -51,6 +55,7 @@ class RandomSphere(Randomizable, PointTransform):
         ValueError: an unknown strategy or weight, or labels ``y`` are wanted and missing.
     """
 
+    @numbers_checked
     def __init__(
         self, radius: float, strategy: str = "random", class_weight_method: str = "sqrt", center: bool = True
     ) -> None:
@@ -97,6 +102,7 @@ class CubeCrop(Randomizable, PointTransform):
             torch-points3d is in meters: give some millimeters.
     """
 
+    @numbers_checked
     def __init__(
         self,
         c: float = 1,
@@ -134,6 +140,7 @@ class RandomSphereDropout(Randomizable, PointTransform):
             torch-points3d is in meters: give some millimeters.
     """
 
+    @numbers_checked
     def __init__(self, num_sphere: int = 10, radius: float = 5, grid_size_center: float = 0.01) -> None:
         if num_sphere < 0:
             raise ValueError(f"num_sphere must not be negative, got {num_sphere}.")
@@ -165,6 +172,7 @@ class FixedPoints(Randomizable, PointTransform):
             else a smaller cloud keeps all its points.
     """
 
+    @numbers_checked
     def __init__(self, num: int, replace: bool = True, allow_duplicates: bool = False) -> None:
         if num < 1:
             raise ValueError(f"num must be at least 1, got {num}.")

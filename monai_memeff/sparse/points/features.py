@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.sparse.points.data import PointTransform, attributes, with_attributes
 
 
@@ -50,6 +51,7 @@ class AddFeatsByKeys(PointTransform):
         ValueError: no name is given, or the lists differ in length.
     """
 
+    @numbers_checked
     def __init__(
         self,
         list_add_to_x: Sequence[bool],

@@ -8,6 +8,7 @@ import torch
 from monai.transforms import Randomizable
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.checks import check_finite
 from monai_memeff.geometry import voxels
 from monai_memeff.sparse.points.data import PointTransform, batch_of, point_attributes, with_attributes
@@ -41,6 +42,7 @@ class GridSampling3D(Randomizable, PointTransform):
         ValueError: the size is not positive or the mode unknown.
     """
 
+    @numbers_checked
     def __init__(self, size: float, quantize_coords: bool = False, mode: str = "mean", verbose: bool = False) -> None:
         if not 0 < size < float("inf"):
             raise ValueError(f"size must be a positive number in the unit of pos, got {size}.")

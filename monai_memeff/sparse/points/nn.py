@@ -8,6 +8,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
+from monai_memeff.checks import as_device
 from monai_memeff.sparse import backends
 from monai_memeff.sparse.backends import registry
 from monai_memeff.sparse.core import tensor as sparse_tensor
@@ -37,6 +39,7 @@ class Conv3d(conv.SparseConv3d):
         bias: whether to learn an additive bias.
     """
 
+    @numbers_checked
     def __init__(
         self,
         in_channels: int,
@@ -62,6 +65,7 @@ class Conv3dTranspose(conv.SparseConvTranspose3d):
         transpose: accepted as in torch-points3d, where it did nothing either: the layer is always transposed.
     """
 
+    @numbers_checked
     def __init__(
         self,
         in_channels: int,
@@ -84,6 +88,7 @@ class BatchNorm(blocks.SparseBatchNorm3d):
         momentum: Momentum of the running statistics.
     """
 
+    @numbers_checked
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
 
@@ -121,7 +126,7 @@ def SparseTensor(  # noqa: N802 - torch-points3d's name
     Raises:
         ValueError: shapes or dtypes do not fit, or two rows share a voxel.
     """
-    device = feats.device if device is None else torch.device(device)
+    device = feats.device if device is None else as_device(device)
     batch = coordinates.new_zeros(len(coordinates)) if batch is None else batch.reshape(-1)
     if len(batch) != len(coordinates):
         raise ValueError(f"batch must have one entry per row, got {len(batch)} for {len(coordinates)} rows.")

@@ -12,7 +12,7 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple
 from torch import Tensor
 
-from monai_memeff.arguments import check_number
+from monai_memeff.arguments import check_number, numbers_checked
 from monai_memeff.checks import as_network_input, check_finite
 from monai_memeff.sparse.core.activity import active_voxels
 
@@ -29,6 +29,7 @@ class SparseCoordinates(Transform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(self, threshold: float | None = None, background: float = 0.0, constant: float | None = None) -> None:
         for name, value in (("threshold", threshold), ("background", background), ("constant", constant)):
             if value is not None:
@@ -89,6 +90,7 @@ class SparseCoordinatesd(MapTransform):
 
     backend = SparseCoordinates.backend
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

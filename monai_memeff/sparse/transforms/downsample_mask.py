@@ -13,6 +13,7 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, ensure_tuple_rep
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.checks import check_mask
 from monai_memeff.geometry.grid import resize_affine, spacing
 from monai_memeff.sparse.transforms.placement import (
@@ -47,6 +48,7 @@ class DownsampleMask(Transform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(
         self,
         factor: float | Sequence[float] | None = None,
@@ -122,6 +124,7 @@ class DownsampleMaskd(MapTransform):
 
     backend = DownsampleMask.backend
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

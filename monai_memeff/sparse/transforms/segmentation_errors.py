@@ -13,6 +13,7 @@ from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import TransformBackends
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.checks import check_mask
 from monai_memeff.sparse.transforms.volumes import checked_volume
 
@@ -42,6 +43,7 @@ class RandSegmentationErrors(RandomizableTransform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(
         self,
         false_negatives: float = 0.4,
@@ -138,6 +140,7 @@ class RandSegmentationErrorsd(RandomizableTransform, MapTransform):
 
     backend = RandSegmentationErrors.backend
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

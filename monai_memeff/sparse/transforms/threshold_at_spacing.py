@@ -21,7 +21,7 @@ from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import TraceKeys, TransformBackends, ensure_tuple
 from torch import Tensor
 
-from monai_memeff.arguments import check_number
+from monai_memeff.arguments import check_number, numbers_checked
 from monai_memeff.geometry.grid import crop_affine
 from monai_memeff.sparse.transforms.masks import as_volume
 
@@ -48,6 +48,7 @@ class ThresholdAtSpacing(InvertibleTransform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(self, pixdim: float | Sequence[float], threshold: float, components: int = 0) -> None:
         super().__init__()
         if components < 0:
@@ -115,6 +116,7 @@ class ThresholdAtSpacingd(MapTransform, InvertibleTransform):
 
     backend = ThresholdAtSpacing.backend
 
+    @numbers_checked
     def __init__(
         self,
         keys: KeysCollection,

@@ -12,6 +12,7 @@ from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import TransformBackends
 from torch import Tensor
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask
 
 
@@ -28,6 +29,7 @@ class RandVoxelDropout(RandomizableTransform):
 
     backend = [TransformBackends.TORCH]
 
+    @numbers_checked
     def __init__(self, p: float, prob: float = 1.0) -> None:
         super().__init__(prob)
         if not 0 <= p <= 1:
@@ -74,6 +76,7 @@ class RandVoxelDropoutd(RandomizableTransform, MapTransform):
 
     backend = RandVoxelDropout.backend
 
+    @numbers_checked
     def __init__(self, keys: KeysCollection, p: float, prob: float = 1.0, allow_missing_keys: bool = False) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, 1.0)

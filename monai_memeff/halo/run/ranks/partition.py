@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.halo.planning.capture import capture
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.run.ranks import calls
@@ -134,6 +135,7 @@ def _objects(network: nn.Module) -> Iterator[Any]:
             yield name, tuple((id(x), x._version if isinstance(x, torch.Tensor) else 0) for x in held)
 
 
+@numbers_checked
 def spatial_partition(network: nn.Module, mesh: HaloMesh, checkpoint_segments: int = 1) -> nn.Module:
     """Make a network compute on one part of a volume per rank, with the result of the whole.
 

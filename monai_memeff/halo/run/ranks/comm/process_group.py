@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh, single_rank_mesh, split_axes
 from monai_memeff.halo.run.ranks.comm.transport import Counters, Message, PeerLostError, Pending
 
@@ -88,6 +89,7 @@ class _Works:
         return self._received
 
 
+@numbers_checked
 def init_mesh(
     data: int = 1,
     spatial: Sequence[int] = (2,),
