@@ -80,7 +80,7 @@ def test_channels_that_no_memory_holds_are_refused_by_the_checkpoint(tmp_path: A
 def test_a_window_past_the_end_counts_what_is_in_it(kernel: int, stride: int, extent: int) -> None:
     """What the pools' docstring says: ceil(n / stride) results, padded at the end with nothing."""
     dense = torch.rand(1, 1, extent, extent, extent)
-    pooled = SparseMaxPool3d(kernel, stride)(SparseTensor.from_dense(dense, dense > 0)).to_dense()
+    pooled = SparseMaxPool3d(kernel, stride)(SparseTensor.from_dense(dense, dense > 0)).dense()
     padding = (kernel - 1) // 2 if kernel > stride else 0
     front = torch.nn.functional.pad(dense, (padding, kernel) * 3, value=-torch.inf)
     expected = torch.nn.functional.max_pool3d(front, kernel, stride)
