@@ -110,6 +110,8 @@ def write_seg(
         content_label="SEGMENTATION",
         series_description=name[:64],
     )
+    if "ContentCreatorName" not in segmentation:
+        segmentation.ContentCreatorName = None  # the standard wants the attribute, and readers warn without it
     with atomic_write(path) as work:
         segmentation.save_as(work)
 
