@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from monai_memeff.errors import InputError
+from monai_memeff.hosts.layout import SIGNS, components, get
 
 LOADERS = ("LoadImaged", "LoadImageD", "LoadImageDict")
 SAVERS = ("SaveImaged", "SaveImageD", "SaveImageDict")
@@ -24,29 +26,69 @@ HARMLESS = {"affine_lps_to_ras": True, "series_meta": False, "reverse_indexing":
 def serve(config: dict[str, Any]) -> dict[str, Any]:
     """A copy of a configuration in which files are read by StudyReader and results are collected instead of saved.
 
+    An image that is read and saved, and that nothing else names, is left out: it is a copy of its own file, such as the
+    label of a bundle that was made for data with labels.
+
     Raises:
         InputError: a reader or writer does something that cannot be served exactly.
     """
-    copy: dict[str, Any] = _served(config)
+    copy: dict[str, Any] = _served(config, _copies(config))
     copy[READER] = {"_target_": "monai_memeff.hosts.run.source.transforms.StudyReader"}
     return copy
 
 
-def _served(value: Any) -> Any:
+def _copies(config: dict[str, Any]) -> set[str]:
+    """Keys that are read and saved, and that nothing else names."""
+    found = {place: kind for place, kind in components(config) if kind in (*LOADERS, *SAVERS)}
+    keys = {place: _keys(get(config, place)) for place in found}
+    read = {key for place, kind in found.items() if kind in LOADERS for key in keys[place]}
+    saved = {key for place, kind in found.items() if kind in SAVERS for key in keys[place]}
+    elsewhere = list(_strings(config))
+    return {key for key in (read & saved) - {"image"} if not any(_names(text, key) for text in elsewhere)}
+
+
+def _keys(transform: dict[str, Any]) -> list[str]:
+    keys = transform.get("keys")
+    return [key for key in (keys if isinstance(keys, list) else [keys]) if isinstance(key, str)]
+
+
+def _names(text: str, key: str) -> bool:
+    quoted = (f"'{key}'", f'"{key}"')
+    return text == key or (text.startswith(SIGNS) and any(part in text for part in quoted))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings but those of readers and writers, and of lists of files."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+    elif isinstance(value, dict) and str(value.get("_target_", "")).rpartition(".")[2] not in (*LOADERS, *SAVERS):
+        for key, part in value.items():
+            if key != "data":
+                yield from _strings(part)
+
+
+def _served(value: Any, copies: set[str]) -> Any:
     if isinstance(value, list):
-        return [_served(part) for part in value]
+        parts = [_served(part, copies) for part in value]
+        return [part for part, whole in zip(parts, value, strict=True) if part is not None or whole is None]
     if not isinstance(value, dict):
         return value
     kind = str(value.get("_target_", "")).rpartition(".")[2]
-    if kind in LOADERS:
-        return _loader(value, kind)
-    if kind in SAVERS:
-        return _saver(value, kind)
+    if kind in (*LOADERS, *SAVERS):
+        left = [key for key in _keys(value) if key not in copies]
+        if left != _keys(value):
+            value = {**value, "keys": left}
+        if not left and copies:
+            return None
+        return _loader(value, kind) if kind in LOADERS else _saver(value, kind)
     if "LoadImage" in kind or "SaveImage" in kind:
         raise InputError(
             f"the bundle uses {kind}, and memeff run serves {LOADERS[0]} and {SAVERS[0]}: use MONAI's command"
         )
-    return {key: _served(part) for key, part in value.items()}
+    return {key: _served(part, copies) for key, part in value.items()}
 
 
 def _loader(value: dict[str, Any], kind: str) -> dict[str, Any]:
