@@ -19,15 +19,15 @@ LARGEST = 2**63 - 1
 
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("in_channels", "out_channels", "channels", "refine_channels", "hidden_channels"), (1, INF)),
-    **dict.fromkeys(
-        ("features", "num_features", "condition_features", "input_nc_feats", "convs", "num_samples"), (1, INF)
-    ),
-    **dict.fromkeys(("width", "kernel_size", "up_kernel_size", "strides", "refine_strides", "band_width"), (1, INF)),
-    **dict.fromkeys(("memory_budget", "volume_shape", "resolution", "shape"), (1, INF)),
+    **dict.fromkeys(("features", "num_features", "condition_features", "input_nc_feats", "width"), (1, INF)),
+    **dict.fromkeys(("kernel_size", "up_kernel_size", "strides", "refine_strides", "convs", "band_width"), (1, INF)),
+    **dict.fromkeys(("memory_budget", "volume_shape", "resolution", "shape", "num_samples", "downscale"), (1, INF)),
+    **dict.fromkeys(("points_per_pass", "keep", "steps"), (1, INF)),
     **dict.fromkeys(("num_res_units", "blocks", "iterations", "padding", "first_slices", "seed", "eps"), (0, INF)),
-    **dict.fromkeys(("distance_mm", "face_mm", "tolerance", "class_weights", "lr", "pade_lr"), (0, INF)),
-    **dict.fromkeys(("dropout", "prob", "p", "fraction", "momentum", "dice_weight"), (0, 1)),
-    **dict.fromkeys(("points_per_pass", "downscale"), (1, INF)),
+    **dict.fromkeys(("distance_mm", "face", "face_mm", "top_margin", "tolerance", "spots"), (0, INF)),
+    **dict.fromkeys(("class_weights", "lr", "pade_lr"), (0, INF)),
+    **dict.fromkeys(("dropout", "prob", "p", "fraction", "momentum", "dice_weight", "min_ratio"), (0, 1)),
+    **dict.fromkeys(("false_negatives", "false_positives"), (0, 1)),
     "percentile": (0, 100),
     "axis": (-3, 2),
 }
@@ -141,7 +141,8 @@ def _words(kind: ast.expr, ending: str = "") -> str:
     if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) in _SEVERAL:
         fixed = isinstance(kind.slice, ast.Tuple) and ast.unparse(kind.slice.elts[-1]) != "..."
         inside = kind.slice.elts[0] if isinstance(kind.slice, ast.Tuple) else kind.slice
-        return f"{len(kind.slice.elts) if fixed else 'a sequence of'} {_words(inside, 's').removeprefix('a ')}"
+        several = "sequences of" if ending else "a sequence of"
+        return f"{len(kind.slice.elts) if fixed else several} {_words(inside, 's')}"
     known = {"int": "a whole number", "float": "a finite number"}.get(ast.unparse(kind), "")
     return known.removeprefix("a ") + ending if known and ending else known
 

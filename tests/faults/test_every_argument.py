@@ -55,6 +55,7 @@ ACCEPTED: dict[str, str] = {
     "NiftiSlabs.slab": "",
     "SparseCompletionLoss.ignore_index": "-1",
     "SparseCompletionNet.ignore_index": "-1",
+    "AddFeatsByKeys.input_nc_feats": "none",
     "labels_to_mesh.label": "",  # no voxel has it
     "logits_to_mesh.label": "0",
     "plan.axis": "0",

@@ -174,9 +174,9 @@ def test_bad_labels(labels: Tensor, arguments: dict, message: str) -> None:
     ("logits", "label", "message"),
     [
         (-torch.ones(1, 5, 5, 5), 1, "class 1 is empty"),
-        (torch.ones(1, 5, 5, 5), 2, r"class 2 needs logits \(K, H, W, D\) that have it"),
-        (torch.ones(3, 5, 5, 5), 3, "class 3 needs logits"),
-        (torch.ones(2, 3, 5, 5, 5), 1, "class 1 needs logits"),
+        (torch.ones(1, 5, 5, 5), 2, r"label 2 needs logits \(K, H, W, D\) that have it"),
+        (torch.ones(3, 5, 5, 5), 3, "label 3 needs logits"),
+        (torch.ones(2, 3, 5, 5, 5), 1, "label 1 needs logits"),
     ],
 )
 def test_bad_logits(logits: Tensor, label: int, message: str) -> None:

@@ -125,9 +125,9 @@ def test_bad_labels_are_refused_in_one_line() -> None:
     [
         ({"sampling": "edge"}, "must be of uniform, border, balanced, got 'edge'"),
         ({"sampling": {"border": 0.7}}, "add up to 1"),
-        ({"sampling": {"border": 1.5, "uniform": -0.5}}, "0 or more"),
-        ({"num_samples": 0}, "num_samples must be positive"),
-        ({"band_width": 4}, "positive and odd"),
+        ({"sampling": {"border": 1.5, "uniform": -0.5}}, "at least 0"),
+        ({"num_samples": 0}, "num_samples must be a whole number of at least 1"),
+        ({"band_width": 4}, "band_width must be odd"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, words: str) -> None:

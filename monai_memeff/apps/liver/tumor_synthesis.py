@@ -55,7 +55,7 @@ class RandTumorSynthesis(RandomizableTransform):
         resolution: Side of the volume that sets the grain; by default the first axis of the image.
 
     Raises:
-        ValueError: if `prob` or `min_ratio` is outside [0, 1].
+        ValueError: `prob` or `min_ratio` is outside [0, 1], or `contrast` is not above 0.
     """
 
     backend = [TransformBackends.TORCH]
@@ -64,8 +64,6 @@ class RandTumorSynthesis(RandomizableTransform):
     def __init__(
         self, prob: float = 0.5, contrast: float = 1.15, min_ratio: float = 0.05, resolution: int | None = None
     ) -> None:
-        if not 0 <= prob <= 1 or not 0 <= min_ratio <= 1:
-            raise ValueError(f"prob and min_ratio must be within [0, 1] but are {prob} and {min_ratio}.")
         RandomizableTransform.__init__(self, prob)
         check_positive("contrast", contrast)
         self.contrast, self.min_ratio, self.resolution = contrast, min_ratio, resolution

@@ -36,8 +36,6 @@ class SkullShell(Transform):
 
     @numbers_checked
     def __init__(self, steps: int = 1, first_slices: int | None = None) -> None:
-        if steps < 1 or (first_slices is not None and first_slices < 0):
-            raise ValueError(f"steps must be at least 1 and first_slices not negative, got {steps} and {first_slices}.")
         self.steps = steps
         self.first_slices = steps if first_slices is None else first_slices
 

@@ -58,11 +58,6 @@ class UpperSkullCrop(Crop):
         front: str | None = None,
     ) -> None:
         super().__init__(lazy=False)
-        if keep < 1 or min(fraction, face, face_mm or 0, top_margin) < 0:
-            raise ValueError(
-                "keep must be at least 1, fraction, face, face_mm and top_margin not negative, "
-                f"got {keep}, {fraction}, {face}, {face_mm}, {top_margin}."
-            )
         if front is not None and front not in FRONTS:
             raise ValueError(f"front must be one of {', '.join(FRONTS)} or None, got {front!r}.")
         self.keep, self.fraction, self.face, self.face_mm = keep, fraction, face, face_mm

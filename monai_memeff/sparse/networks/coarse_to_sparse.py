@@ -89,7 +89,7 @@ class CoarseToSparseUNet(nn.Module):
         in_channels: int,
         out_channels: int,
         channels: Sequence[int],
-        strides: Sequence[int] | Sequence[Sequence[int]],
+        strides: Sequence[int | Sequence[int]],
         kernel_size: Sequence[int] | int = 3,
         up_kernel_size: Sequence[int] | int = 3,
         num_res_units: int = 0,
@@ -100,7 +100,7 @@ class CoarseToSparseUNet(nn.Module):
         adn_ordering: str = "NDA",
         coarse_factor: Sequence[int] | int = 2,
         refine_channels: Sequence[int] = (16, 32, 32),
-        refine_strides: Sequence[int] | Sequence[Sequence[int]] = (1, 2),
+        refine_strides: Sequence[int | Sequence[int]] = (1, 2),
         context_channels: int = 16,
         max_active: float = 0.1,
         certainty: float = 0.95,
@@ -217,7 +217,7 @@ def recompute_levels(network: UNet) -> None:
             module.__class__ = RecomputedLevel
 
 
-def _total_stride(strides: Sequence[int] | Sequence[Sequence[int]]) -> tuple[int, int, int]:
+def _total_stride(strides: Sequence[int | Sequence[int]]) -> tuple[int, int, int]:
     i = j = k = 1
     for stride in strides:
         a, b, c = (stride,) * 3 if isinstance(stride, int) else stride

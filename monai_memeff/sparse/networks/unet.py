@@ -56,7 +56,7 @@ class SparseUNet(UNet):
         in_channels: int,
         out_channels: int,
         channels: Sequence[int],
-        strides: Sequence[int] | Sequence[Sequence[int]],
+        strides: Sequence[int | Sequence[int]],
         kernel_size: Sequence[int] | int = 3,
         up_kernel_size: Sequence[int] | int = 3,
         num_res_units: int = 0,

@@ -53,17 +53,12 @@ class RandSegmentationErrors(RandomizableTransform):
         prob: float = 0.5,
     ) -> None:
         super().__init__(prob)
-        for name, value in (("false_negatives", false_negatives), ("false_positives", false_positives), ("prob", prob)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be a fraction between 0 and 1, got {value}.")
-        if spots < 0 or spots != int(spots):
-            raise ValueError(f"spots must be a whole number, at least 0, got {spots}.")
         if radius < 0:
             raise ValueError(f"radius must be at least 0 cells, got {radius}.")
         self.false_negatives, self.false_positives, self.spots, self.radius = (
             false_negatives,
             false_positives,
-            int(spots),
+            spots,
             radius,
         )
         self._flipped = np.zeros(0, dtype=bool)

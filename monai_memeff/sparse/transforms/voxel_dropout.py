@@ -32,8 +32,6 @@ class RandVoxelDropout(RandomizableTransform):
     @numbers_checked
     def __init__(self, p: float, prob: float = 1.0) -> None:
         super().__init__(prob)
-        if not 0 <= p <= 1:
-            raise ValueError(f"p must be a fraction between 0 and 1, got {p}.")
         self.p = p
         self._dropped = np.zeros(0, dtype=np.int64)
 

@@ -207,13 +207,13 @@ def lying_down() -> MetaTensor:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: SkullShell(0), "steps must be at least 1"),
-        (lambda: SkullShell(first_slices=-1), "first_slices not negative"),
+        (lambda: SkullShell(0), "steps must be a whole number of at least 1"),
+        (lambda: SkullShell(first_slices=-1), "first_slices must be a whole number of at least 0"),
         (lambda: SkullShell()(torch.ones(4, 4, 4)), r"channel first \(C, H, W, D\), got \(4, 4, 4\)"),
         (lambda: SkullShelld(("a", "b"), implant_key="i"), "one defective skull, got 2"),
         (lambda: SkullShelld("skull", implant_key="i", target_key="skull_target"), "takes for metadata; rename"),
-        (lambda: UpperSkullCrop(keep=0), "keep must be at least 1"),
-        (lambda: UpperSkullCrop(face_mm=-1.0), "face_mm and top_margin not negative"),
+        (lambda: UpperSkullCrop(keep=0), "keep must be a whole number of at least 1"),
+        (lambda: UpperSkullCrop(face_mm=-1.0), "face_mm must be a finite number of at least 0"),
         (lambda: UpperSkullCrop(front="left"), "front must be one of high, low or None, got 'left'"),
         (lambda: UpperSkullCrop()(torch.zeros(1, 4, 4, 4)), "empty, so it has no top; check the threshold"),
         (lambda: UpperSkullCrop()(torch.ones(1, 4, 4, 4), torch.ones(1, 4, 4, 5)), "must share a grid"),

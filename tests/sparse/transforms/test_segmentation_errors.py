@@ -130,10 +130,10 @@ def test_in_a_dictionary() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"false_negatives": 1.2}, "false_negatives must be a fraction between 0 and 1, got 1.2"),
-        ({"false_positives": -0.1}, "false_positives must be a fraction between 0 and 1, got -0.1"),
-        ({"prob": 2}, "prob must be a fraction between 0 and 1, got 2"),
-        ({"spots": 1.5}, "spots must be a whole number, at least 0, got 1.5"),
+        ({"false_negatives": 1.2}, "false_negatives must be a finite number in 0 ... 1, got 1.2"),
+        ({"false_positives": -0.1}, "false_positives must be a finite number in 0 ... 1, got -0.1"),
+        ({"prob": 2}, "prob must be a finite number in 0 ... 1, got 2"),
+        ({"spots": 1.5}, "spots must be a whole number of at least 0, got 1.5"),
         ({"radius": -1}, "radius must be at least 0 cells, got -1"),
     ],
     ids=str,

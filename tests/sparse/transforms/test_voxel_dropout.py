@@ -70,7 +70,7 @@ def test_in_a_dictionary() -> None:
 
 def test_bad_input_is_refused() -> None:
     for p in (-0.1, 1.1):
-        with pytest.raises(ValueError, match="p must be a fraction between 0 and 1"):
+        with pytest.raises(ValueError, match=r"p must be a finite number in 0 \.\.\. 1"):
             RandVoxelDropout(p)
     with pytest.raises(ValueError, match="channel first"):
         RandVoxelDropout(0.5)(torch.ones(3, 3, 3))
