@@ -41,14 +41,14 @@ def check_count(name: str, value: int, least: int = 1) -> None:
 
 
 def check_number(name: str, value: float, least: float = -INF) -> None:
-    """Refuse what is no number, NaN, infinity, and what lies below ``least``: ValueError."""
+    """ValueError unless it is a finite number of at least ``least``."""
     if not _is_number(value, Real, (least, INF)):
         bound = "" if least == -INF else f" and at least {least:g}"
         raise ValueError(f"{name} must be finite{bound}, got {value!r}.")
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse what is no number, NaN, infinity, zero and what lies below it: ValueError."""
+    """ValueError unless it is a finite number above 0."""
     if not _is_number(value, Real, (0, INF)) or value == 0:
         raise ValueError(f"{name} must be finite and above 0, got {value!r}.")
 
@@ -67,7 +67,7 @@ def check_axis(axis: int) -> None:
 
 
 def numbers_checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, which refuses by name what is none of the numbers that its annotations ask for.
+    """The same function, which refuses by name an argument that is none of the numbers of its annotation.
 
     Every parameter with ``int`` or ``float`` in its annotation is checked, whatever else it may be: ``int`` takes whole
     numbers, ``float`` finite ones, sequences are not empty. :data:`RANGES` bounds some names; other ranges are the
@@ -126,12 +126,17 @@ def _fits(value: Any, kind: ast.expr, bounds: tuple[float, float]) -> bool:
 
 
 def _all_fit(values: Sequence[Any], inside: ast.expr, bounds: tuple[float, float]) -> bool:
-    kinds = inside.elts if isinstance(inside, ast.Tuple) else [inside]
-    fixed = isinstance(inside, ast.Tuple) and ast.unparse(kinds[-1]) != "..."
+    kinds, fixed = _parts(inside)
     if fixed and len(values) != len(kinds):
         return False
     pairs = zip(values, kinds if fixed else kinds[:1] * len(values), strict=True)
     return all(_fits(value, kind, bounds) for value, kind in pairs)
+
+
+def _parts(inside: ast.expr) -> tuple[list[ast.expr], bool]:
+    """What stands in the brackets of an annotation, and whether it says how many there are."""
+    kinds = inside.elts if isinstance(inside, ast.Tuple) else [inside]
+    return kinds, isinstance(inside, ast.Tuple) and ast.unparse(kinds[-1]) != "..."
 
 
 def _words(kind: ast.expr, ending: str = "") -> str:
@@ -139,10 +144,9 @@ def _words(kind: ast.expr, ending: str = "") -> str:
     if isinstance(kind, ast.BinOp):
         return " or ".join(filter(None, (_words(kind.left, ending), _words(kind.right, ending))))
     if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) in _SEVERAL:
-        fixed = isinstance(kind.slice, ast.Tuple) and ast.unparse(kind.slice.elts[-1]) != "..."
-        inside = kind.slice.elts[0] if isinstance(kind.slice, ast.Tuple) else kind.slice
+        inside, fixed = _parts(kind.slice)
         several = "sequences of" if ending else "a sequence of"
-        return f"{len(kind.slice.elts) if fixed else several} {_words(inside, 's')}"
+        return f"{len(inside) if fixed else several} {_words(inside[0], 's')}"
     known = {"int": "a whole number", "float": "a finite number"}.get(ast.unparse(kind), "")
     return known.removeprefix("a ") + ending if known and ending else known
 

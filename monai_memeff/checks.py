@@ -100,7 +100,7 @@ def check_layer(name: str, spec: Any, make: Callable[[], object]) -> None:
     """Refuse by the argument's name a layer that MONAI cannot make of it: ValueError.
 
     Args:
-        name: of the argument.
+        name: Name of the argument.
         spec: MONAI's name of a layer, or the name and its arguments.
         make: makes the layer.
     """

@@ -108,6 +108,8 @@ class SpatialPartitionInferer(Inferer):
             raise ValueError(f"partitions must be a positive number or 'auto' but is {partitions!r}.")
         if labels not in (True, False, "regions"):
             raise ValueError(f"labels must be True, False or 'regions' but is {labels!r}.")
+        if axis < 0:
+            raise ValueError(f"axis must be a whole number in 0 ... 2, got {axis}.")
         self.partitions, self.store, self.axis = partitions, store, axis
         self.device = None if device is None else as_device(device)
         self.labels, self.memory_budget, self.progress = labels, memory_budget, progress

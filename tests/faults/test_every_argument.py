@@ -52,6 +52,7 @@ ACCEPTED: dict[str, str] = {
     "RandSkullDefect.size": "",
     "RandSkullDefectd.size": "",
     "SlabInferer.slab": "",
+    "SpatialPartitionInferer.axis": "0",
     "NiftiSlabs.slab": "",
     "SparseCompletionLoss.ignore_index": "-1",
     "SparseCompletionNet.ignore_index": "-1",

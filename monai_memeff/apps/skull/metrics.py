@@ -17,13 +17,7 @@ from monai.utils import ensure_tuple
 from monai_memeff.arguments import check_positive, numbers_checked
 from monai_memeff.checks import check_mask
 
-__all__ = [
-    "ImplantMetric",
-    "compute_border_dice",
-    "compute_implant_dice",
-    "compute_pooled_hausdorff",
-    "implant_scores",
-]
+__all__ = ["ImplantMetric", "compute_border_dice", "compute_implant_dice", "compute_pooled_hausdorff", "implant_scores"]
 
 Spacing = float | Sequence[float] | Sequence[Sequence[float]] | None
 SCORES = ("dice", "border_dice", "hd95")
@@ -67,6 +61,7 @@ def _dice(pred: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return torch.where(total > 0, 2 * (pred & truth).count_nonzero() / total, 1.0)
 
 
+@numbers_checked
 def compute_border_dice(
     y_pred: torch.Tensor, y: torch.Tensor, defective: torch.Tensor, spacing: Spacing = None, distance_mm: float = 10.0
 ) -> torch.Tensor:
@@ -135,6 +130,7 @@ def _steps(mask: torch.Tensor, sampling: float | Sequence[float] | None) -> list
     return torch.as_tensor(1.0 if sampling is None else sampling).expand(mask.ndim).tolist()
 
 
+@numbers_checked
 def compute_pooled_hausdorff(
     y_pred: torch.Tensor, y: torch.Tensor, spacing: Spacing = None, percentile: float = 95.0
 ) -> torch.Tensor:
@@ -250,7 +246,7 @@ class ImplantMetric(CumulativeIterationMetric):
         super().__init__()
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-        for step in () if spacing is None else ensure_tuple(spacing):
+        for step in ensure_tuple(1 if spacing is None else spacing):
             check_positive("spacing", step)
         self.score, self.spacing = score, spacing
         self.distance_mm, self.percentile = distance_mm, percentile

@@ -129,7 +129,7 @@ class CoarseToSparseUNet(nn.Module):
         shared = (kernel_size, up_kernel_size, num_res_units, act, norm, dropout, bias, adn_ordering)
         given = out_channels + context_channels
         self.coarse = accept_single_values(UNet(3, in_channels, given, channels, strides, *shared))
-        self.refine = SparseUNet(3, in_channels + given, out_channels, refine_channels, refine_strides, *shared)  # type: ignore[arg-type]
+        self.refine = SparseUNet(3, in_channels + given, out_channels, refine_channels, refine_strides, *shared)
         self.use_checkpoint = use_checkpoint
         if use_checkpoint:
             recompute_levels(self.coarse)
