@@ -17,9 +17,11 @@ from monai_memeff.bundles.inputs import (
     require_named,
     require_pairs,
 )
+from monai_memeff.bundles.record import WeightsRecord
 from monai_memeff.errors import InputError
 
 __all__ = [
+    "WeightsRecord",
     "bundle_names",
     "bundle_path",
     "bundle_task",
