@@ -8,7 +8,11 @@ import sys
 VARIABLE = "nnUNet_extTrainer"  # nnU-Net >= 2.8 looks for trainers in the folders listed here
 OPT_OUT = "MEMEFF_NO_NNUNET"  # set to anything but 0: nothing is touched
 SWITCH = "MEMEFF_NNUNET"  # lean: stock models in less memory; whole: without tiles; unset, empty, 0 or off: as ever
-SWITCHED = ("nnunetv2.inference.export_prediction", "nnunetv2.inference.predict_from_raw_data")
+SWITCHED = (
+    "nnunetv2.inference.export_prediction",
+    "nnunetv2.inference.predict_from_raw_data",
+    "totalsegmentator.nnunet_runtime_patches",
+)
 
 
 def ext_folder() -> str | None:
@@ -31,7 +35,7 @@ def with_folder(value: str | None, folder: str) -> str:
 
 
 class SwitchFinder:
-    """Watches for two modules of nnU-Net, and has them switched right after they are imported, before anybody else."""
+    """Watches for modules of nnU-Net and TotalSegmentator, and has them switched right after they are imported."""
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
         """Return the module's own spec with a loader that switches it afterwards; None for any other module."""

@@ -52,10 +52,21 @@ FUNCTIONS = {
 }
 
 
-def digest(folder: Path) -> str:
-    """Digest of the functions in the package folder of an nnU-Net; empty when one is missing."""
+TOTALSEGMENTATOR = {"2.18.0": "a036162eba496537e13a17436be89527673dcaedbf3db5b3d5d59305c4409a8d"}
+"""TotalSegmentator's version -> digest of :data:`TOTALSEGMENTATORS`, which do as nnU-Net's when not told otherwise."""
+
+TOTALSEGMENTATORS = {
+    "nnunet_runtime_patches.py": (
+        "convert_predicted_logits_to_segmentation_with_correct_shape",
+        "export_prediction_from_logits",
+    )
+}
+
+
+def digest(folder: Path, wanted: dict[str, tuple[str, ...]] = FUNCTIONS) -> str:
+    """Digest of functions in the folder of a package, nnU-Net's if not told otherwise; empty when one is missing."""
     found = hashlib.sha256()
-    for name, functions in FUNCTIONS.items():
+    for name, functions in wanted.items():
         try:
             source = (folder / name).read_text(encoding="utf-8")
         except OSError:
@@ -82,6 +93,14 @@ def _functions_in(source: str) -> dict[str, str]:
                     line.rstrip() for line in lines[item.lineno - 1 : item.end_lineno]
                 )
     return texts
+
+
+@cache
+def totalsegmentator() -> bool:
+    """Whether a TotalSegmentator is installed whose functions are known."""
+    spec = find_spec("totalsegmentator")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return bool(places) and digest(Path(places[0]), TOTALSEGMENTATORS) in TOTALSEGMENTATOR.values()
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any
 
 from nnunet_plugins.lean import fingerprint
 from nnunet_plugins.lean.predict import files
-from nnunet_plugins.lean.stock import EXPORT, PREDICTOR, REPLACED
+from nnunet_plugins.lean.stock import EXPORT, PREDICTOR, REPLACED, TOTALSEGMENTATOR, is_from
 
 VARIABLE = "MEMEFF_NNUNET"
 
@@ -35,6 +35,10 @@ TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("nnUNetPredictor", "predict_from_files_sequential", "cases.loop"),
         ("", "predict_entry_point", "cases.loop"),
         ("", "predict_entry_point_modelfolder", "cases.loop"),
+    ),
+    TOTALSEGMENTATOR: (
+        ("", "convert_predicted_logits_to_segmentation_with_correct_shape", "export.totalsegmentator"),
+        ("", "export_prediction_from_logits", "export.totalsegmentator"),
     ),
 }
 
@@ -101,11 +105,12 @@ def lean_prediction() -> Iterator[None]:
     if reason is not None:
         raise RuntimeError(f"lean prediction is not possible: {reason}.")
     with _lock:
-        for name in TABLE:
+        names = [EXPORT, PREDICTOR, *([TOTALSEGMENTATOR] if fingerprint.totalsegmentator() else [])]
+        for name in names:
             import_module(name)
         if not is_on():
             _Blocks.switched = True
-            for name in TABLE:
+            for name in names:
                 _replace(name)
         _Blocks.open += 1
     try:
@@ -144,42 +149,66 @@ def is_on() -> bool:
 
 
 def _replace(name: str) -> None:
-    """Put our functions into a module of nnU-Net and wherever else its own were imported to."""
+    """Put our functions into a module of nnU-Net and wherever else its own were imported to.
+
+    What others have put there stays: it is theirs to say what it does. Where they wrap or replace a step, the other
+    steps are lean.
+    """
     module, moved = sys.modules[name], []
+    if name == TOTALSEGMENTATOR and not fingerprint.totalsegmentator():
+        return
     for owner_name, attribute, ours in TABLE[name]:
         owner = getattr(module, owner_name) if owner_name else module
         key = (f"{name}.{owner_name}" if owner_name else name, attribute)
+        old = _inside(getattr(owner, attribute))
         if key in REPLACED:
+            continue
+        if not is_from(old, name):
+            _leave(old, attribute)
             continue
         if chosen() == "whole":
             ours = WHOLE.get((owner_name, attribute), ours)
         new = getattr(import_module(_OURS + ours), attribute)
-        REPLACED[key] = _put(owner, attribute, new)
+        REPLACED[key] = (old, new)
+        _put(owner, attribute, new)
         if not owner_name:
-            moved.append((REPLACED[key], new))
+            moved.append((old, new))
     _everywhere(moved)
 
 
-def _put(owner: Any, attribute: str, new: Any) -> Any:
-    """Set an attribute, behind the wrapper for whole-volume networks where there is one; returns what it replaces."""
+def _leave(function: Any, attribute: str) -> None:
+    """Say whose function stays, unless it is one that is known and treated on its own."""
+    theirs = getattr(function, "__globals__", {}).get("__name__", type(function).__name__)
+    if theirs not in TABLE and not theirs.startswith(_OURS):
+        print(f"WARNING: lean prediction keeps {attribute} of {theirs}, which replaced nnU-Net's.", file=sys.stderr)
+
+
+def _inside(function: Any) -> Any:
+    """What a wrapper for whole-volume networks wraps; anything else is itself."""
+    return function.__wrapped__ if getattr(function, "whole_volume", False) else function
+
+
+def _put(owner: Any, attribute: str, new: Any) -> None:
+    """Set an attribute, behind the wrapper for whole-volume networks where there is one."""
     old = getattr(owner, attribute)
     if getattr(old, "whole_volume", False):
-        inner, old.__wrapped__ = old.__wrapped__, new
-        return inner
-    setattr(owner, attribute, new)
-    return old
+        old.__wrapped__ = new
+    else:
+        setattr(owner, attribute, new)
 
 
 def _restore() -> None:
-    """Give nnU-Net its own functions back."""
+    """Give nnU-Net its own functions back, where nobody else has put theirs meanwhile."""
     moved = []
     for name, rows in TABLE.items():
         for owner_name, attribute, _ in rows:
             key = (f"{name}.{owner_name}" if owner_name else name, attribute)
             if key not in REPLACED:
                 continue
-            old, module = REPLACED.pop(key), sys.modules[name]
-            new = _put(getattr(module, owner_name) if owner_name else module, attribute, old)
+            old, new = REPLACED.pop(key)
+            owner = getattr(sys.modules[name], owner_name) if owner_name else sys.modules[name]
+            if _inside(getattr(owner, attribute)) is new:
+                _put(owner, attribute, old)
             if not owner_name:
                 moved.append((new, old))
     _everywhere(moved)

@@ -31,6 +31,9 @@ class TrialModel:
         features: Of the network's stages; one stage halves nothing.
         resampling_function: nnU-Net's function for logits.
         cascade: The network also sees the labels of a previous stage.
+        channels: Names of the image's channels.
+        reader: nnU-Net's class for image files.
+        file_ending: Of image files.
     """
 
     labels: dict[str, Any]
@@ -44,6 +47,9 @@ class TrialModel:
     features: Sequence[int] = (4, 6)
     resampling_function: str = "resample_data_or_seg_to_shape"
     cascade: bool = False
+    channels: Sequence[str] = ("CT",)
+    reader: str = "NibabelIO"
+    file_ending: str = ".nii.gz"
 
     @property
     def configuration(self) -> str:
@@ -54,7 +60,13 @@ class TrialModel:
 
     def dataset(self) -> dict[str, Any]:
         """Its dataset.json."""
-        described = {"channel_names": {"0": "CT"}, "labels": self.labels, "numTraining": 1, "file_ending": ".nii.gz"}
+        channels = {str(number): name for number, name in enumerate(self.channels)}
+        described = {
+            "channel_names": channels,
+            "labels": self.labels,
+            "numTraining": 1,
+            "file_ending": self.file_ending,
+        }
         if self.regions_class_order is not None:
             described["regions_class_order"] = list(self.regions_class_order)
         return described
@@ -87,8 +99,8 @@ class TrialModel:
             "patch_size": list(self.patch),
             "median_image_size_in_voxels": [float(extent) for extent in self.patch],
             "spacing": list(self.spacing),
-            "normalization_schemes": ["ZScoreNormalization"],
-            "use_mask_for_norm": [False],
+            "normalization_schemes": ["ZScoreNormalization"] * len(self.channels),
+            "use_mask_for_norm": [False] * len(self.channels),
             "resampling_fn_data": "resample_data_or_seg_to_shape",
             "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
             "resampling_fn_seg": "resample_data_or_seg_to_shape",
@@ -109,13 +121,13 @@ class TrialModel:
             "plans_name": "nnUNetPlans",
             "original_median_spacing_after_transp": [1.0] * 3,
             "original_median_shape_after_transp": [16] * 3,
-            "image_reader_writer": "NibabelIO",
+            "image_reader_writer": self.reader,
             "transpose_forward": list(self.transpose),
             "transpose_backward": [int(axis) for axis in np.argsort(self.transpose)],
             "configurations": {self.configuration: configuration, "3d_lowres": {**configuration, "next_stage": []}},
             "experiment_planner_used": "ExperimentPlanner",
             "label_manager": "LabelManager",
-            "foreground_intensity_properties_per_channel": {"0": {}},
+            "foreground_intensity_properties_per_channel": {str(number): {} for number in range(len(self.channels))},
         }
 
     def write(self, folder: Path, seed: int = 0) -> Path:
@@ -177,6 +189,7 @@ def predictor_of(folder: Path, **settings: Any) -> Any:
 
     settings = {"device": torch.device("cpu"), "allow_tqdm": False, **settings}
     predictor = nnUNetPredictor(**settings)
-    folds = tuple(sorted(int(fold.name[5:]) for fold in folder.glob("fold_*")))
+    names = sorted(fold.name.removeprefix("fold_") for fold in folder.glob("fold_*"))
+    folds = tuple(name if name == "all" else int(name) for name in names)
     predictor.initialize_from_trained_model_folder(str(folder), folds)
     return predictor

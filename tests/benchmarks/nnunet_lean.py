@@ -70,11 +70,12 @@ def predict(way: str, model: str, images: str, options: argparse.Namespace) -> N
     print("RESULT " + json.dumps({"seconds_without_imports": round(time.time() - started, 1), "gpu_gib": gpu}))
 
 
-def measured(way: str, model: Path, images: Path) -> dict[str, float]:
-    """Run a process; returns GiB, wall and CPU seconds."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--run", way, str(model), str(images)]
+def measured(arguments: list[str]) -> dict[str, float]:
+    """Run Python with arguments; returns GiB, wall and CPU seconds, and what it printed after RESULT."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
+    )
     peak = 0
     while process.poll() is None:
         peak = max(peak, sum(memory_of(pid) for pid in tree(process.pid)))
@@ -142,9 +143,11 @@ def cell(classes: int, folds: int, options: argparse.Namespace) -> dict[str, obj
         folder = Path(name)
         model.write(folder / "model")
         write_image(folder / "images" / "a_0000.nii.gz", options.output)
-        described["lean"] = measured("lean", folder / "model", folder / "images")
+        run = [__file__, *sys.argv[1:], "--run"]
+        paths = [str(folder / "model"), str(folder / "images")]
+        described["lean"] = measured([*run, "lean", *paths])
         if not options.lean_only:
-            described["stock"] = measured("stock", folder / "model", folder / "images")
+            described["stock"] = measured([*run, "stock", *paths])
             stock, lean = (np.asarray(nibabel.load(folder / way / "a.nii.gz").dataobj) for way in ("stock", "lean"))
             described["voxels_that_differ"] = int((stock != lean).sum())
             described["labels_seen"] = len(np.unique(stock))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import multiprocessing
 import pickle
 from multiprocessing.reduction import ForkingPickler
@@ -29,6 +30,7 @@ from nnunet_plugins.lean.predict import window
 from nnunet_plugins.lean.predict.files import FOLDER_VARIABLE, NoRoomError, ScratchFile
 from nnunet_plugins.lean.predict.logits import LogitsFile, StoredArray, StoredLogits
 from nnunet_plugins.lean.predict.writer import RowWriter
+from nnunet_plugins.lean.stock import stock_method
 from nnunet_plugins.lean.trial import TrialModel, predictor_of, write_image
 
 SMALL = {"max_examples": 20, "deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -295,6 +297,71 @@ def test_predictors_of_others_keep_their_ways(tmp_path: Path) -> None:
     predictor.initialize_from_trained_model_folder(str(model), (0, 1, 2))
     labels = compare(predictor, noise((9, 8, 10)), (1.0, 1.0, 1.5))
     assert set(np.unique(labels)) == {0, 2}
+
+
+def other_ways() -> dict[str, Any]:
+    """Ways in which somebody changes a step of nnU-Net's prediction; each takes a predictor and a MonkeyPatch."""
+    from nnunetv2.inference import export_prediction, predict_from_raw_data
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    window, mirror = "_internal_predict_sliding_window_return_logits", "_internal_maybe_mirror_and_predict"
+    sliding, logits = "predict_sliding_window_return_logits", "predict_logits_from_preprocessed_data"
+    convert = "convert_predicted_logits_to_segmentation_with_correct_shape"
+    stock = {name: getattr(nnUNetPredictor, name) for name in (window, mirror, sliding, logits)}
+
+    def turned(name: str) -> Any:
+        return lambda self, *arguments: -stock[name](self, *arguments)
+
+    def derived(name: str) -> Any:
+        return lambda predictor, patch: setattr(
+            predictor, "__class__", type("Own", (nnUNetPredictor,), {name: turned(name)})
+        )
+
+    def own(name: str) -> Any:
+        return lambda predictor, patch: setattr(predictor, name, turned(name).__get__(predictor))
+
+    def patched(name: str) -> Any:
+        return lambda predictor, patch: patch.setattr(nnUNetPredictor, name, turned(name))
+
+    def wrapped(name: str) -> Any:
+        return lambda predictor, patch: patch.setattr(
+            nnUNetPredictor, name, functools.wraps(stock[name])(lambda self, *all: -stock[name](self, *all))
+        )
+
+    def exported(predictor: Any, patch: pytest.MonkeyPatch) -> None:
+        function = getattr(export_prediction, convert)
+        for module in (export_prediction, predict_from_raw_data):
+            patch.setattr(module, convert, lambda *all, **more: 255 - function(*all, **more))
+
+    ways = {f"{how.__name__} {name}": how(name) for how in (derived, own, patched, wrapped) for name in stock}
+    return {**ways, "export": exported}
+
+
+def test_changed_steps_of_nnunet_stay_changed(tmp_path: Path, capsys: Any) -> None:
+    folder = TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3), folds=2, mirroring=(0,)).write(tmp_path)
+    image, spacing = noise((9, 8, 10)), (1.0, 1.0, 1.5)
+    plain = compare(predictor_of(folder), image, spacing)
+    for name, change in other_ways().items():
+        with pytest.MonkeyPatch.context() as patch:
+            predictor = predictor_of(folder)
+            change(predictor, patch)
+            assert (compare(predictor, image, spacing) != plain).any(), name
+            listed = name.startswith(("patched", "wrapped", "export")) and "_internal_predict" not in name
+            assert ("lean prediction keeps" in capsys.readouterr().err) == listed, name
+    assert same(plain, compare(predictor_of(folder), image, spacing))
+
+
+def test_what_others_put_in_meanwhile_stays() -> None:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    name = "predict_from_data_iterator"
+    with pytest.MonkeyPatch.context() as patch:
+        with lean_prediction():
+            theirs = lambda self, iterator: None  # noqa: E731
+            patch.setattr(nnUNetPredictor, name, theirs)
+        assert getattr(nnUNetPredictor, name) is theirs
+        patch.undo()
+    nnUNetPredictor.predict_from_data_iterator = stock_method(name)
 
 
 @pytest.mark.parametrize("wrapped_first", [True, False])

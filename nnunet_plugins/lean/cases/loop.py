@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunet_plugins.lean.cases.failures import FailedCase, Failures, PredictionError, case_name
 from nnunet_plugins.lean.cases.preprocessing import cases
 from nnunet_plugins.lean.cases.workers import Job, Workers
-from nnunet_plugins.lean.export import functions as export
 from nnunet_plugins.lean.stock import PREDICTOR, stock
 
 
@@ -106,10 +106,11 @@ def _loaded(case: dict) -> Any:
 
 def _export_job(predictor: Any, logits: Any, case: dict, probabilities: bool) -> Job:
     properties, plans, configuration = case["data_properties"], predictor.plans_manager, predictor.configuration_manager
+    module = import_module(PREDICTOR)  # has ours, or what somebody else put there
     if case["ofile"] is not None:
         arguments = (logits, properties, configuration, plans, predictor.dataset_json, case["ofile"], probabilities)
-        return export.export_prediction_from_logits, arguments
-    function = export.convert_predicted_logits_to_segmentation_with_correct_shape
+        return module.export_prediction_from_logits, arguments
+    function = module.convert_predicted_logits_to_segmentation_with_correct_shape
     return function, (logits, plans, configuration, predictor.label_manager, properties, probabilities)
 
 

@@ -11,7 +11,7 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_plugins.lean.predict.logits import LogitsFile, StoredLogits
 from nnunet_plugins.lean.predict.previous_stage import WithPreviousStage
-from nnunet_plugins.lean.predict.sliding import predict_sliding_window_return_logits, stream
+from nnunet_plugins.lean.predict.sliding import has_stock_window, predict_sliding_window_return_logits, stream
 from nnunet_plugins.networks import unwrapped
 
 METHOD = "predict_sliding_window_return_logits"
@@ -78,12 +78,12 @@ class FoldSink:
 
 
 def by_tiles(predictor: Any) -> bool:
-    """Whether this predictor runs our sliding window: neither its class nor its network has a way of its own."""
-    method = getattr(type(predictor), METHOD)
-    if method is predict_sliding_window_return_logits:
-        return True
-    inner = method.__wrapped__ if getattr(method, "whole_volume", False) else None
-    return inner is predict_sliding_window_return_logits and not hasattr(unwrapped(predictor.network), "predict_volume")
+    """Whether this predictor runs our sliding window: neither it, nor its class, nor its network has an own way."""
+    method = getattr(predictor, METHOD)
+    method = getattr(method, "__func__", method)
+    if getattr(method, "whole_volume", False) and not hasattr(unwrapped(predictor.network), "predict_volume"):
+        method = method.__wrapped__
+    return method is predict_sliding_window_return_logits and has_stock_window(predictor)
 
 
 def _load(predictor: Any, parameters: dict) -> None:

@@ -19,6 +19,7 @@ from nnunet_plugins.lean.predict.logits import LogitsFile
 from nnunet_plugins.lean.predict.previous_stage import WithPreviousStage
 from nnunet_plugins.lean.predict.window import Window, blocks, first_open_rows, rows_of
 from nnunet_plugins.lean.predict.writer import RowWriter
+from nnunet_plugins.lean.stock import PREDICTOR, is_from, stock_method
 
 Sink = Callable[[int, int, Tensor], None]
 """Takes (row, first class, planes (classes, Y, Z)) without padding, on the CPU."""
@@ -31,9 +32,17 @@ ON_DEVICE_SHARE = 0.25
 
 def predict_sliding_window_return_logits(self: Any, input_image: Tensor) -> Tensor:
     """Logits (C, X, Y, Z) of a preprocessed image, on disk; in the place of nnU-Net's method of this name."""
+    if not has_stock_window(self):
+        result: Tensor = stock_method("predict_sliding_window_return_logits")(self, input_image)
+        return result
     logits = LogitsFile((self.label_manager.num_segmentation_heads, *input_image.shape[1:]))
     stream(self, input_image, logits.write)
     return logits.tensor()
+
+
+def has_stock_window(predictor: Any) -> bool:
+    """Whether a predictor's loop over tiles is nnU-Net's: no derived class, and nobody else, has put another there."""
+    return is_from(predictor._internal_predict_sliding_window_return_logits, PREDICTOR)
 
 
 @torch.inference_mode()
