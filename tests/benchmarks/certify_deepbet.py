@@ -17,13 +17,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(ROOT))
 
 import nibabel
 import numpy as np
@@ -34,6 +29,7 @@ from torch.nn import functional as F
 
 from monai_memeff.hosts.certify import certify
 
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = "MEMEFF_CERTIFY_MODELS"
 SMALL, LARGE = (128, 128, 128), (256, 256, 256)
 MARGIN = 0.1
