@@ -36,7 +36,8 @@ def test_only_the_recorded_weights_are_bound_to_their_settings(tmp_path: Path) -
 def test_the_shipped_weights_are_refused_on_another_grid(heads: Path, tmp_path: Path) -> None:
     bundle = bundle_path("skull_completion_sparse")
     folders = {"dataset_dir": str(heads), "output_dir": str(tmp_path), "ckpt_dir": str(bundle / "models")}
-    with pytest.raises(SystemExit, match=r"model.pt was trained with --grid 64 --cell_mm 4.0 --pool 4, got --grid 128 "):
+    said = r"model.pt was trained with --grid 64 --cell_mm 4.0 --pool 4, got --grid 128 "
+    with pytest.raises(SystemExit, match=said):
         run_here(
             [bundle / "configs" / "inference.json"], "infer", **folders, grid=128, cell_mm=2.0, pool=2, inferer=None
         )
