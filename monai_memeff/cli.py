@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from monai_memeff.errors import INTERRUPTED, InputError, exit_in_one_line
+from monai_memeff.errors import INTERRUPTED, InputError, exit_in_one_line, refuse_together
 
 # torch takes seconds to load: every command imports what it needs itself
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -33,17 +33,30 @@ def start(
 @app.command()
 def demo(
     image: Annotated[
-        Path | None, typer.Option(help="Head CT: NIfTI, NRRD or a DICOM folder. Default: a generated head.")
+        Path | None,
+        typer.Option(help="Head CT (--systems: any CT or MRI): NIfTI, NRRD or a DICOM folder. Default: generated."),
     ] = None,
-    size: Annotated[int, typer.Option(help="Edge of the grid in voxels: 64 to 512, a multiple of 16.")] = 64,
-    output: Annotated[Path, typer.Option(help="Folder for the report, the implant and the picture.")] = Path(
+    systems: Annotated[
+        bool, typer.Option("--systems", help="Compare dense, sparse, occupancy, clstm and halo on one scan.")
+    ] = False,
+    label: Annotated[Path | None, typer.Option(help="With --systems: labels on the image's grid.")] = None,
+    defective: Annotated[
+        bool, typer.Option("--defective", help="The head has a real hole: find it and fill it. Needs --image.")
+    ] = False,
+    size: Annotated[
+        int | None, typer.Option(help="Edge of the grid in voxels: 64 to 512, a multiple of 16. Default: 64.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the report, the implant and the pictures.")] = Path(
         "memeff_demo"
     ),
     seconds: Annotated[
-        float | None, typer.Option(help="Training time of each network. Default: 95 at size 64, 8 times that at 128.")
+        float | None,
+        typer.Option(
+            help="Training time of each network. Default: 95 at size 64, 8 times that at 128; --systems: at most 75."
+        ),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Bone is above this many Hounsfield units.")] = 300.0,
-    defects: Annotated[int, typer.Option(help="Unseen defects to test on.")] = 6,
+    defects: Annotated[int | None, typer.Option(help="Unseen defects to test on. Default: 6.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of defects and weights.", min=0, max=2**32 - 1)] = 0,
     series: Annotated[str | None, typer.Option(help="SeriesInstanceUID, where a DICOM folder holds several.")] = None,
     resample: Annotated[
@@ -51,6 +64,16 @@ def demo(
     ] = False,
 ) -> None:
     """Complete a skull: train a sparse network on random defects of one head, then fill defects it has not seen."""
+    if systems:
+        refuse_together("--systems", {"--defective": defective, "--size": size, "--defects": defects})
+        from monai_memeff.apps.systems.run import run_systems
+
+        return run_systems(image, label, output, seconds, threshold, seed, series, resample)
+    refuse_together("a demo without --systems", {"--label": label})
+    if defective:
+        from monai_memeff.apps.skull.demo.real_defect import run_defective
+
+        return run_defective(image, size, output, seconds, threshold, defects, seed, series, resample)
     from monai_memeff.apps.skull.demo.run import run_demo
 
     run_demo(image, size, output, seconds, threshold, defects, seed, series, resample)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
@@ -12,6 +12,21 @@ INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 
 class InputError(ValueError):
     """An input that the work cannot use: one line that says the limit, the value and the way out."""
+
+
+def refuse_together(mode: str, options: Mapping[str, object]) -> None:
+    """Refuse options that have no meaning in a mode of a command, instead of leaving them without effect.
+
+    Args:
+        mode: what was chosen.
+        options: names of options and what they were given; None and False: nothing.
+
+    Raises:
+        InputError: one of them was given.
+    """
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    if given:
+        raise InputError(f"{mode} has no use for {' and '.join(given)}: leave it out")
 
 
 @contextlib.contextmanager

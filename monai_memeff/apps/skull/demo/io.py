@@ -42,7 +42,7 @@ def check_size(size: int) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def silent_readers() -> Iterator[None]:
     """Hold back what image readers print: one failure is reported once, in our own words."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -88,7 +88,7 @@ def read_ct(path: str | Path, series: str | None = None, resample: bool = False)
     Raises:
         InputError: when the file is missing, empty, unreadable or truncated, or is not one regular 3D CT.
     """
-    with _quiet():
+    with silent_readers():
         image, notes = read_volume(Path(path), series, resample, modality="CT")
     image.meta["notes"] = notes
     return check_ct(image, str(path))

@@ -41,11 +41,11 @@ class HeldOutDefect:
 
 def run_demo(
     image: Path | None,
-    size: int,
+    size: int | None,
     output: Path,
     seconds: float | None,
     threshold: float,
-    defects: int,
+    defects: int | None,
     seed: int,
     series: str | None = None,
     resample: bool = False,
@@ -54,11 +54,11 @@ def run_demo(
 
     Args:
         image: head CT (see :func:`monai_memeff.apps.skull.demo.io.read_ct`); None generates a head.
-        size: edge of the grid in voxels.
+        size: edge of the grid in voxels; None: 64.
         output: folder for ``report.txt``, ``report.json``, ``figure.png``, the implant as NIfTI and STL.
         seconds: training time of each network; None: 95 at size 64, growing with the volume.
         threshold: bone is above this many Hounsfield units.
-        defects: number of unseen defects.
+        defects: number of unseen defects; None: 6.
         seed: Seed of defects and weights.
         series: ``SeriesInstanceUID`` of a DICOM folder with several series.
         resample: interpolate uneven or tilted DICOM slices onto an even grid.
@@ -67,6 +67,7 @@ def run_demo(
         InputError: on every bad input, in one line, before training starts.
     """
     target = check_output_folder(output, report.WRITTEN, image)
+    size, defects = 64 if size is None else size, 6 if defects is None else defects
     check_size(size)
     if seconds is None:
         seconds = SECONDS_AT_64 * (size / 64) ** 3
@@ -106,7 +107,7 @@ def _compare(
     ):
         torch.manual_seed(seed)
         method = build()
-        with _progress(console, label) as progress, _threads_restored():
+        with show_progress(console, label) as progress, _threads_restored():
             training = methods.train(method, _sampler(head, seed), seconds, LEARNING_RATE[name], progress)
         result, found = _score(label, head, tests, _learned(method), method, training, _sampler(head, seed))
         results.append(result)
@@ -171,7 +172,7 @@ def _score(
 
 
 @contextmanager
-def _progress(console: Console, label: str) -> Iterator[methods.Progress]:
+def show_progress(console: Console, label: str) -> Iterator[methods.Progress]:
     line = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=1.0, desc=f"training {label}", bar_format=line, file=console.file) as bar:
 

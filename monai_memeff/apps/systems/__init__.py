@@ -1,0 +1,1 @@
+"""One scan through a dense network and the four systems, side by side."""
