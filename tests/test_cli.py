@@ -84,6 +84,35 @@ def test_bad_options_end_in_one_line(words, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--systems", "--defective"), "no use for --defective"),
+        (("--systems", "--size", 64, "--defects", 3), "no use for --size and --defects"),
+        (("--label", "absent.nii"), "no use for --label"),
+        (("--defective", "--label", "absent.nii"), "no use for --label"),
+        (("--defective",), "give its CT with --image"),
+        (("--defective", "--image", "absent.nii.gz"), "absent.nii.gz"),
+        (("--systems", "--label", "absent.nii.gz"), "has its own labels"),
+        (("--systems", "--image", "absent.nii.gz"), "absent.nii.gz"),
+        (("--systems", "--seconds", "nan"), "positive and finite"),
+    ],
+)
+def test_options_that_do_not_go_together_end_in_one_line(words, message, tmp_path, monkeypatch, capsys):
+    status, _, err = run(monkeypatch, capsys, "demo", "--output", tmp_path / "out", *words)
+    assert (status, len(err.strip().splitlines())) == (2, 1)
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["NaN", "2D", "4D", "tiny", "flat"])
+def test_bad_scans_end_in_one_line(kind, tmp_path, monkeypatch, capsys):
+    image = save(tmp_path / "bad.nii.gz", BAD.get(kind, lambda: np.full((30, 30, 30), 7, np.int16))())
+    status, _, err = run(monkeypatch, capsys, "demo", "--systems", "--image", image, "--output", tmp_path / "out")
+    assert (status, len(err.strip().splitlines())) == (2, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.nii.gz"]
+
+
 def test_output_that_is_a_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "out").write_text("mine")
     status, _, err = run(monkeypatch, capsys, "demo", "--output", tmp_path / "out")

@@ -124,7 +124,8 @@ def prepare_scan(
     steps = tuple(spacing(ras_affine(values)))
     box = _box((values[0] > body) | (target.labels > 0), steps)
     shape, step_mm = grid_shape([part.stop - part.start for part in box], steps, voxels)
-    small = F.adaptive_avg_pool3d(values.as_tensor()[(slice(None), *box)].float(), shape)[0]
+    inside = (slice(None), *box)
+    small = F.adaptive_avg_pool3d(values.as_tensor()[inside].float(), shape)[0]
     labels = _nearest(target.labels[box], shape) if target.cut is None else (small > target.cut).to(torch.uint8)
     if not labels.any():
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,11 +38,19 @@ class CompletionMethod(Protocol):
 
 
 class SparseMethod:
-    """:class:`SparseCompletionNet` with its published loss."""
+    """:class:`SparseCompletionNet` with its published loss.
 
-    def __init__(self) -> None:
-        self.network: nn.Module = SparseCompletionNet()
-        self.criterion = SparseCompletionLoss()
+    Args:
+        weights: state dict to begin with; None: random numbers.
+        ignore_index: value of cells in a target that teach nothing.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor] | None = None, ignore_index: int | None = None) -> None:
+        self.network: nn.Module = SparseCompletionNet(ignore_index=ignore_index)
+        self.criterion = SparseCompletionLoss(ignore_index)
+        if weights is not None:
+            self.network.load_state_dict(weights)
+        self.network.eval()
 
     def loss(self, defective: Tensor, skull: Tensor) -> Tensor:
         """Sum of the cross-entropies of six levels."""
@@ -103,10 +111,11 @@ class Training:
 
 def train(
     method: CompletionMethod,
-    sampler: DefectSampler,
+    sampler: Callable[[], tuple[Tensor, Tensor]],
     seconds: float,
     learning_rate: float,
     progress: Progress | None = None,
+    iterations: int | None = None,
 ) -> Training:
     """Train for a given time, with AdamW and a learning rate that warms up and then falls as a cosine of the time.
 
@@ -116,34 +125,39 @@ def train(
         seconds: wall-clock time, at least one iteration.
         learning_rate: the highest one.
         progress: called after every iteration.
+        iterations: number of iterations, instead of a time.
     """
     optimizer = torch.optim.AdamW(method.network.parameters(), learning_rate, weight_decay=1e-4)
     method.network.train()
-    start, iterations, loss = time.perf_counter(), 0, math.nan
+    start, done, loss = time.perf_counter(), 0, math.nan
+
+    def part(now: float) -> float:
+        """The fraction of the training that is behind us."""
+        return (now - start) / max(seconds, 1e-9) if iterations is None else done / iterations
 
     def step() -> float:
         """One iteration; returns its own seconds."""
-        nonlocal iterations, loss
+        nonlocal done, loss
         begun = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _schedule((begun - start) / max(seconds, 1e-9))
+            group["lr"] = learning_rate * _schedule(part(begun))
         value = method.loss(*sampler())
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        loss, iterations = value.item(), iterations + 1
+        loss, done = value.item(), done + 1
         ended = time.perf_counter()
         if progress is not None:
-            progress(min((ended - start) / max(seconds, 1e-9), 1.0), iterations, loss)
+            progress(min(part(ended), 1.0), done, loss)
         return ended - begun
 
     threads = torch.get_num_threads()
-    while time.perf_counter() - start < seconds or iterations == 0:
-        if iterations % THREADS_EVERY == 0:
+    while part(time.perf_counter()) < 1 or done == 0:
+        if done % THREADS_EVERY == 0 and iterations is None:
             keep_faster_threads(step, threads)
         step()
     method.network.eval()
-    return Training(iterations, time.perf_counter() - start, loss)
+    return Training(done, time.perf_counter() - start, loss)
 
 
 def keep_faster_threads(step: Callable[[], float], threads: int) -> None:
@@ -187,7 +201,7 @@ def implant(method: CompletionMethod, defective: Tensor) -> np.ndarray:
     return get_largest_connected_component_mask(added.numpy())
 
 
-def peak_bytes(method: CompletionMethod, sampler: DefectSampler) -> tuple[int, int]:
+def peak_bytes(method: CompletionMethod, sampler: Callable[[], tuple[Tensor, Tensor]]) -> tuple[int, int]:
     """Peak bytes of live tensors in one training step, and in the completion of one skull."""
     method.network.train()
     defective, complete = sampler()

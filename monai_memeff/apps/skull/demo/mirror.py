@@ -65,16 +65,16 @@ def mirror_implant(defective: np.ndarray, affine: np.ndarray) -> MirrorResult:
         )
     tree = _tree(surface.points)
     best, residual = _best_start(surface, tree)
-    mirrored = _transform_mask(defective, affine, best)
+    mirrored = transform_mask(defective, affine, best)
     patch = _missing(mirrored, defective, affine)
     if patch.any():
         around = _around(surface, best, patch, affine)
         if len(around.points) >= 50:
             local, _ = _icp(around, surface, tree, best, steps=30, keep=0.85, slide=1.0)
-            closer = _missing(_transform_mask(defective, affine, local), defective, affine)
+            closer = _missing(transform_mask(defective, affine, local), defective, affine)
             if closer.any():
                 best, patch = local, closer
-    return MirrorResult(patch, _transform_mask(defective, affine, best), best, residual)
+    return MirrorResult(patch, transform_mask(defective, affine, best), best, residual)
 
 
 def _tree(points: np.ndarray) -> cKDTree:
@@ -193,7 +193,7 @@ def _point_to_plane_step(moved: np.ndarray, target: _Surface, slide: float) -> n
     return out
 
 
-def _transform_mask(mask: np.ndarray, affine: np.ndarray, transform: np.ndarray) -> np.ndarray:
+def transform_mask(mask: np.ndarray, affine: np.ndarray, transform: np.ndarray) -> np.ndarray:
     """Move a mask by a transform in millimeters, on its own grid."""
     return resample_to_grid(mask.astype(np.float32), transform @ affine, affine, mask.shape) >= 0.5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,19 @@ Shape = tuple[np.ndarray, np.ndarray]
 """A field that is positive inside, and its affine: see :func:`monai_memeff.apps.skull.demo.implant.implant_field`."""
 
 BONE, TRUE, PREDICTED = (0.90, 0.87, 0.80), (0.13, 0.62, 0.42), (0.93, 0.45, 0.13)
+
+
+@dataclass(frozen=True)
+class FigureNames:
+    """Names in the figure: of the two shapes in the legend, and of the three scenes."""
+
+    truth: str = "bone that was removed (truth)"
+    prediction: str = "predicted implant"
+    before: str = "Skull with the defect"
+    with_truth: str = "With the bone that was removed"
+    with_prediction: str = "With the predicted implant"
+
+
 SOFT_HU = 20
 WINDOW = (-250, 1650)
 
@@ -28,10 +42,12 @@ def render_png(
     path: Path,
     head: HeadVolume,
     defective: np.ndarray,
-    truth: Shape,
+    truth: Shape | None,
     prediction: Shape | None,
     title: str,
     caption: str,
+    names: FigureNames | None = None,
+    points: np.ndarray | None = None,
 ) -> None:
     """Draw the figure.
 
@@ -42,10 +58,12 @@ def render_png(
         path: the PNG.
         head: the head.
         defective: bool (S, S, S), the skull without its defect.
-        truth: shape of the true implant.
+        truth: shape of the true implant, or of one to compare with; None when there is none.
         prediction: shape of the predicted implant; None when there is none.
         title: first line.
         caption: last line.
+        names: names of the two shapes and the three scenes; None: those of a defect that was cut.
+        points: float (N, 3), where to look, in millimeters; None: at the truth.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -53,16 +71,19 @@ def render_png(
     factor = head.gray.shape[0] // head.size
     cut = (head.skull & ~defective).repeat(factor, 0).repeat(factor, 1).repeat(factor, 2)
     gray = np.where(cut & (head.gray > head.threshold), SOFT_HU, head.gray).astype(np.float32)
-    true_field = _on_gray(head, truth)
-    predicted = None if prediction is None else _on_gray(head, prediction)
+    names = names or FigureNames()
+    true_field, predicted = (None if shape is None else _on_gray(head, shape) for shape in (truth, prediction))
+    if points is None:
+        assert true_field is not None
+        points = apply_affine(head.gray_affine, np.argwhere(true_field > 0))
     figure = Figure(figsize=(13.2, 10.2), dpi=125, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3, gridspec_kw={"height_ratios": [1.12, 1]})
     figure.subplots_adjust(left=0.012, right=0.988, top=0.895, bottom=0.045, wspace=0.03, hspace=0.075)
-    _slices(axes[0], head, gray, true_field, predicted)
-    _views(axes[1], head, gray, true_field, predicted)
+    _slices(axes[0], head, gray, true_field, predicted, points)
+    _views(axes[1], head, gray, true_field, predicted, points, names)
     figure.text(0.5, 0.965, title, ha="center", fontsize=15, weight="bold")
-    _legend(figure, predicted is not None)
+    _legend(figure, true_field is not None, predicted is not None, names)
     figure.text(0.5, 0.016, caption, ha="center", fontsize=9.5, color="0.3")
     with atomic_write(path) as work:
         figure.savefig(work, format="png", metadata={"Software": "monai-memeff"})
@@ -72,22 +93,28 @@ def _on_gray(head: HeadVolume, shape: Shape) -> np.ndarray:
     return resample_to_grid(shape[0], shape[1], head.gray_affine, head.gray.shape, outside=-1.0)
 
 
-def _legend(figure: Any, predicted: bool) -> None:
+def _legend(figure: Any, truth: bool, predicted: bool, names: FigureNames) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    entries: list[Any] = [Line2D([], [], color=TRUE, lw=2.2, label="bone that was removed (truth)")]
-    label = "predicted implant" if predicted else "predicted implant (none)"
+    entries: list[Any] = [Line2D([], [], color=TRUE, lw=2.2, label=names.truth if truth else f"{names.truth} (none)")]
+    label = names.prediction if predicted else f"{names.prediction} (none)"
     entries.append(Patch(facecolor=(*PREDICTED, 0.6), edgecolor=PREDICTED, label=label))
     figure.legend(handles=entries, loc="upper center", bbox_to_anchor=(0.5, 0.962), ncol=2, frameon=False, fontsize=11)
 
 
 def _slices(
-    axes: np.ndarray, head: HeadVolume, gray: np.ndarray, truth: np.ndarray, predicted: np.ndarray | None
+    axes: np.ndarray,
+    head: HeadVolume,
+    gray: np.ndarray,
+    truth: np.ndarray | None,
+    predicted: np.ndarray | None,
+    points: np.ndarray,
 ) -> None:
     """Axial, coronal and sagittal slices through the middle of the defect."""
     step = float(head.gray_affine[0, 0])
-    where = np.argwhere(truth > 0)
+    where = np.rint(apply_affine(np.linalg.inv(head.gray_affine), points)).astype(int)
+    where = where.clip(0, np.array(head.gray.shape) - 1)
     middle = where.mean(axis=0)
     at = where[((where - middle) ** 2).sum(axis=1).argmin()]
     box = _square(head.gray > -300)
@@ -99,7 +126,7 @@ def _slices(
             part = volume[box].take(int(at[axis]) - box[axis].start, axis=axis)
             return part.T[:, ::-1]
 
-        _slice(draw, plane(gray), plane(truth), None if predicted is None else plane(predicted))
+        _slice(draw, plane(gray), *(None if field is None else plane(field) for field in (truth, predicted)))
         millimeters = float(head.gray_affine[axis, axis] * at[axis] + head.gray_affine[axis, 3])
         draw.set_title(f"{name}, {'xyz'[axis]} = {millimeters:.0f} mm", fontsize=11, pad=4)
         _marks(draw, sides)
@@ -115,13 +142,13 @@ def _square(mask: np.ndarray) -> tuple[slice, ...]:
     return tuple(slice(start, start + longest) for start in starts)
 
 
-def _slice(draw: Axes, gray: np.ndarray, truth: np.ndarray, predicted: np.ndarray | None) -> None:
+def _slice(draw: Axes, gray: np.ndarray, truth: np.ndarray | None, predicted: np.ndarray | None) -> None:
     draw.imshow(gray, cmap="gray", vmin=WINDOW[0], vmax=WINDOW[1], origin="lower", interpolation="bilinear")
     if predicted is not None and (predicted > 0).any():
         top = max(float(predicted.max()), 1e-3) + 1
         draw.contourf(predicted, levels=[0, top], colors=[PREDICTED], alpha=0.5)
         draw.contour(predicted, levels=[0], colors=[PREDICTED], linewidths=1.2)
-    if (truth > 0).any():
+    if truth is not None and (truth > 0).any():
         draw.contour(truth, levels=[0], colors=[TRUE], linewidths=1.7)
     draw.set_facecolor("black")
     draw.set_xticks([])
@@ -152,22 +179,27 @@ def _bar(draw: Axes, length: float, text: str) -> None:
 
 
 def _views(
-    axes: np.ndarray, head: HeadVolume, gray: np.ndarray, truth: np.ndarray, predicted: np.ndarray | None
+    axes: np.ndarray,
+    head: HeadVolume,
+    gray: np.ndarray,
+    truth: np.ndarray | None,
+    predicted: np.ndarray | None,
+    points: np.ndarray,
+    names: FigureNames,
 ) -> None:
     """The skull in space: with its defect, with the bone that was there, with the predicted implant."""
     from scipy import ndimage
 
     bone = ndimage.gaussian_filter(np.clip((gray - head.threshold) / 350, -1, 1), 0.7)
     affine = head.gray_affine
-    points = apply_affine(affine, np.argwhere(truth > 0))
     half = head.cell_mm * head.size / 2
     middle = head.affine[:3] @ [*(np.full(3, (head.size - 1) / 2)), 1.0]
     view = look_at(points.mean(axis=0), middle, 1.02 * half)
     empty = np.full_like(bone, -1.0)
     scenes = (
-        ("Skull with the defect", empty, BONE),
-        ("With the bone that was removed", truth, TRUE),
-        ("With the predicted implant" if predicted is not None else "No implant was predicted", predicted, PREDICTED),
+        (names.before, empty, BONE),
+        (names.with_truth if truth is not None else f"No {names.truth}", truth, TRUE),
+        (names.with_prediction if predicted is not None else "No implant was predicted", predicted, PREDICTED),
     )
     for draw, (name, field, color) in zip(axes, scenes, strict=True):
         piece = empty if field is None else field.astype(np.float32) + 0.02

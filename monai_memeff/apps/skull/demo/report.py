@@ -24,7 +24,11 @@ ONE_HEAD = (
     " and say nothing about unseen skulls."
 )
 REPORTS = ("report.txt", "report.json")
-WRITTEN = (*REPORTS, "implant.stl", "implant.nii.gz", "removed_bone.nii.gz", "defective_skull.nii.gz", "figure.png")
+WRITTEN = (
+    *REPORTS, "implant.stl", "implant.nii.gz", "removed_bone.nii.gz", "defective_skull.nii.gz", "mirror_implant.nii.gz",
+    "mirror_implant.stl", "figure.png",
+)  # fmt: skip
+"""Files of a run, also of one on a real hole: what an earlier run of either kind wrote goes away."""
 COLUMNS = (
     ("implant\nDSC", "implant_dice", "{:.3f}"),
     ("border\nDSC", "border_dice", "{:.3f}"),
@@ -179,14 +183,15 @@ def report_json(report: DemoReport) -> str:
         entry["mean"] = {key: method.mean(key) for key in (method.scores[0] if method.scores else {})}
         entry["empty"] = method.empty
     content |= {"one_head": ONE_HEAD, "version": __version__}
-    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value for JSON: plain numbers, null for what is not finite."""
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,6 +18,7 @@ from monai_memeff.apps.skull import RandSkullDefect
 from monai_memeff.apps.skull.demo import methods, report
 from monai_memeff.apps.skull.demo.io import check_size
 from monai_memeff.apps.skull.demo.mirror import mirror_implant
+from monai_memeff.apps.skull.demo.pretrained import ModelGrid, ShippedModel, shipped_model
 from monai_memeff.apps.skull.demo.volume import HeadVolume, load_head
 from monai_memeff.apps.skull.metrics import implant_scores
 from monai_memeff.data.folder import atomic_folder, check_output_folder
@@ -25,6 +26,7 @@ from monai_memeff.errors import InputError
 
 SECONDS_AT_64 = 95.0
 LEARNING_RATE = {"sparse": 4e-3, "dense": 2e-3}
+SHIPPED = "shipped model"
 TEST_SEED = 12345
 DEFECT_BYTES = 2**32  # all unseen defects; each is two masks of the grid
 
@@ -67,23 +69,14 @@ def run_demo(
         InputError: on every bad input, in one line, before training starts.
     """
     target = check_output_folder(output, report.WRITTEN, image)
-    size, defects = 64 if size is None else size, 6 if defects is None else defects
-    check_size(size)
-    if seconds is None:
-        seconds = SECONDS_AT_64 * (size / 64) ** 3
-    if not 0 < seconds < float("inf"):
-        raise InputError(f"--seconds must be positive and finite, got {seconds:g}; leave it out for the default")
-    most = DEFECT_BYTES // (2 * size**3)
-    if not 1 <= defects <= most:
-        raise InputError(
-            f"--defects must be 1 to {most} at size {size} (they are kept in memory), got {defects}; leave it out for 6"
-        )
-    console = Console()
+    size = check_size(64 if size is None else size)
+    seconds, defects = training_seconds(seconds, size), check_defects(defects, size)
+    console, shipped = Console(), shipped_model()
     with console.status("reading the head"):
-        head = load_head(image, size, threshold, seed, series, resample)
+        head = load_head(image, size, threshold, seed, series, resample, model_grid(shipped, size))
         tests = _test_defects(head, defects)
     console.print(f"{head.name}: {head.size}^3 cells of {head.cell_mm:.2f} mm, occupancy {head.occupancy:.1%}")
-    results, implants = _compare(head, tests, seconds, seed, console)
+    results, implants = _compare(head, tests, seconds, seed, console, shipped)
     result = report.make_report(head, results, seed=seed, shown=0)
     with console.status("writing"), atomic_folder(target, report.WRITTEN, report.REPORTS) as folder:
         numbers = report.write_case(folder, head, tests[0].defective, tests[0].implant, implants[0], _caption(results))
@@ -94,21 +87,54 @@ def run_demo(
     console.print(f"written to {target}", highlight=False)
 
 
+def training_seconds(seconds: float | None, size: int, networks: int = 1) -> float:
+    """Seconds of training, the given ones or 95 for each network at size 64 and as the volume grows."""
+    if seconds is None:
+        seconds = networks * SECONDS_AT_64 * (size / 64) ** 3
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"--seconds must be positive and finite, got {seconds:g}; leave it out for the default")
+    return seconds
+
+
+def check_defects(defects: int | None, size: int) -> int:
+    """The number of unseen defects, 6 unless given; refused where they do not fit into memory."""
+    defects, most = 6 if defects is None else defects, DEFECT_BYTES // (2 * size**3)
+    if not 1 <= defects <= most:
+        raise InputError(
+            f"--defects must be 1 to {most} at size {size} (they are kept in memory), got {defects}; leave it out for 6"
+        )
+    return defects
+
+
+def model_grid(shipped: ShippedModel | None, size: int) -> ModelGrid | None:
+    """The shipped model's grid, when it is of this size."""
+    return shipped.grid if shipped is not None and shipped.grid is not None and shipped.grid.grid == size else None
+
+
 def _compare(
-    head: HeadVolume, tests: list[HeldOutDefect], seconds: float, seed: int, console: Console
+    head: HeadVolume,
+    tests: list[HeldOutDefect],
+    seconds: float,
+    seed: int,
+    console: Console,
+    shipped: ShippedModel | None,
 ) -> tuple[list[report.MethodResult], list[np.ndarray]]:
     """Scores of all methods, and the implants of the sparse network."""
     with console.status("mirroring the healthy side"):
         results = [_score("registered mirror", head, tests, _mirror(head))[0]]
     implants: list[np.ndarray] = []
+    rates = LEARNING_RATE if shipped is None or head.model is None else {**LEARNING_RATE, "sparse": 1e-3}
+    weights = shipped.weights if shipped is not None and head.model is not None else None
+    if weights is not None:
+        results.append(_score(SHIPPED, head, tests, _learned(methods.SparseMethod(weights)))[0])
     for name, label, build in (
-        ("sparse", "sparse network", methods.SparseMethod),
+        ("sparse", "sparse network", lambda: methods.SparseMethod(weights)),
         ("dense", "dense MONAI UNet", methods.DenseMethod),
     ):
         torch.manual_seed(seed)
         method = build()
-        with show_progress(console, label) as progress, _threads_restored():
-            training = methods.train(method, _sampler(head, seed), seconds, LEARNING_RATE[name], progress)
+        with show_progress(console, label) as progress, threads_restored():
+            training = methods.train(method, _sampler(head, seed), seconds, rates[name], progress)
         result, found = _score(label, head, tests, _learned(method), method, training, _sampler(head, seed))
         results.append(result)
         implants = implants or found
@@ -173,6 +199,7 @@ def _score(
 
 @contextmanager
 def show_progress(console: Console, label: str) -> Iterator[methods.Progress]:
+    """A bar of a training, and what to call after every iteration."""
     line = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=1.0, desc=f"training {label}", bar_format=line, file=console.file) as bar:
 
@@ -184,7 +211,8 @@ def show_progress(console: Console, label: str) -> Iterator[methods.Progress]:
 
 
 @contextmanager
-def _threads_restored() -> Iterator[None]:
+def threads_restored() -> Iterator[None]:
+    """Give torch its number of threads back afterwards."""
     threads = torch.get_num_threads()
     try:
         yield

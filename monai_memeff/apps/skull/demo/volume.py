@@ -15,8 +15,10 @@ from nibabel.processing import resample_from_to
 
 from monai_memeff.apps.skull.demo.grid import AIR, onto_grid
 from monai_memeff.apps.skull.demo.io import InputError, check_bone, check_ct, check_size, millimeters, read_ct
+from monai_memeff.apps.skull.demo.pretrained import ModelGrid
 from monai_memeff.geometry import is_anisotropic, is_oblique, ras_affine, resize_affine, spacing
 
+MASK_HU = 1000.0
 MARGIN = 0.05  # air kept on each side of the skull, as a fraction of its extent
 FINEST = 256  # edge of the finest grid on which bone is thresholded before pooling
 GRID_FULL = 0.35  # a skull occupies a tenth of the grid, more or less
@@ -40,6 +42,7 @@ class HeadVolume:
         threshold: Hounsfield units above which a voxel counted as bone.
         name: what to call the head in a report.
         notes: plain sentences about what was found or changed.
+        model: the grid of a trained model, when the head lies on it.
     """
 
     skull: np.ndarray
@@ -52,6 +55,7 @@ class HeadVolume:
     threshold: float
     name: str
     notes: tuple[str, ...] = field(default=())
+    model: ModelGrid | None = None
 
     @property
     def size(self) -> int:
@@ -133,7 +137,13 @@ def resample_to_grid(
     return np.asarray(resample_from_to(moving, (shape, target), order=order, cval=outside).dataobj)
 
 
-def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, name: str = "head") -> HeadVolume:
+def prepare_head(
+    image: MetaTensor,
+    size: int = 64,
+    threshold: float = 300.0,
+    name: str = "head",
+    model: ModelGrid | None = None,
+) -> HeadVolume:
     """Bring a head CT onto the network's cubic grid.
 
     Bone is thresholded and its largest piece kept. The transforms of the bundle ``skull_completion_sparse``
@@ -145,6 +155,7 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
         size: edge of the grid in cells.
         threshold: Hounsfield units above which a voxel counts as bone.
         name: what to call the head.
+        model: the grid of a trained model, whose cells are then used; None: cells that fit the head.
 
     Returns:
         The head on the grid.
@@ -156,16 +167,30 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
     check_size(size)
     check_ct(image, name)
     values = np.array(image[0].as_tensor().cpu().numpy(), dtype=np.float32)
+    masks: tuple[str, ...] = ()
+    if _is_mask(values, threshold):
+        values, threshold = (values > threshold).astype(np.float32) * MASK_HU, MASK_HU / 2
+        masks = (f"the image is a mask: bone counts as {MASK_HU:g} HU, the rest as 0",)
     ct_affine = ras_affine(image).cpu().numpy()
     dense = check_bone(values, threshold, name)
     bone = get_largest_connected_component_mask(dense)
     corner, edge = skull_cube(bone, ct_affine, name)
-    notes = (*image.meta.get("notes", ()), *_notes(bone, dense, ct_affine))
-    values[dense & ~bone] = min(threshold, 0.0)
+    headroom = edge * MARGIN / (1 + 2 * MARGIN)
     pool = _pool(edge / size, ct_affine, size)
+    if model is not None and edge > size * model.cell_mm:
+        masks, model = (
+            (*masks, f"the head is larger than the shipped model's grid of {size * model.cell_mm:g} mm"),
+            None,
+        )
+    if model is not None:
+        top = corner[2] + edge - headroom
+        edge, headroom, pool = size * model.cell_mm, model.headroom_mm, model.pool
+        corner = np.array([*corner[:2], top + headroom - edge])
+    notes = (*image.meta.get("notes", ()), *masks, *_notes(bone, dense, ct_affine))
+    values[dense & ~bone] = min(threshold, 0.0)
     grid = onto_grid(
         MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(ct_affine)), float(corner[2]), grid=size,
-        cell_mm=edge / size, pool=pool, headroom_mm=edge * MARGIN / (1 + 2 * MARGIN), bone_threshold=threshold,
+        cell_mm=edge / size, pool=pool, headroom_mm=headroom, bone_threshold=threshold,
     )  # fmt: skip
     skull, affine = grid[0].as_tensor().numpy() > 0, np.asarray(grid.affine, dtype=np.float64)
     fine_affine = resize_affine(affine, grid.shape[1:], (size * pool,) * 3).numpy()
@@ -177,7 +202,7 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
         )
     return HeadVolume(
         skull=skull, affine=affine, gray=np.clip(gray, AIR, 3071).astype(np.int16), gray_affine=fine_affine,
-        bone=bone, ct_affine=ct_affine, fill=min(float((gray > threshold).mean() / skull.mean()), 1.0),
+        bone=bone, ct_affine=ct_affine, model=model, fill=min(float((gray > threshold).mean() / skull.mean()), 1.0),
         threshold=threshold, name=name, notes=notes,
     )  # fmt: skip
 
@@ -185,6 +210,12 @@ def prepare_head(image: MetaTensor, size: int = 64, threshold: float = 300.0, na
 def _pool(cell: float, affine: np.ndarray, size: int) -> int:
     """Voxels of the finer grid along an edge of a cell: about the image's own, at least two, within reason."""
     return min(max(round(cell / min(spacing(affine))), 2), max(1, FINEST // size))
+
+
+def _is_mask(values: np.ndarray, threshold: float) -> bool:
+    """Whether there are two values only, with the threshold between them."""
+    low, high = float(values.min()), float(values.max())
+    return 0 <= low <= threshold < high <= 255 and bool(((values == low) | (values == high)).all())
 
 
 def _notes(bone: np.ndarray, dense: np.ndarray, affine: np.ndarray) -> tuple[str, ...]:
@@ -211,6 +242,7 @@ def load_head(
     seed: int = 0,
     series: str | None = None,
     resample: bool = False,
+    model: ModelGrid | None = None,
 ) -> HeadVolume:
     """Read a head CT, or generate one, and bring it onto the network's grid.
 
@@ -221,6 +253,7 @@ def load_head(
         seed: seed of the generated head.
         series: see :func:`read_ct`.
         resample: see :func:`read_ct`.
+        model: see :func:`prepare_head`.
 
     Returns:
         The head on the grid.
@@ -230,11 +263,11 @@ def load_head(
     """
     check_size(size)
     if path is not None:
-        return prepare_head(read_ct(path, series, resample), size, threshold, Path(path).name)
+        return prepare_head(read_ct(path, series, resample), size, threshold, Path(path).name, model)
     if series is not None or resample:
         raise InputError("a generated head is no DICOM series: give --image, or leave out --series and --resample")
     from monai_memeff.apps.skull.phantom import head_phantom
 
     head = head_phantom(seed=seed)
     image = MetaTensor(head.image[None], affine=head.affine)
-    return prepare_head(image, size, threshold, f"generated head (seed {seed})")
+    return prepare_head(image, size, threshold, f"generated head (seed {seed})", model)

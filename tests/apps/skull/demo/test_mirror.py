@@ -36,7 +36,7 @@ def test_a_defect_of_one_side_is_filled_from_the_other(case: Case) -> None:
 def test_a_turned_and_shifted_head_is_registered(case: Case) -> None:
     affine = case.head.affine
     move = _turn(np.radians(7), (6.0, -4.0, 2.0))
-    defective, truth = (mirror._transform_mask(m, affine, np.linalg.inv(move)) for m in (case.defective, case.truth))
+    defective, truth = (mirror.transform_mask(m, affine, np.linalg.inv(move)) for m in (case.defective, case.truth))
     result = mirror_implant(defective, affine)
     assert _dice(result.implant, truth & ~defective) > 0.7
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from nibabel.affines import apply_affine
 
 from monai_memeff.apps.skull.demo import render
 from monai_memeff.apps.skull.demo.implant import implant_field
@@ -57,7 +58,8 @@ def test_slices_are_radiological(case: Case) -> None:
     shape = implant_field(case.head, case.defective, case.truth)
     truth = render._on_gray(case.head, shape)
     axes = Figure().subplots(1, 3)
-    render._slices(axes, case.head, case.head.gray.astype(np.float32), truth, None)
+    points = apply_affine(case.head.gray_affine, np.argwhere(truth > 0))
+    render._slices(axes, case.head, case.head.gray.astype(np.float32), truth, None, points)
     for draw in axes[:2]:
         points = np.concatenate([path.vertices for path in draw.collections[0].get_paths()])
         assert points[:, 0].mean() > np.mean(draw.get_xlim())

@@ -1,0 +1,236 @@
+"""A head that really has a hole: find it, train on the healthy bone, fill it, and show the mirror's answer beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms.utils import get_largest_connected_component_mask
+from nibabel.affines import apply_affine
+from rich.console import Console
+from torch import Tensor
+
+from monai_memeff.apps.skull import RandSkullDefect
+from monai_memeff.apps.skull.demo import methods, real_report
+from monai_memeff.apps.skull.demo.healthy import UNKNOWN, HealthyBoneSampler, training_heads
+from monai_memeff.apps.skull.demo.holes import LEAST_CM2, SkullHole, find_hole
+from monai_memeff.apps.skull.demo.io import check_size
+from monai_memeff.apps.skull.demo.mirror import MirrorResult, mirror_implant, transform_mask
+from monai_memeff.apps.skull.demo.pretrained import ShippedModel, shipped_model
+from monai_memeff.apps.skull.demo.report import WRITTEN
+from monai_memeff.apps.skull.demo.run import (
+    TEST_SEED,
+    check_defects,
+    model_grid,
+    show_progress,
+    threads_restored,
+    training_seconds,
+)
+from monai_memeff.apps.skull.demo.volume import HeadVolume, load_head, prepare_head
+from monai_memeff.apps.skull.metrics import implant_scores
+from monai_memeff.apps.skull.phantom import head_phantom
+from monai_memeff.data.folder import atomic_folder, check_output_folder
+from monai_memeff.errors import InputError
+
+GENERATED = 4  # heads
+LEARNING_RATE, FINE_TUNING_RATE = 4e-3, 1e-3
+OUTSIDE_MOST, OUTSIDE_WARNED, MIDLINE_WARNED = 0.5, 0.02, 0.02
+NEAR_MM = 6.0
+RIM = 2  # cells beyond the zone that an implant may take
+
+
+def run_defective(
+    image: Path | None,
+    size: int | None,
+    output: Path,
+    seconds: float | None,
+    threshold: float,
+    defects: int | None,
+    seed: int,
+    series: str | None = None,
+    resample: bool = False,
+    iterations: int | None = None,
+) -> None:
+    """Fill the real hole of a head, and print and write what came out.
+
+    Args:
+        image: CT of a head with a hole in its vault, or a mask of its skull (threshold 0.5).
+        size: edge of the grid in voxels; None: 64.
+        output: folder for ``report.txt``, ``report.json``, ``figure.png``, and the implants of the network and of the
+            mirror as NIfTI and STL.
+        seconds: training time; None: 190 at size 64.
+        threshold: bone is above this many Hounsfield units.
+        defects: number of synthetic defects of healthy bone to test on; None: 6.
+        seed: seed of defects and weights.
+        series: ``SeriesInstanceUID`` of a DICOM folder with several series.
+        resample: interpolate uneven or tilted DICOM slices onto an even grid.
+        iterations: training steps, instead of a time.
+
+    Raises:
+        InputError: on every bad input, in one line, before training starts; also when there is no hole.
+    """
+    if image is None:
+        raise InputError("--defective fills the hole of a real head: give its CT with --image")
+    target = check_output_folder(output, WRITTEN, image)
+    size = check_size(64 if size is None else size)
+    seconds, defects = training_seconds(seconds, size, networks=2), check_defects(defects, size)
+    console, shipped = Console(), shipped_model()
+    with console.status("reading the head"):
+        head = load_head(image, size, threshold, seed, series, resample, model_grid(shipped, size))
+        hole = hole_of(head)
+        tests = _test_defects(head, hole, defects)
+    console.print(f"{head.name}: {head.size}^3 cells of {head.cell_mm:.2f} mm; hole of {hole.area_cm2:.0f} cm2")
+    with console.status("mirroring the healthy side"):
+        mirror = _mirror(head)
+        piece = in_the_hole(mirror.mirrored & ~head.skull, hole)
+    warnings = find_warnings(head, hole, mirror)
+    for warning in warnings:
+        console.print(f"Warning: {warning}.", highlight=False)
+    fills = [real_report.Fill("registered mirror", piece)]
+    torch.manual_seed(seed)
+    method = methods.SparseMethod(_weights(shipped, head), ignore_index=UNKNOWN)
+    if _weights(shipped, head) is not None:
+        fills.append(_fill("shipped model, before any training", method, head, hole, tests))
+    with console.status("generating heads"):
+        sampler = make_sampler(head, hole, mirror, seed)
+    rate = LEARNING_RATE if _weights(shipped, head) is None else FINE_TUNING_RATE
+    with show_progress(console, "sparse network") as progress, threads_restored():
+        training = methods.train(method, sampler, seconds, rate, progress, iterations)
+    fills.append(_fill("sparse network", method, head, hole, tests, training))
+    result = real_report.RealReport(head, hole, fills, side_of(hole, mirror), warnings, seed)
+    with console.status("writing"), atomic_folder(target, WRITTEN, ("report.txt", "report.json")) as folder:
+        real_report.write(folder, result)
+    console.print(real_report.text(result), highlight=False)
+    console.print(f"written to {target}", highlight=False)
+
+
+def hole_of(head: HeadVolume) -> SkullHole:
+    """The hole, when there is one inside the image.
+
+    Raises:
+        InputError: no hole of 4 square centimeters, or most of it lies outside the image.
+    """
+    hole = find_hole(head.skull, head.affine)
+    if hole is None:
+        raise InputError(
+            f"{head.name} has no hole of {LEAST_CM2:g} cm2 or more in its vault, seen at cells of {head.cell_mm:.1f} mm"
+            " (slits and burr holes are smaller): leave out --defective, raise --threshold, or give a larger --size"
+        )
+    outside = outside_share(head, hole)
+    if outside > OUTSIDE_MOST:
+        raise InputError(
+            f"{outside:.0%} of what is missing in {head.name} lies outside the image, and at most {OUTSIDE_MOST:.0%}"
+            " may: the vault is cut off, give an image of the whole head"
+        )
+    return hole
+
+
+def outside_share(head: HeadVolume, hole: SkullHole) -> float:
+    """Which part of the hole's surface lies outside the field of view."""
+    index = apply_affine(np.linalg.inv(head.ct_affine), hole.surface)
+    return float(((index < -0.5) | (index > np.array(head.bone.shape) - 0.5)).any(axis=1).mean())
+
+
+def midline_share(hole: SkullHole, mirror: MirrorResult) -> float:
+    """Which part of the hole's surface has hole on its other side too, where a mirror finds nothing."""
+    from scipy.spatial import cKDTree
+
+    away, _ = cKDTree(hole.surface).query(apply_affine(mirror.transform, hole.surface))
+    return float((away < NEAR_MM).mean())
+
+
+def find_warnings(head: HeadVolume, hole: SkullHole, mirror: MirrorResult) -> tuple[str, ...]:
+    """What makes the answer doubtful, one sentence each."""
+    warnings = []
+    middle, outside = midline_share(hole, mirror), outside_share(head, hole)
+    if middle > MIDLINE_WARNED:
+        warnings.append(f"the hole crosses the midline: for {middle:.0%} of it the other side is missing too")
+    if outside > OUTSIDE_WARNED:
+        warnings.append(f"the vault is cut off by the field of view: {outside:.0%} of the hole lies outside the image")
+    if hole.others_cm2:
+        areas = " and ".join(f"{area:.0f} cm2" for area in hole.others_cm2)
+        warnings.append(f"there are further holes, of {areas}, which are not filled: the largest one is")
+    return tuple(warnings)
+
+
+def side_of(hole: SkullHole, mirror: MirrorResult) -> str:
+    """On which side the hole lies: "right", "left" or "both sides"."""
+    right = float((hole.surface[:, 0] > apply_affine(mirror.transform, hole.surface)[:, 0]).mean())
+    return "right" if right > 0.95 else "left" if right < 0.05 else "both sides"
+
+
+def make_sampler(head: HeadVolume, hole: SkullHole, mirror: MirrorResult, seed: int) -> HealthyBoneSampler:
+    """Batches of the patient's healthy bone, its mirror image and generated heads, on the head's grid."""
+    zone = transform_mask(hole.zone, head.affine, mirror.transform)
+    made = [_generated(head, 1000 + seed + k) for k in range(GENERATED)]
+    return HealthyBoneSampler(training_heads(head, hole, mirror.mirrored, zone, made), hole, seed)
+
+
+def _generated(head: HeadVolume, seed: int) -> np.ndarray:
+    made = head_phantom((74, 90, 96), 2.5, seed)
+    image = MetaTensor(made.image[None], affine=made.affine)
+    return prepare_head(image, head.size, name="generated head", model=head.model).skull
+
+
+def in_the_hole(added: np.ndarray, hole: SkullHole) -> np.ndarray:
+    """The largest connected piece of what was added at the hole."""
+    from scipy import ndimage
+
+    return get_largest_connected_component_mask(added & ndimage.binary_dilation(hole.zone, iterations=RIM))
+
+
+def _mirror(head: HeadVolume) -> MirrorResult:
+    try:
+        return mirror_implant(head.skull, head.affine)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _weights(shipped: ShippedModel | None, head: HeadVolume) -> dict[str, Tensor] | None:
+    return dict(shipped.weights) if shipped is not None and head.model is not None else None
+
+
+@torch.no_grad()
+def added_bone(method: methods.CompletionMethod, skull: np.ndarray) -> np.ndarray:
+    """Cells that the network adds to a skull, bool (S, S, S)."""
+    completed = method.complete(torch.from_numpy(skull[None, None].astype(np.float32)))[0, 0]
+    return completed.numpy().astype(bool) & ~skull
+
+
+def _test_defects(head: HeadVolume, hole: SkullHole, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Skulls with one more defect, in healthy bone, and the bone that was taken: bool (S, S, S) each."""
+    cut = RandSkullDefect()
+    cut.set_random_state(TEST_SEED)
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    try:
+        for _ in range(20 * count):
+            defective, implant = (v[0].as_subclass(Tensor).numpy() > 0 for v in cut(head.tensor()))
+            if (implant & hole.zone).sum() < 0.05 * implant.sum():
+                found.append((defective, implant))
+            if len(found) == count:
+                break
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return found
+
+
+def _fill(
+    name: str,
+    method: methods.CompletionMethod,
+    head: HeadVolume,
+    hole: SkullHole,
+    tests: Sequence[tuple[np.ndarray, np.ndarray]],
+    training: methods.Training | None = None,
+) -> real_report.Fill:
+    """What a network puts into the hole, and how well it fills unseen defects of healthy bone."""
+    scores = [
+        implant_scores(
+            torch.from_numpy(get_largest_connected_component_mask(added_bone(method, defective) & ~hole.zone)),
+            torch.from_numpy(truth), torch.from_numpy(defective), head.cell_mm,
+        )
+        for defective, truth in tests
+    ]  # fmt: skip
+    return real_report.Fill(name, in_the_hole(added_bone(method, head.skull), hole), tuple(scores), training)
