@@ -1,5 +1,6 @@
 """A CT series through a MONAI bundle with an overlay, in MONAI Deploy App SDK 4.0, and DICOM SEG out."""
 
+import os
 from pathlib import Path
 
 from monai.deploy.conditions import CountCondition
@@ -32,8 +33,8 @@ class SpleenApp(Application):
             self,
             input_mapping=[IOMapping("image", Image, IOType.IN_MEMORY)],
             output_mapping=[IOMapping("pred", Image, IOType.IN_MEMORY)],
-            app_context=context,
-            bundle_path=Path(context.model_path),
+            app_context=context,  # has no model: -m would put the SDK's wrapper in the place of the bundle's network
+            bundle_path=Path(os.environ["BUNDLE"]).absolute(),
             bundle_config_names=BundleConfigNames(config_names=["inference", "halo_inference"]),
             name="bundle",
         )
