@@ -27,7 +27,10 @@ IMAGES = {
 """Bundle -> files of its first case, and the words by which `memeff run` tells them apart."""
 
 
-@pytest.fixture(scope="module", params=list(IMAGES))
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in IMAGES if not name.startswith("renal")]
+
+
+@pytest.fixture(scope="module", params=["renalStructures_CECT_segmentation", *SLOW])
 def bundle(request: Any, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A bundle made small, with random weights, whose window is as large as its volumes."""
     folder = tmp_path_factory.mktemp("zoo")

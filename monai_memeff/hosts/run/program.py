@@ -89,6 +89,7 @@ class Program:
         self.amp_options = bundle.parse(f"{bundle.evaluator}#amp_kwargs") or {}
         self.reader: StudyReader = bundle.parse(READER)
         self.keys = bundle.image_keys()
+        bundle.check_records()
         load_weights(bundle, checkpoints_of(bundle))
         self.network.to(self.device).eval()
 

@@ -21,6 +21,7 @@ from monai_memeff.errors import InputError
 from monai_memeff.hosts.run.output.dicom_seg import Sources, write_seg
 from monai_memeff.hosts.run.output.segments import Labels, labels_of
 from monai_memeff.hosts.run.program import Prediction, Result
+from monai_memeff.occupancy.mesh import labels_to_mesh, write_mesh
 
 REPORT = "report.json"
 REFUSED = ".refused.json"
@@ -76,6 +77,7 @@ def write_results(
                     work / f"{name}.dcm", labels, sources, bundle["name"], bundle["version"], bundle["parameters"]
                 )
                 files.append({"file": f"{name}.dcm", **_contents(labels)})
+            files += _surfaces(work, name, labels, prediction.affine)
         report = {**report, "results": [{**file, "sha256": _sha256(work / file["file"])} for file in files]}
         with atomic_write(work / REPORT) as file:
             file.write_text(json.dumps(report, indent=2, default=str), encoding="utf-8")
@@ -136,6 +138,19 @@ def _nifti(work: Path, name: str, labels: Labels, affine: np.ndarray) -> list[di
         save_nifti(work / file, part, affine)
         one = Labels(part, {1: labels.names[number]} if number in labels.names else {}, labels.unnamed)
         files.append({"file": file, **_contents(one)})
+    return files
+
+
+def _surfaces(work: Path, name: str, labels: Labels, affine: np.ndarray) -> list[dict[str, Any]]:
+    """An STL of every implant, to be printed: LPS millimeters, as viewers of DICOM take files."""
+    files = []
+    implants = {number: word for number, word in labels.names.items() if "implant" in word.lower().split()}
+    for number in implants:
+        mask = labels.values == number if labels.values.ndim == 3 else labels.values[number - 1] > 0
+        if mask.any():
+            file = f"{name}.stl" if len(implants) == 1 else f"{name}_{number}.stl"
+            write_mesh(work / file, labels_to_mesh(mask, affine))
+            files.append({"file": file, "surface of": implants[number]})
     return files
 
 

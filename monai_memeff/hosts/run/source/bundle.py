@@ -134,6 +134,22 @@ class Bundle:
                 waiting += references(get(self.config, place))
         return seen
 
+    def check_records(self) -> None:
+        """What a bundle of this package does at its start: weights that were trained with other settings are refused.
+
+        Raises:
+            InputError: the settings differ.
+        """
+        for place in self._records(self.config):
+            try:
+                self.parse(place).check()
+            except SystemExit as stopped:
+                raise InputError(str(stopped)) from None
+
+    @staticmethod
+    def _records(config: Config) -> list[str]:
+        return [place for place, word in components(config) if word == "WeightsRecord"]
+
     def _is_used(self, place: str, reached: set[str]) -> bool:
         return any(place == other or place.startswith(f"{other}#") for other in reached)
 
@@ -147,6 +163,7 @@ class Bundle:
         if isinstance(engine, dict) and engine.get("decollate", True) is not True:
             raise InputError(f"the evaluator of {self.folder} keeps batches together (decollate): use MONAI's command")
         loaders = {place for place, word in components(merged) if word == "CheckpointLoader"}
+        loaders |= {f"{place}.check" for place in self._records(merged)}
         for name in ("initialize", "finalize"):
             steps = merged.get(name) or []
             for step in steps if isinstance(steps, list) else [steps]:
