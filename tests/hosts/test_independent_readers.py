@@ -60,7 +60,7 @@ def test_labels_lie_on_the_volume_that_dcm2niix_makes_of_the_series(
     studies: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     ct, nifti, _ = studies
-    command = [program("dcm2niix"), "-o", tmp_path, "-f", "x", "-b", "n", "-z", "n", ct]
+    command = [program("dcm2niix"), "-o", str(tmp_path), "-f", "x", "-b", "n", "-z", "n", str(ct)]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     theirs, their_affine = read(tmp_path / "x.nii")
     labels, affine = read(nifti)
@@ -72,9 +72,9 @@ def test_dcmqi_reads_the_labels_of_the_seg_where_the_nifti_has_them(
     studies: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     _, nifti, seg = studies
-    command = [program("segimage2itkimage"), "-t", "nii", "--mergeSegments", "--inputDICOM", seg]
+    command = [program("segimage2itkimage"), "-t", "nii", "--mergeSegments", "--inputDICOM", str(seg)]
     done = subprocess.run(
-        [*command, "--outputDirectory", tmp_path], check=True, capture_output=True, text=True, timeout=60
+        [*command, "--outputDirectory", str(tmp_path)], check=True, capture_output=True, text=True, timeout=60
     )
     assert "absent" not in done.stdout + done.stderr  # an attribute that the standard asks for
     theirs, their_affine = read(tmp_path / "1.nii.gz")

@@ -71,7 +71,7 @@ def test_labels_are_those_of_monais_command_with_and_without_an_overlay(bundle: 
     work.initialize()
     work.run()
     theirs = [file for file in (bundle / "eval").rglob("*.nii.gz") if "trans" in file.name or "seg" in file.name]
-    assert any(np.array_equal(np.asarray(nibabel.load(file).dataobj).squeeze(), plain) for file in theirs)  # type: ignore[attr-defined]
+    assert any(np.array_equal(np.asarray(nibabel.load(file).dataobj).squeeze(), plain) for file in theirs)
 
 
 def test_a_series_is_answered_with_a_seg_where_one_image_is_read(bundle: Path, tmp_path: Path) -> None:
