@@ -70,6 +70,32 @@ def check_mask(values: Tensor, owner: str) -> None:
         )
 
 
+def check_labels(values: Tensor, owner: str, classes: int | None = None) -> None:
+    """Refuse values that are no labels: NaN, fractions, negatives, and those beyond the classes.
+
+    Args:
+        values: any shape.
+        owner: name of what takes them.
+        classes: Number of classes, if it is known.
+
+    Raises:
+        InputError: a value is no label.
+    """
+    values = values.detach().as_subclass(Tensor)
+    check_finite(values, owner)
+    if values.dtype == torch.bool or values.numel() == 0 or values.is_meta:
+        return
+    numbers = computable(values)
+    if numbers.is_floating_point() and not bool((numbers == numbers.round()).all()):
+        raise InputError(f"{owner} needs labels, which are whole numbers, got fractions; take argmax or a threshold.")
+    low, high = (int(bound) for bound in numbers.aminmax())
+    if low < 0 or (classes is not None and high >= classes):
+        known = "0 or more" if classes is None else f"0 to {classes - 1}"
+        raise InputError(
+            f"{owner} needs labels of {known}, got {low if low < 0 else high}; map other values to these first."
+        )
+
+
 def as_network_input(values: Tensor, dtype: torch.dtype, owner: str) -> Tensor:
     """The same numbers in the dtype that a network computes in.
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monai_memeff.arguments import check_count, numbers_checked
+from monai_memeff.checks import check_finite, check_labels
 
 
 class LiverTumorLoss(nn.Module):
@@ -36,7 +37,12 @@ class LiverTumorLoss(nn.Module):
         self.lesion, self.dice_weight = lesion, dice_weight
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Loss of logits (B, C, spatial...) and labels (B, 1, spatial...)."""
+        """Loss of logits (B, C, spatial...) and labels (B, 1, spatial...), all annotated.
+
+        Raises:
+            ValueError: another number of classes or shape, NaN or infinity, or values that are no labels of a class.
+        """
+        self._check(prediction, target)
         labels = target[:, 0].long()
         weights = self.class_weights.to(prediction)
         entropy = F.cross_entropy(prediction, labels, weight=weights, reduction="none").mean()
@@ -47,3 +53,13 @@ class LiverTumorLoss(nn.Module):
         per_case = (2 * hit / (size + 0.1)).mean()
         overall = 2 * hit.sum() / (size.sum() + 0.1)
         return (1 - self.dice_weight) * entropy - self.dice_weight * (per_case + overall) / 2
+
+    def _check(self, prediction: Tensor, target: Tensor) -> None:
+        classes = len(self.class_weights)
+        if prediction.shape[1:2] != (classes,) or target.shape != (len(prediction), 1, *prediction.shape[2:]):
+            raise ValueError(
+                f"LiverTumorLoss takes logits (B, {classes}, ...) and labels (B, 1, ...) of one shape, "
+                f"got {tuple(prediction.shape)} and {tuple(target.shape)}."
+            )
+        check_finite(prediction, "LiverTumorLoss")
+        check_labels(target, "LiverTumorLoss", classes)

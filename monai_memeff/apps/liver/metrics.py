@@ -9,6 +9,7 @@ from monai.metrics import CumulativeIterationMetric
 from torch import Tensor
 
 from monai_memeff.arguments import check_count, numbers_checked
+from monai_memeff.checks import check_labels
 
 
 class LesionDiceMetric(CumulativeIterationMetric):
@@ -27,9 +28,17 @@ class LesionDiceMetric(CumulativeIterationMetric):
         self.lesion, self.overall = lesion, overall
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:
-        """Intersection and size per case, from label maps (B, 1, ...) or one-hot maps (B, C, ...)."""
+        """Intersection and size per case, from label maps (B, 1, ...) or one-hot maps (B, C, ...).
+
+        Raises:
+            ValueError: no truth, another grid, or values that are neither.
+        """
         if y is None:
             raise ValueError("LesionDiceMetric needs y, the true labels.")
+        for t in (y_pred, y):
+            check_labels(t, "LesionDiceMetric", 2 if t.shape[1] > 1 else None)
+        if y_pred.shape[2:] != y.shape[2:] or len(y_pred) != len(y):
+            raise ValueError(f"prediction and truth must share a grid, got {tuple(y_pred.shape)}, {tuple(y.shape)}.")
         a, b = (t[:, self.lesion] > 0.5 if t.shape[1] > 1 else t[:, 0] == self.lesion for t in (y_pred, y))
         space = tuple(range(1, a.dim()))
         return torch.stack([(a & b).sum(space), a.sum(space) + b.sum(space)], dim=1).double()

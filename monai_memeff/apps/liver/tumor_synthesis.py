@@ -15,6 +15,7 @@ from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
 
 from monai_memeff.arguments import check_positive, numbers_checked
+from monai_memeff.checks import check_finite, check_labels
 
 
 def _box_mean(x: Tensor, size: int) -> Tensor:
@@ -91,8 +92,15 @@ class RandTumorSynthesis(RandomizableTransform):
 
         Returns:
             image and label of the same shapes and types.
+
+        Raises:
+            ValueError: other shapes, NaN or infinity, or other labels.
         """
         img, label = convert_to_tensor(img, track_meta=isinstance(img, MetaTensor)), convert_to_tensor(label)
+        if img.ndim < 2 or img.shape != label.shape or len(img) != 1:
+            raise ValueError(f"image and label must be (1, ...), got {tuple(img.shape)} and {tuple(label.shape)}.")
+        check_finite(img, "RandTumorSynthesis")
+        check_labels(label, "RandTumorSynthesis", 3)
         coarse = max((self.resolution or img.shape[1]) // 32, 1)
         if randomize:
             self.randomize((tuple(img.shape[1:]), coarse))
