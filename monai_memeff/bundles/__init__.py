@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from monai_memeff.bundles.inputs import (
+    checked_option,
     newest_file,
     pair_by_name,
     require_checkpoint,
@@ -25,6 +26,7 @@ __all__ = [
     "bundle_names",
     "bundle_path",
     "bundle_task",
+    "checked_option",
     "copy_bundle",
     "newest_file",
     "pair_by_name",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from glob import glob
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,30 @@ def require_files(files: Sequence[Any], what: str, folder: str, pattern: str | N
     if pattern is None:
         raise SystemExit(f"no {what}: nothing in {folder}; set --dataset_dir")
     raise SystemExit(f"no {what}: nothing matches {os.path.join(folder, pattern)}; set --dataset_dir and --pattern")
+
+
+def checked_option(name: str, value: Any, least: float, most: float = math.inf, whole: bool = False) -> Any:
+    """The value of an option, for the place of a configuration that uses it; ends the program where it is out of range.
+
+    Args:
+        name: Name of the option.
+        value: what it was set to.
+        least: the smallest value that can be meant.
+        most: the largest.
+        whole: whether it is a whole number.
+
+    Raises:
+        SystemExit: it is no number, NaN or outside the range; with one line that names the option.
+
+    Example::
+
+        checked_option("grid", 64, 1, whole=True)
+    """
+    kind = Integral if whole else Real
+    if not isinstance(value, kind) or not least <= value <= most or math.isinf(value):
+        bounds = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise SystemExit(f"--{name} must be a {'whole ' if whole else ''}number {bounds}, got {value!r}")
+    return value
 
 
 def require_pairs(images: Sequence[str], labels: Sequence[str], folder: str) -> None:

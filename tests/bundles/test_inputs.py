@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from monai.bundle import ConfigParser
 
 from monai_memeff import bundles
+from monai_memeff.bundles import bundle_path, checked_option
 
 
 def test_an_empty_folder_ends_the_program() -> None:
@@ -57,3 +59,24 @@ def test_checkpoints(tmp_path: Path) -> None:
     bundles.require_checkpoint(None, str(tmp_path), pattern, resume=False)
     with pytest.raises(SystemExit, match=r"^nothing to resume: no last_checkpoint\*.pt in .*; start without --resume$"):
         bundles.require_checkpoint(None, str(tmp_path), pattern)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), float("inf"), "64", None, 64.0])
+def test_an_option_out_of_range_ends_in_one_line(value: object) -> None:
+    with pytest.raises(SystemExit, match=r"^--grid must be a whole number of at least 1, got "):
+        checked_option("grid", value, 1, whole=True)
+    assert checked_option("grid", 64, 1, whole=True) == 64
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("grid", -1), ("pool", 0), ("cell_mm", float("nan")), ("implant_level", -1)]
+)
+@pytest.mark.parametrize("file", ["inference.json", "train.json"])
+def test_options_of_the_skull_bundle_are_checked_where_they_are_used(option: str, value: float, file: str) -> None:
+    parser = ConfigParser(ConfigParser.load_config_file(str(bundle_path("skull_completion_sparse") / "configs" / file)))
+    parser[option] = value
+    place = "postprocessing" if option == "implant_level" else "fine_mm" if option == "cell_mm" else "fine_grid"
+    if option == "implant_level" and file == "train.json":
+        pytest.skip("training makes no implant")
+    with pytest.raises(SystemExit, match=f"--{option} must be"):
+        parser.get_parsed_content(place)

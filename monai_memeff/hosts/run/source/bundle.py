@@ -98,6 +98,8 @@ class Bundle:
             return default
         try:
             return self.parser.get_parsed_content(place)
+        except SystemExit as stopped:  # an option out of range
+            raise InputError(str(stopped)) from None
         except Exception as error:  # of the bundle's own code, of any kind
             raise InputError(f"the bundle's {place} cannot be made: {first_cause(error)}") from error
 
