@@ -13,6 +13,11 @@ from monai_memeff.errors import InputError
 UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
+def has_values(values: Tensor) -> bool:
+    """Whether a tensor has values to be checked: one on the meta device or of a dry run has shape and dtype alone."""
+    return not values.is_meta and not getattr(getattr(values, "fake_mode", None), "is_dry_run", False)
+
+
 def computable(values: Tensor) -> Tensor:
     """The same numbers in a dtype that torch computes with: unsigned ones of 16 to 64 bits and floats of 8 are none."""
     if values.is_floating_point():
@@ -37,9 +42,9 @@ def check_finite(values: Tensor, owner: str) -> None:
     Raises:
         InputError: a value is NaN or infinite; the message counts them.
     """
-    values = values.detach().as_subclass(Tensor)
+    known, values = has_values(values), values.detach().as_subclass(Tensor)
     check_real(values, owner)
-    if not values.is_floating_point() or values.numel() == 0 or values.is_meta:
+    if not values.is_floating_point() or values.numel() == 0 or not known:
         return
     values = computable(values)
     if all(bool(bound.isfinite()) for bound in values.aminmax()):  # either bound is NaN where any value is
@@ -58,9 +63,9 @@ def check_mask(values: Tensor, owner: str) -> None:
     Raises:
         InputError: a value is NaN, infinite or negative.
     """
-    values = values.detach().as_subclass(Tensor)
     check_finite(values, owner)
-    if values.dtype in UNSIGNED or values.numel() == 0 or values.is_meta:
+    known, values = has_values(values), values.detach().as_subclass(Tensor)
+    if values.dtype in UNSIGNED or values.numel() == 0 or not known:
         return
     lowest = computable(values).amin()
     if bool(lowest < 0):
@@ -158,7 +163,8 @@ def check_dtype(values: Tensor, dtype: torch.dtype, owner: str) -> None:
 
 def _check_exact(values: Tensor, dtype: torch.dtype, owner: str) -> None:
     limit = int(2 / torch.finfo(dtype).eps)  # 2^24 in float32: from there on not every integer has a value
-    if values.dtype == torch.bool or torch.iinfo(values.dtype).max <= limit or values.numel() == 0 or values.is_meta:
+    small = values.dtype == torch.bool or torch.iinfo(values.dtype).max <= limit
+    if small or values.numel() == 0 or not has_values(values):
         return
     largest = max(abs(int(bound)) for bound in values.detach().as_subclass(Tensor).long().aminmax())
     if largest > limit:

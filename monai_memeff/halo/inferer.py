@@ -23,7 +23,7 @@ from monai_memeff.halo.planning.capture import bare, home
 from monai_memeff.halo.planning.estimate import dry_peak
 from monai_memeff.halo.planning.fingerprint import call_key, fingerprint, mode_key
 from monai_memeff.halo.planning.plan import Plan, make_plan
-from monai_memeff.halo.planning.program import flatten_call, unflatten
+from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.halo.run.stores import FolderStore, HostStore, Store, available_memory
 from monai_memeff.halo.run.stream import Stream
 
@@ -141,8 +141,7 @@ class SpatialPartitionInferer(Inferer):
         flat, spec = flatten_call((inputs, *args), kwargs)
         flat = [leaf.as_subclass(torch.Tensor) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
         call = unflatten(flat, spec)
-        device = self.device or home(network)
-        device = torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+        device = self._device(network)
         plan = self._plan(network, call, flat, device)
         planned = time.perf_counter() - began
         store = self._store(device)
@@ -168,17 +167,37 @@ class SpatialPartitionInferer(Inferer):
         )
         return _with_meta(whole, inputs)
 
+    def prepare(self, inputs: torch.Tensor, network: nn.Module, program: Program | None = None) -> Plan:
+        """The plan of a later call of the same network on a volume of the same shape and type, which will use it.
+
+        Args:
+            inputs: (B, C, spatial...) of any device, meta included: only shape and type count.
+            network: not changed; a change of it or of its mode before the call makes the plan anew.
+            program: the one of another plan of the same network and shape without labels, which saves time.
+
+        Raises:
+            NotPartitionableError: see :meth:`__call__`.
+        """
+        network = bare(network)
+        return self._plan(network, ((inputs,), {}), [inputs], self._device(network), program)
+
+    def _device(self, network: nn.Module) -> torch.device:
+        device = self.device or home(network)
+        return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+
     def _store(self, device: torch.device) -> Store:
         return HostStore(device) if self.store == "host" else FolderStore(Path(self.store))
 
-    def _plan(self, network: nn.Module, call: Any, flat: list[Any], device: torch.device) -> Plan:
+    def _plan(
+        self, network: nn.Module, call: Any, flat: list[Any], device: torch.device, program: Program | None = None
+    ) -> Plan:
         options = (str(device), self.partitions, self.memory_budget, self.axis, self.labels)
         key = (fingerprint(network), call_key(flat), mode_key(), options)
         found = self._plans.get(key)
         known = found[1] if found is not None and found[0]() is network else None
         if known is not None and known.fresh_budget(self._budget(device)):
             return known
-        program = known.schedule.bound.program if known is not None else None  # only the budget is another one
+        program = known.schedule.bound.program if known is not None else program  # only the budget is another one
         shared = self.memory_budget is None and device.type == "cpu" and self.store == "host"
         budget, args, kwargs = self._budget(device), call[0], call[1]
         plan = make_plan(

@@ -99,11 +99,11 @@ def estimate_peak(
             with measure_peak(device) as meter:
                 step(shape)
             peaks.append(level + meter.peak_bytes)
-    return _line(voxels, peaks)
+    return line_through(voxels, peaks)
 
 
-def _line(voxels: Sequence[int], peaks: Sequence[int]) -> PeakEstimate:
-    """Least squares."""
+def line_through(voxels: Sequence[int], peaks: Sequence[int]) -> PeakEstimate:
+    """The line of least squares through peaks over numbers of voxels."""
     center, level = sum(voxels) / len(voxels), sum(peaks) / len(peaks)
     spread = sum((v - center) ** 2 for v in voxels)
     slope = sum((v - center) * (p - level) for v, p in zip(voxels, peaks, strict=True)) / spread

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -191,7 +192,8 @@ def _parts(tensor: Tensor) -> list[Tensor]:
 def tensors_alive() -> list[Tensor]:
     """Every tensor that Python's garbage collector knows, and the gradients of the leaves."""
     objects = gc.get_objects()
-    tensors = list(compress(objects, map(_subclasses(Tensor).__contains__, map(type, objects))))
+    kinds = _subclasses(Tensor) - _subclasses(UninitializedTensorMixin)  # lazy ones have no storage yet
+    tensors = list(compress(objects, map(kinds.__contains__, map(type, objects))))
     del objects  # in Python 3.10 it holds the frame of this call: a circle that would keep every object alive
     with torch._C.DisableTorchFunctionSubclass():
         gradients = [tensor.grad for tensor in tensors if tensor.is_leaf]

@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from monai_memeff.checks import as_network_input
+from monai_memeff.checks import as_network_input, has_values
 
 
 def plain_tensor(volume: Tensor) -> Tensor:
@@ -38,6 +38,8 @@ def checked_points(points: Tensor, volume: Tensor) -> Tensor:
     if points.ndim != 3 or points.shape[0] != len(volume) or points.shape[2] != 3:
         raise ValueError(f"points must be ({len(volume)}, N, 3) for this volume, got {tuple(points.shape)}.")
     points = points if points.is_floating_point() else points.float()
+    if not has_values(points):
+        return points
     shape = tuple(volume.shape[2:])
     last = torch.tensor(shape, device=points.device) - 0.5
     outside = ~((points >= -0.5) & (points <= last)).all(-1)

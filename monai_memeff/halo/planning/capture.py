@@ -19,25 +19,7 @@ from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.lower import lower
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
-
-
-def bare(network: nn.Module) -> nn.Module:
-    """The network itself, out of the wrappers of DistributedDataParallel, DataParallel and torch.compile."""
-    wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        if isinstance(network, wrapped):
-            network = network.module
-        elif hasattr(network, "_orig_mod") and isinstance(network._orig_mod, nn.Module):
-            network = network._orig_mod
-        else:
-            return network
-
-
-def home(network: nn.Module) -> torch.device:
-    """The device of the network's first parameter or buffer; the CPU if it has none."""
-    for tensor in (*network.parameters(), *network.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+from monai_memeff.memory.untouched import as_it_was, bare, home
 
 
 def _fake(leaf: Any, mode: FakeTensorMode, device: torch.device) -> Any:
@@ -127,25 +109,6 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class _Attributes:
-    """A module's attributes as they are, lists and dicts among them by content: forward may cache what is not real."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.attributes = module, dict(module.__dict__)
-        self.contents = {k: copy.copy(v) for k, v in self.attributes.items() if type(v) in (list, dict, set)}
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for key, content in self.contents.items():
-            kept = self.attributes[key]
-            kept.clear()
-            kept.extend(content) if isinstance(kept, list) else kept.update(content)
-        now = self.module.__dict__
-        for key in now.keys() - self.attributes.keys():
-            del now[key]
-        now.update(self.attributes)
-
-
 def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Program:
     """Capture a network at the shapes of its arguments.
 
@@ -167,9 +130,9 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
     device = home(network)
     with _python_dispatch._disable_current_modes():  # a caller's meter is not to count what is never allocated
         fake_args, fake_kwargs = unflatten([_fake(leaf, mode, device) for leaf in flat], spec)
-    saved = [_Attributes(m) for m in network.modules()]
     try:
         with (
+            as_it_was(network),
             _python_dispatch._disable_current_modes(),
             torch.no_grad(),
             _no_hidden_draws(),
@@ -186,9 +149,6 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
             f"{type(network).__name__} cannot be captured at this shape: {_reason(error)}"
             + (f" ({line})" if line else "")
         ) from error
-    finally:
-        for attributes in saved:
-            attributes.restore()
     program = lower(exported, network, flat)
     program.call_spec = copy.copy(spec)
     return program

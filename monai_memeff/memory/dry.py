@@ -1,0 +1,157 @@
+"""A dry run: a network's own step on tensors that have shapes and no memory, followed storage by storage."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (  # read in torch 2.6 to 2.14
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.nn.parameter import is_lazy
+from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from monai_memeff.errors import InputError
+from monai_memeff.memory.tracker import StorageTracker, Watcher
+from monai_memeff.memory.untouched import as_it_was, home
+
+NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+"""What a dry run cannot follow: code that looks at values, shapes that depend on them, kernels without a shape rule."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found.
+
+    Attributes:
+        peak_bytes: highest number of bytes alive at once, of what the step itself makes.
+        multiplications: of convolutions and matrix products.
+        result: what the step returned, tensors without memory.
+        kept_bytes: alive at the end of the step, with what it returned.
+    """
+
+    peak_bytes: int
+    multiplications: int
+    result: Any
+    kept_bytes: int = 0
+
+
+class DryMode(FakeTensorMode):
+    """Tensors without memory; checks of values pass (:func:`monai_memeff.checks.has_values`)."""
+
+    is_dry_run = True
+
+
+class MultiplicationCounter(TorchDispatchMode):
+    """Counts the multiplications of convolutions and matrix products while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operations = 0
+
+    @property
+    def multiplications(self) -> int:
+        """So far; torch counts a multiplication and an addition as two operations."""
+        return self._operations // 2
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, and count."""
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(func, "overloadpacket", None))
+        if count is not None:
+            self._operations += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def dry_run(
+    network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, step: Callable[[Tensor], Any], training: bool
+) -> DryRun:
+    """Run a step of a network without computing or allocating anything.
+
+    Peaks are those of :func:`~monai_memeff.memory.measure_peak` around the same step: the operators, what autograd
+    keeps, recomputation and the order in which tensors are freed are the step's own. The network is unchanged
+    afterwards: neither gradients nor running statistics nor caches stay, and no random numbers are drawn.
+
+    Args:
+        network: whose parameters and buffers get stand-ins without memory, on the same devices.
+        shape: of the input, which is made on the network's device and not counted.
+        dtype: of the input.
+        step: gets the input and runs the network; what it makes itself, a label say, takes no memory and counts.
+        training: whether gradients are recorded.
+
+    Raises:
+        InputError: the network's parameters have no shapes yet.
+        Exception: whatever the step raises; one of ``NO_VALUES`` where it looks at values.
+    """
+    tracker, mode = StorageTracker("meta", count_older=False), DryMode(allow_non_fake_inputs=True)
+    with (
+        _python_dispatch._disable_current_modes(),  # a caller's meter is not to count what is never allocated
+        _quiet(),
+        _random_state_kept(),
+        as_it_was(network),
+        torch.set_grad_enabled(training),
+        mode,
+    ):
+        _stand_in(network)
+        volume = torch.empty(shape, dtype=dtype, device=home(network))
+        with Watcher(tracker), MultiplicationCounter() as counter:
+            result = step(volume)
+        tracker.close()
+    return DryRun(tracker.peak, counter.multiplications, result, tracker.live)
+
+
+def _stand_in(network: nn.Module) -> None:
+    """Parameters and buffers without memory, shared ones shared; plain tensors in attributes stay real."""
+    known: dict[int, Tensor] = {}
+
+    def one(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if is_lazy(tensor):
+            raise InputError("the network's lazy parameters have no shapes yet: call it once on a small input first")
+        if id(tensor) not in known:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            known[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return known[id(tensor)]
+
+    for module in network.modules():
+        module.__dict__["_parameters"] = {name: one(value) for name, value in module._parameters.items()}
+        module.__dict__["_buffers"] = {name: one(value) for name, value in module._buffers.items()}
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    python, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What is wrong is raised; torch's own log of it says the same in fifty lines."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    try:
+        log.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        log.setLevel(level)

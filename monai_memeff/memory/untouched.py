@@ -1,0 +1,59 @@
+"""A network that is looked at and left as it was: out of its wrappers, and with every attribute put back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """The network itself, out of the wrappers of DistributedDataParallel, DataParallel and torch.compile."""
+    wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(network, wrapped):
+            network = network.module
+        elif hasattr(network, "_orig_mod") and isinstance(network._orig_mod, nn.Module):
+            network = network._orig_mod
+        else:
+            return network
+
+
+def home(network: nn.Module) -> torch.device:
+    """The device of the network's first parameter or buffer; the CPU if it has none."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def as_it_was(network: nn.Module) -> Iterator[None]:
+    """Afterwards all attributes of all modules are those from before: forward may cache what is not real."""
+    saved = [_Attributes(module) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for attributes in saved:
+            attributes.restore()
+
+
+class _Attributes:
+    """A module's attributes as they are, lists and dicts among them by content."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.attributes = module, dict(module.__dict__)
+        self.contents = {k: copy.copy(v) for k, v in self.attributes.items() if type(v) in (list, dict, set)}
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for key, content in self.contents.items():
+            kept = self.attributes[key]
+            kept.clear()
+            kept.extend(content) if isinstance(kept, list) else kept.update(content)
+        now = self.module.__dict__
+        for key in now.keys() - self.attributes.keys():
+            del now[key]
+        now.update(self.attributes)
