@@ -97,7 +97,7 @@ def test_large_volumes_take_no_memory() -> None:
     network = unet()
     with measure_peak() as meter:
         found = estimate_network(network, (1, 1, 512, 512, 512), training=True)
-    assert found.peak_bytes > 2**34
+    assert found.peak_bytes > 2**33
     assert meter.peak_bytes < 2**20
 
 
