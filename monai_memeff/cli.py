@@ -71,7 +71,7 @@ def demo(
         return run_systems(image, label, output, seconds, threshold, seed, series, resample)
     refuse_together("a demo without --systems", {"--label": label})
     if defective:
-        from monai_memeff.apps.skull.demo.real_defect import run_defective
+        from monai_memeff.apps.skull.demo.real.run import run_defective
 
         return run_defective(image, size, output, seconds, threshold, defects, seed, series, resample)
     from monai_memeff.apps.skull.demo.run import run_demo

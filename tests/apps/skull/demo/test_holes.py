@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from monai_memeff.apps.skull.demo.holes import find_hole
+from monai_memeff.apps.skull.demo.real.holes import find_hole
 from monai_memeff.apps.skull.demo.volume import HeadVolume
 from tests.apps.skull.demo.conftest import Case
 

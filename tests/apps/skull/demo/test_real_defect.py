@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from monai_memeff.apps.skull.demo import real_defect, render
-from monai_memeff.apps.skull.demo.healthy import UNKNOWN, HealthyBoneSampler, training_heads
-from monai_memeff.apps.skull.demo.holes import SkullHole, find_hole
+from monai_memeff.apps.skull.demo import render
 from monai_memeff.apps.skull.demo.implant import defective_bone
 from monai_memeff.apps.skull.demo.mirror import MirrorResult
 from monai_memeff.apps.skull.demo.pretrained import ModelGrid, ShippedModel
+from monai_memeff.apps.skull.demo.real import run as real_defect
+from monai_memeff.apps.skull.demo.real.healthy import UNKNOWN, HealthyBoneSampler, training_heads
+from monai_memeff.apps.skull.demo.real.holes import SkullHole, find_hole
 from monai_memeff.apps.skull.demo.volume import HeadVolume
 from monai_memeff.errors import InputError
 from monai_memeff.sparse import SparseCompletionLoss, SparseCompletionNet
@@ -153,7 +154,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(real_defect.real_report, "write", interrupted)
+    monkeypatch.setattr(real_defect.report, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         real_defect.run_defective(Path("head.nii.gz"), None, tmp_path / "out", None, 300.0, 1, 0, iterations=1)
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.apps.skull import RandSkullDefect
-from monai_memeff.apps.skull.demo.holes import SkullHole
+from monai_memeff.apps.skull.demo.real.holes import SkullHole
 from monai_memeff.apps.skull.demo.volume import HeadVolume
 
 UNKNOWN = 2

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from monai_memeff.apps.skull.demo import implant as shapes
-from monai_memeff.apps.skull.demo.holes import SkullHole
 from monai_memeff.apps.skull.demo.methods import Training
+from monai_memeff.apps.skull.demo.real.holes import SkullHole
 from monai_memeff.apps.skull.demo.render import FigureNames, render_png
 from monai_memeff.apps.skull.demo.report import finite
 from monai_memeff.apps.skull.demo.volume import HeadVolume

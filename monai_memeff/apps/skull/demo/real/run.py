@@ -14,12 +14,13 @@ from rich.console import Console
 from torch import Tensor
 
 from monai_memeff.apps.skull import RandSkullDefect
-from monai_memeff.apps.skull.demo import methods, real_report
-from monai_memeff.apps.skull.demo.healthy import UNKNOWN, HealthyBoneSampler, training_heads
-from monai_memeff.apps.skull.demo.holes import LEAST_CM2, SkullHole, find_hole
+from monai_memeff.apps.skull.demo import methods
 from monai_memeff.apps.skull.demo.io import check_size
 from monai_memeff.apps.skull.demo.mirror import MirrorResult, mirror_implant, transform_mask
 from monai_memeff.apps.skull.demo.pretrained import ShippedModel, shipped_model
+from monai_memeff.apps.skull.demo.real import report
+from monai_memeff.apps.skull.demo.real.healthy import UNKNOWN, HealthyBoneSampler, training_heads
+from monai_memeff.apps.skull.demo.real.holes import LEAST_CM2, SkullHole, find_hole
 from monai_memeff.apps.skull.demo.report import WRITTEN
 from monai_memeff.apps.skull.demo.run import (
     TEST_SEED,
@@ -89,7 +90,7 @@ def run_defective(
     warnings = find_warnings(head, hole, mirror)
     for warning in warnings:
         console.print(f"Warning: {warning}.", highlight=False)
-    fills = [real_report.Fill("registered mirror", piece)]
+    fills = [report.Fill("registered mirror", piece)]
     torch.manual_seed(seed)
     method = methods.SparseMethod(_weights(shipped, head), ignore_index=UNKNOWN)
     if _weights(shipped, head) is not None:
@@ -100,10 +101,10 @@ def run_defective(
     with show_progress(console, "sparse network") as progress, threads_restored():
         training = methods.train(method, sampler, seconds, rate, progress, iterations)
     fills.append(_fill("sparse network", method, head, hole, tests, training))
-    result = real_report.RealReport(head, hole, fills, side_of(hole, mirror), warnings, seed)
+    result = report.RealReport(head, hole, fills, side_of(hole, mirror), warnings, seed)
     with console.status("writing"), atomic_folder(target, WRITTEN, ("report.txt", "report.json")) as folder:
-        real_report.write(folder, result)
-    console.print(real_report.text(result), highlight=False)
+        report.write(folder, result)
+    console.print(report.text(result), highlight=False)
     console.print(f"written to {target}", highlight=False)
 
 
@@ -224,7 +225,7 @@ def _fill(
     hole: SkullHole,
     tests: Sequence[tuple[np.ndarray, np.ndarray]],
     training: methods.Training | None = None,
-) -> real_report.Fill:
+) -> report.Fill:
     """What a network puts into the hole, and how well it fills unseen defects of healthy bone."""
     scores = [
         implant_scores(
@@ -233,4 +234,4 @@ def _fill(
         )
         for defective, truth in tests
     ]  # fmt: skip
-    return real_report.Fill(name, in_the_hole(added_bone(method, head.skull), hole), tuple(scores), training)
+    return report.Fill(name, in_the_hole(added_bone(method, head.skull), hole), tuple(scores), training)
