@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 KNOWN = {
-    "2.8.0": "a671a8a8bc830c72d7aee080b40cd2e09de6bde62f72219c753957720ec2a412",
-    "2.8.1": "2f07a1acc36b9360aacfd6b42718a1d640fba3147bf1fe77541ab8874e8cdd7b",
+    "2.8.0": "9bbeff3e9210700290b977e56f58b0fdcaf93577ab255f89893c81c5a594eb76",
+    "2.8.1": "55d12483295b87bf7b193de17f404fd7f55cce52b7925555017c412a4d6da31e",
 }
 """nnU-Net's version -> digest of :data:`FUNCTIONS` in it."""
 
@@ -36,6 +36,10 @@ FUNCTIONS = {
     ),
     "inference/data_iterators.py": ("preprocess_fromfiles_save_to_queue", "preprocessing_iterator_fromfiles"),
     "inference/sliding_window_prediction.py": ("compute_gaussian", "compute_steps_for_sliding_window"),
+    "preprocessing/preprocessors/default_preprocessor.py": (
+        "DefaultPreprocessor.run_case",
+        "DefaultPreprocessor.run_case_npy",
+    ),
     "preprocessing/resampling/default_resampling.py": (
         "determine_do_sep_z_and_axis",
         "resample_data_or_seg",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pickle
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +14,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 
 import nibabel
 import SimpleITK
 import tifffile
+from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from skimage.io import imsave
+from skimage.transform import resize
 
 from nnunet_plugins import lean_prediction
+from nnunet_plugins.lean.cases.images import by_splines, reproduces, resampling_of
 from nnunet_plugins.lean.trial import TrialModel, predictor_of
 from tests.nnunet_plugins.test_lean_prediction import REGIONS, exclusive
 
@@ -163,11 +170,49 @@ def ways(folder: Path) -> Iterator[tuple[Any, Path]]:
         yield way(), folder / name
 
 
+def resampling(**settings: Any) -> functools.partial:
+    """nnU-Net's function for images."""
+    defaults = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+    return functools.partial(resample_data_or_seg_to_shape, **{**defaults, **settings})
+
+
+@settings(max_examples=30)
+@given(
+    before=st.tuples(*[st.integers(1, 15)] * 3),
+    after=st.tuples(*[st.integers(1, 15)] * 3),
+    order=st.sampled_from([0, 1, 2, 3, 5]),
+    spacing=st.tuples(*[st.sampled_from([0.5, 1.0, 4.0])] * 3),
+    kind=st.sampled_from(["float32", "float64"]),
+    hole=st.booleans(),
+)
+def test_images_are_resampled_as_stock_does(before, after, order, spacing, kind, hole) -> None:
+    data = np.random.default_rng(sum(before)).normal(0, 100, (2, *before)).astype(kind)
+    if hole:
+        data[0, 0, 0, 0] = np.nan
+    function = resampling(order=order)
+    arguments = (np.array(after), spacing, (1.0, 1.0, 1.0))
+    stock, lean = function(data, *arguments), resampling_of(function)(data, *arguments)
+    assert stock.dtype == lean.dtype
+    np.testing.assert_array_equal(stock, lean)
+
+
+def test_splines_take_half_of_the_memory() -> None:
+    assert reproduces(3)
+    volume, peaks = noise((72, 64, 68)), []
+    by_splines(volume, (4, 4, 4), 3)
+    for function in (lambda: resize(volume.astype(float), (20, 20, 20), 3, mode="edge"), by_splines):
+        tracemalloc.start()
+        function() if function is not by_splines else by_splines(volume, (20, 20, 20), 3)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 0.6 * peaks[0]
+
+
 @pytest.mark.parametrize("name", TRIALS)
 def test_files_are_stocks(tmp_path: Path, name: str) -> None:
     trial = TRIALS[name]
-    settings = {"labels": exclusive(4), "patch": (6, 6, 6), "features": (3, 4), **trial.model}
-    model = TrialModel(**settings)
+    described = {"labels": exclusive(4), "patch": (6, 6, 6), "features": (3, 4), **trial.model}
+    model = TrialModel(**described)
     predictor = predictor_of(model.write(tmp_path / "model"), **trial.predictor)
     (tmp_path / "images").mkdir()
     trial.write(tmp_path / "images" / "a")

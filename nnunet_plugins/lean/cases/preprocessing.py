@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nnunet_plugins.lean.cases.failures import FailedCase, one_line
+from nnunet_plugins.lean.cases.images import lean_configuration
 from nnunet_plugins.lean.cases.workers import Workers
 from nnunet_plugins.lean.predict.previous_stage import WithPreviousStage
 
@@ -17,7 +18,8 @@ def preprocess(
 ) -> tuple[Any, dict]:
     """Image (C, X, Y, Z) and properties of a case, by nnU-Net's preprocessor; runs in a worker process."""
     preprocessor = configuration.preprocessor_class(verbose=verbose)
-    image, labels, properties = preprocessor.run_case(files, previous, plans, configuration, dataset)
+    chosen = lean_configuration(configuration) if previous is None else configuration
+    image, labels, properties = preprocessor.run_case(files, previous, plans, chosen, dataset)
     data = torch.from_numpy(image).to(dtype=torch.float32, memory_format=torch.contiguous_format)
     if previous is None:
         return data, properties

@@ -53,17 +53,24 @@ def resampled(
         new_spacing: Of the result, in mm.
         function: See :func:`function_of`.
     """
-    shape = [int(extent) for extent in shape]
-    settings = function.keywords
-    if function.func is resample_data_or_seg_to_shape and settings.get("order_z", 0) in (0, 1):
-        thresholds = {k: v for k, v in settings.items() if k == "separate_z_anisotropy_threshold"}
-        force = settings.get("force_separate_z", False)
-        separate, axis = determine_do_sep_z_and_axis(force, spacing, new_spacing, **thresholds)
-        if separate and axis is not None and volumes.shape[1 + axis] != shape[axis]:
-            order, order_z = settings.get("order", 3), settings.get("order_z", 0)
-            return np.stack([_separately(volume, shape, int(axis), order, order_z) for volume in volumes])
+    shape, settings = [int(extent) for extent in shape], function.keywords
+    axis = separate_axis(function, spacing, new_spacing)
+    if axis is not None and settings.get("order_z", 0) in (0, 1) and volumes.shape[1 + axis] != shape[axis]:
+        order, order_z = settings.get("order", 3), settings.get("order_z", 0)
+        return np.stack([_separately(volume, shape, axis, order, order_z) for volume in volumes])
     result: np.ndarray = function(volumes, shape, spacing, new_spacing)
     return result
+
+
+def separate_axis(function: partial[Any], spacing: Sequence[float], new_spacing: Sequence[float]) -> int | None:
+    """The axis that nnU-Net resamples on its own, after the planes across it; None when there is none."""
+    if function.func is not resample_data_or_seg_to_shape:
+        return None
+    settings = function.keywords
+    thresholds = {k: v for k, v in settings.items() if k == "separate_z_anisotropy_threshold"}
+    force = settings.get("force_separate_z", False)
+    separate, axis = determine_do_sep_z_and_axis(force, spacing, new_spacing, **thresholds)
+    return int(axis) if separate and axis is not None else None
 
 
 def _separately(volume: np.ndarray, shape: Sequence[int], axis: int, order: int, order_z: int) -> np.ndarray:
