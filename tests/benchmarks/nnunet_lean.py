@@ -3,8 +3,8 @@
     python tests/benchmarks/nnunet_lean.py --classes 3 16 61 --folds 1 5 --output 256 256 256 > lean.jsonl
 
 One line of JSON per cell. Models have random weights and nnU-Net's own plans; the image is smooth noise. Memory is the
-peak of the proportional set sizes of the process tree, seen up to ten times a second; CPU seconds are of all processes. With
-``--lean-only`` stock is not run; its memory is then computed by the rule in :func:`stock_rule`.
+peak of the proportional set sizes of the process tree, seen up to ten times a second; CPU seconds are of all processes.
+With ``--lean-only`` stock is not run; its memory is then computed by the rule in :func:`stock_rule`.
 """
 
 from __future__ import annotations
