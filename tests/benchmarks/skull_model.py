@@ -4,6 +4,7 @@
     python -m monai.bundle run --config_file "['configs/train.json', 'configs/pretrain.json']" --dataset_dir heads ...
     python tests/benchmarks/skull_model.py dense --heads heads --without real_vhf --seconds 320 --output dense.pt
     python tests/benchmarks/skull_model.py score --heads heads --head real_vhf --weights models/last.pt --dense dense.pt
+    python tests/benchmarks/skull_model.py figure --heads heads --head real_vhf --weights models/last.pt --output it.png
 
 `heads` writes binary skulls: generated ones (another seed is another head) and, where the folder of real images is at
 hand, four real ones. `score` cuts defects of every kind into one head, completes them, and compares the implants with
@@ -150,6 +151,42 @@ def score(
     return {n: {k: float(np.mean([s[k] for s in rows])) for k in rows[0]} for n, rows in found.items()}
 
 
+def draw(head: torch.Tensor, weights: Path, seed: int, output: Path) -> None:
+    """Slices through one defect of every kind: what was removed as a line, what the network adds in color."""
+    from matplotlib.figure import Figure
+    from monai.transforms import KeepLargestConnectedComponent
+
+    from monai_memeff.apps.skull import RandSkullDefect
+    from monai_memeff.apps.skull.metrics import implant_scores
+    from monai_memeff.sparse import SparseCompletionNet
+
+    network = SparseCompletionNet().eval()
+    state = torch.load(weights, weights_only=True, map_location="cpu")
+    network.load_state_dict(state.get("model", state))
+    figure = Figure(figsize=(9, 9.4), layout="constrained")
+    axes = figure.subplots(3, 3)
+    for row, kind in zip(axes, ("sphere", "cube", "freeform"), strict=True):
+        cut = RandSkullDefect(kind, (0.08, 0.16))
+        cut.set_random_state(seed)
+        defective, implant = (x.as_tensor().float() for x in cut(head))
+        with torch.no_grad():
+            completed = network(defective[None])[0] > 0
+        added = KeepLargestConnectedComponent()((completed & (defective == 0)).float())[0] > 0
+        dice = implant_scores(added, implant[0] > 0, defective[0] > 0, 256 / head.shape[-1])["implant_dice"]
+        middle = [int(places.float().mean()) for places in torch.nonzero(implant[0], as_tuple=True)]
+        for axis, (ax, at) in enumerate(zip(row, middle, strict=True)):
+            bone, truth, found = (x.select(axis, at).T.numpy() for x in (defective[0] > 0, implant[0] > 0, added))
+            picture = np.full((*bone.shape, 3), 1.0)
+            picture[bone], picture[found] = (0.45, 0.45, 0.45), (0.95, 0.6, 0.2)
+            ax.imshow(picture, origin="lower", interpolation="nearest")
+            if truth.any() and not truth.all():
+                ax.contour(truth, [0.5], colors="#1f4e9e", linewidths=1.5)
+            ax.set_axis_off()
+        row[0].set_title(f"{kind}, implant Dice {dice:.2f}", fontsize=10, loc="left")
+    figure.supxlabel("gray: remaining bone; line: removed bone; orange: the network's implant", fontsize=9)
+    figure.savefig(output, dpi=90)
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,6 +212,13 @@ def main() -> None:
     scores.add_argument("--defects", type=int, default=4, help="of every kind")
     scores.add_argument("--seed", type=int, default=7)
     scores.add_argument("--jsonl", type=Path, help="append the row")
+    figure = commands.add_parser("figure")
+    figure.add_argument("--heads", type=Path, required=True)
+    figure.add_argument("--head", required=True)
+    figure.add_argument("--weights", type=Path, required=True)
+    figure.add_argument("--grid", type=int, default=64, choices=POOL)
+    figure.add_argument("--seed", type=int, default=7)
+    figure.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.command == "heads":
@@ -185,6 +229,9 @@ def main() -> None:
         train_dense(files, options.grid, options.seconds, options.batch_size, options.workers, options.output)
         return
     head = on_grid(options.heads / f"{options.head}.nii.gz", options.grid)
+    if options.command == "figure":
+        draw(head, options.weights, options.seed, options.output)
+        return
     row = {"head": options.head, "grid": options.grid, "weights": options.weights.name}
     row.update(score(head, options.weights, options.dense, options.defects, options.seed))
     print(json.dumps(row))
