@@ -45,7 +45,7 @@ def nnunet_subject(folder: Path, images: Sequence[Path], options: Options) -> Su
         raise InputError(f"{folder} is 2D or the second stage of a cascade, and certify takes 3D models of one stage")
     channels = determine_num_input_channels(plans, configuration, dataset)
     if len(images) != channels:
-        names = ", ".join(map(str, (dataset.get("channel_names") or dataset.get("modality")).values()))
+        names = ", ".join(map(str, (dataset.get("channel_names") or dataset["modality"]).values()))
         raise InputError(f"{folder} reads {names}, and --image was given {len(images)} times: once for each of them")
     network = _network(checkpoint, plans, configuration, channels, dataset, file)
     case = _Case(plans, configuration, dataset, images)

@@ -16,7 +16,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_plugins import whole_volume
+from nnunet_plugins.training import whole_volume
 from nnunet_plugins.training.trainer_mixin import TrainerMixin
 
 KEY = "clstm_trainer"

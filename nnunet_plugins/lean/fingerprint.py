@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -67,7 +68,7 @@ TOTALSEGMENTATORS = {
 }
 
 
-def digest(folder: Path, wanted: dict[str, tuple[str, ...]] = FUNCTIONS) -> str:
+def digest(folder: Path, wanted: Mapping[str, tuple[str, ...]] = FUNCTIONS) -> str:
     """Digest of functions in the folder of a package, nnU-Net's if not told otherwise; empty when one is missing."""
     found = hashlib.sha256()
     for name, functions in wanted.items():

@@ -15,7 +15,7 @@ pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 
 from nnunet_plugins.clstm_network import CLSTMPlansUNet
 from nnunet_plugins.clstm_trainer import KEY, SETTINGS, CLSTMTrainer, edit_plans
-from nnunet_plugins.whole_volume import mirrored
+from nnunet_plugins.training.whole_volume import mirrored
 from tests.nnunet_plugins.host import Host, labels_of, write_dataset
 
 NAME = "Dataset903_Heads"

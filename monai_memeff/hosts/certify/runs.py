@@ -29,7 +29,7 @@ class Run:
         answer: What the network returns, on the CPU; None where it did not run.
         refused: why it did not run, in words; empty where it did.
         predicted_bytes: activations and whole tensors at once, as predicted before the run; None where nobody predicts.
-        peak_bytes: the same as measured.
+        peak_bytes: the highest measured number of these bytes.
         process_bytes: highest resident bytes of the process; on a GPU of the device.
         seconds: wall time.
         cpu_seconds: CPU time of the process.

@@ -1,6 +1,6 @@
 """TotalSegmentator's forms of nnU-Net's export, which it puts into nnU-Net: a class at a time where they do the same.
 
-They have one more argument, which asks for its approximation of the resampling. Then TotalSegmentator's own run.
+They have one more argument, which chooses its approximation of the resampling. Then TotalSegmentator's own run.
 """
 
 from __future__ import annotations

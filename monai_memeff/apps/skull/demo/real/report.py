@@ -41,7 +41,7 @@ class Fill:
     Attributes:
         name: what to call it.
         implant: bool (S, S, S).
-        scores: of synthetic defects in healthy bone, see :func:`monai_memeff.apps.skull.metrics.implant_scores`.
+        scores: Scores of synthetic defects in healthy bone, see :func:`monai_memeff.apps.skull.metrics.implant_scores`.
         training: what training it had in this run.
     """
 
