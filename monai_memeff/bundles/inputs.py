@@ -52,7 +52,7 @@ def checked_option(name: str, value: Any, least: float, most: float = math.inf, 
         checked_option("grid", 64, 1, whole=True)
     """
     kind = Integral if whole else Real
-    if not isinstance(value, kind) or not least <= value <= most or math.isinf(value):
+    if not isinstance(value, kind) or not least <= float(value) <= most or math.isinf(value):
         bounds = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
         raise SystemExit(f"--{name} must be a {'whole ' if whole else ''}number {bounds}, got {value!r}")
     return value

@@ -368,8 +368,8 @@ def test_what_others_put_in_meanwhile_stays() -> None:
 def test_networks_that_see_whole_volumes_still_do(tmp_path: Path, wrapped_first: bool, monkeypatch) -> None:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    from nnunet_plugins.training import whole_volume
     from nnunet_plugins.lean.predict.sliding import predict_sliding_window_return_logits as lean_method
+    from nnunet_plugins.training import whole_volume
 
     name = "predict_sliding_window_return_logits"
     stock_method = getattr(nnUNetPredictor, name)

@@ -106,7 +106,7 @@ def dice(labels: np.ndarray, truth: np.ndarray, classes: Mapping[str, tuple[int,
 
     Args:
         labels: (H, W, D), or (S, H, W, D) where segments overlap.
-        truth: likewise; with segments, above 0 is inside.
+        truth: True segmentation, likewise; with segments, above 0 is inside.
         classes: name -> numbers of its voxels, or (index of the segment,).
     """
     found: dict[str, float | None] = {}
