@@ -29,7 +29,7 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class Question:
-    """What an engine is asked.
+    """What an engine estimates.
 
     Attributes:
         network: as given, out of its wrappers.

@@ -78,14 +78,14 @@ def _inference(question: Question) -> tuple[int, DryRun]:
     encoded = dry_run(question.network, item, question.dtype, _encode(question), False)
     latent = sum(t.nbytes for t in tensors_in(encoded.result))
     while True:
-        asked = dry_run(question.network, item, question.dtype, _query(question, min(points, tree.call)), False)
-        peak = max(encoded.peak_bytes, tree.waiting + asked.peak_bytes, latent + tree.peak) + others
+        queried = dry_run(question.network, item, question.dtype, _query(question, min(points, tree.call)), False)
+        peak = max(encoded.peak_bytes, tree.waiting + queried.peak_bytes, latent + tree.peak) + others
         if question.memory_budget is None or peak <= question.memory_budget or points <= 64:
             break
         points //= 2
     _check(question, peak)
     passes = tree.queried / min(points, tree.call)
-    work = encoded.multiplications + passes * (asked.multiplications - encoded.multiplications)
+    work = encoded.multiplications + passes * (queried.multiplications - encoded.multiplications)
     shown = torch.empty((shape[0], _classes(question), *shape[2:]), device="meta")
     return points, DryRun(peak, round(shape[0] * work), shown)
 
@@ -147,7 +147,7 @@ def _cross_entropy(logits: Tensor) -> Tensor:
 
 
 class _Tree(NamedTuple):
-    """The octree around balls: bytes at most, bytes while the network is asked, points asked, and most at once."""
+    """The octree around balls: bytes at most, bytes while the network is queried, points queried, and most at once."""
 
     peak: int
     waiting: int
@@ -189,8 +189,8 @@ def _measured(extents: Sequence[int], classes: int, stride: Sequence[int]) -> _T
     inferer = OctreeInferer(points_per_pass=volume.numel(), stride=stride)
     with meter:
         inferer(volume, balls)
-    waiting, asked = (list(numbers) for numbers in zip(*calls, strict=True))
-    return _Tree(meter.peak_bytes, max(waiting), sum(asked), max(asked))
+    waiting, queried = (list(numbers) for numbers in zip(*calls, strict=True))
+    return _Tree(meter.peak_bytes, max(waiting), sum(queried), max(queried))
 
 
 def _logits_of_balls(points: Tensor, last: Tensor, classes: int) -> Tensor:
