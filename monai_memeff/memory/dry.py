@@ -37,7 +37,7 @@ class DryRun:
 
     Attributes:
         peak_bytes: highest number of bytes alive at once, of what the step itself makes.
-        multiplications: of convolutions and matrix products.
+        multiplications: Number in convolutions and matrix products.
         result: what the step returned, tensors without memory.
         kept_bytes: alive at the end of the step, with what it returned.
     """
@@ -88,8 +88,8 @@ def dry_run(
 
     Args:
         network: whose parameters and buffers get stand-ins without memory, on the same devices.
-        shape: of the input, which is made on the network's device and not counted.
-        dtype: of the input.
+        shape: Shape of the input, which is made on the network's device and not counted.
+        dtype: Type of the input.
         step: gets the input and runs the network; what it makes itself, a label say, takes no memory and counts.
         training: whether gradients are recorded.
 

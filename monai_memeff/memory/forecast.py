@@ -24,13 +24,13 @@ class NetworkEstimate:
             workspace that a kernel takes and gives back before it returns.
         parameter_bytes: weights and buffers.
         input_bytes: The input.
-        gradient_bytes: of ``peak_bytes``, the gradients of the weights; 0 in inference.
+        gradient_bytes: Share of ``peak_bytes``: the gradients of the weights; 0 in inference.
         optimizer_bytes: the optimizer's state, beside all others.
         host_bytes: in host memory beside the device's, the caller's input not counted. Where the device is the CPU,
             these come on top of ``peak_bytes`` in the same memory.
         disk_bytes: in files while the step runs.
         output_shape: Shape of the first tensor that comes out, None if unknown.
-        multiplications: of convolutions and matrix products, None if unknown.
+        multiplications: Number in convolutions and matrix products, None if unknown.
         relative_time: multiplications relative to those of the dense network, None where that is not known. Copies,
             searches for neighbors and the speed of each kernel are not in it.
         basis: where the numbers come from, in words.

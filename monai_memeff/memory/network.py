@@ -33,13 +33,13 @@ class Question:
 
     Attributes:
         network: as given, out of its wrappers.
-        shape: of the input.
+        shape: Shape of the input.
         training: whether a step of training is meant.
         memory_budget: bytes for ``peak_bytes``, None for any number.
         loss: The caller's, None for the engine's usual one.
         image: example (B, C, spatial...) for systems whose cost depends on values, None if not given.
         dense: the estimate of the dense network, None if the network is one of the system's own.
-        dtype: of the input.
+        dtype: Type of the input.
     """
 
     network: nn.Module
@@ -92,7 +92,7 @@ def estimate_network(
         loss: what the network returns -> a number; default cross-entropy of (B, K >= 2, ...), else the mean of squares.
         optimizer: parameters -> an optimizer, such as ``torch.optim.Adam``, whose state is then listed too.
         image: a volume (B, C, spatial...) whose active voxels count for "sparse"; without it every voxel is active.
-        dtype: of the input; default that of the weights.
+        dtype: Type of the input; default that of the weights.
 
     Returns:
         The estimate; see :class:`~monai_memeff.memory.NetworkEstimate` for what is counted.

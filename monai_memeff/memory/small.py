@@ -33,7 +33,7 @@ def measured_at_small_sizes(
         shape: Shape of the real input.
         training: also loss and backward pass.
         loss: as in :func:`~monai_memeff.memory.estimate_network`.
-        dtype: of the input.
+        dtype: Type of the input.
 
     Raises:
         InputError: the network cannot be run on small volumes, or its peaks lie on no line.
