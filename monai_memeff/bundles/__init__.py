@@ -11,6 +11,7 @@ from pathlib import Path
 
 from monai_memeff.bundles.inputs import (
     checked_option,
+    checked_window,
     newest_file,
     pair_by_name,
     require_checkpoint,
@@ -27,6 +28,7 @@ __all__ = [
     "bundle_path",
     "bundle_task",
     "checked_option",
+    "checked_window",
     "copy_bundle",
     "newest_file",
     "pair_by_name",

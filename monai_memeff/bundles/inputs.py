@@ -34,7 +34,9 @@ def require_files(files: Sequence[Any], what: str, folder: str, pattern: str | N
     raise SystemExit(f"no {what}: nothing matches {os.path.join(folder, pattern)}; set --dataset_dir and --pattern")
 
 
-def checked_option(name: str, value: Any, least: float, most: float = math.inf, whole: bool = False) -> Any:
+def checked_option(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, whole: bool = False, count: int = 0
+) -> Any:
     """The value of an option, for the place of a configuration that uses it; ends the program where it is out of range.
 
     Args:
@@ -43,6 +45,7 @@ def checked_option(name: str, value: Any, least: float, most: float = math.inf, 
         least: the smallest value that can be meant.
         most: the largest.
         whole: whether it is a whole number.
+        count: Length of the list; 0 for a single number.
 
     Raises:
         SystemExit: it is no number, NaN or outside the range; with one line that names the option.
@@ -51,10 +54,30 @@ def checked_option(name: str, value: Any, least: float, most: float = math.inf, 
 
         checked_option("grid", 64, 1, whole=True)
     """
-    kind = Integral if whole else Real
-    if not isinstance(value, kind) or not least <= float(value) <= most or math.isinf(value):
-        bounds = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-        raise SystemExit(f"--{name} must be a {'whole ' if whole else ''}number {bounds}, got {value!r}")
+    kind: Any = Integral if whole else Real
+    numbers = list(value) if count and isinstance(value, (list, tuple)) else [value]
+    fine = all(isinstance(n, kind) and math.isfinite(n) and least <= n <= most for n in numbers)
+    if not fine or len(numbers) != max(count, 1):
+        low = "" if least == -math.inf else f" of at least {least:g}" if most == math.inf else f" from {least:g}"
+        bounds = low if most == math.inf else f"{low} to {most:g}"
+        words = f"{count} {'whole ' if whole else ''}numbers" if count else f"a {'whole ' if whole else ''}number"
+        raise SystemExit(f"--{name} must be {words}{bounds}, got {value!r}")
+    return value
+
+
+def checked_window(name: str, value: Any) -> Any:
+    """Both ends of a window of intensities, for the place of a configuration that uses them.
+
+    Args:
+        name: Name of the option.
+        value: what it was set to.
+
+    Raises:
+        SystemExit: they are no two numbers, or the second is not the larger one.
+    """
+    low, high = checked_option(name, value, count=2)
+    if not low < high:
+        raise SystemExit(f"--{name} must be a lower and a higher number, got {value!r}")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from monai.bundle import ConfigParser
 
 from monai_memeff import bundles
-from monai_memeff.bundles import bundle_path, checked_option
+from monai_memeff.bundles import bundle_path, checked_option, checked_window
 
 
 def test_an_empty_folder_ends_the_program() -> None:
@@ -68,15 +69,34 @@ def test_an_option_out_of_range_ends_in_one_line(value: object) -> None:
     assert checked_option("grid", 64, 1, whole=True) == 64
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("grid", -1), ("pool", 0), ("cell_mm", float("nan")), ("implant_level", -1)]
-)
-@pytest.mark.parametrize("file", ["inference.json", "train.json"])
-def test_options_of_the_skull_bundle_are_checked_where_they_are_used(option: str, value: float, file: str) -> None:
-    parser = ConfigParser(ConfigParser.load_config_file(str(bundle_path("skull_completion_sparse") / "configs" / file)))
-    parser[option] = value
-    place = "postprocessing" if option == "implant_level" else "fine_mm" if option == "cell_mm" else "fine_grid"
-    if option == "implant_level" and file == "train.json":
-        pytest.skip("training makes no implant")
-    with pytest.raises(SystemExit, match=f"--{option} must be"):
-        parser.get_parsed_content(place)
+ODD = [float("nan"), -1, "x", [0, 0], None]
+PLACES = {
+    ("skull_completion_sparse", "inference"): {
+        "grid": "fine_grid", "pool": "fine_grid", "cell_mm": "fine_mm", "implant_level": "postprocessing"
+    },
+    ("skull_completion_sparse", "train"): {"grid": "fine_grid", "pool": "fine_grid", "cell_mm": "fine_mm"},
+    ("organ_occupancy", "inference"): {"pixdim": "preprocessing", "window": "preprocessing"},
+    ("organ_superresolution_sparse", "inference"): {"window": "preprocessing", "coarse_size": "preprocessing"},
+    ("liver_tumor_halo", "inference"): {"side": "preprocessing"},
+    ("cranial_cavity_clstm", "inference"): {"std": "preprocessing"},
+}  # fmt: skip
+"""Bundle and configuration -> options, and the place where each is used."""
+
+
+@pytest.mark.parametrize(("bundle", "options"), PLACES.items(), ids=lambda part: "-".join(part))
+def test_options_are_checked_where_they_are_used(bundle: tuple[str, str], options: dict[str, str]) -> None:
+    name, file = bundle
+    config = ConfigParser.load_config_file(str(bundle_path(name) / "configs" / f"{file}.json"))
+    for option, place in options.items():
+        for value in ODD:
+            parser = ConfigParser(json.loads(json.dumps(config)))
+            parser[option] = value
+            with pytest.raises(SystemExit, match=f"^--{option} must be"):
+                parser.get_parsed_content(place)
+
+
+def test_a_window_has_a_lower_and_a_higher_end() -> None:
+    assert checked_window("window", [-160, 240]) == [-160, 240]
+    for value in ([240, -160], [0, 0], [1], None, [float("nan"), 1]):
+        with pytest.raises(SystemExit, match=r"^--window must be"):
+            checked_window("window", value)
