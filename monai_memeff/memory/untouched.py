@@ -11,15 +11,25 @@ from torch import nn
 
 
 def bare(network: nn.Module) -> nn.Module:
-    """The network itself, out of the wrappers of DistributedDataParallel, DataParallel and torch.compile."""
-    wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        if isinstance(network, wrapped):
-            network = network.module
-        elif hasattr(network, "_orig_mod") and isinstance(network._orig_mod, nn.Module):
-            network = network._orig_mod
-        else:
-            return network
+    """The network itself, out of the wrappers of DistributedDataParallel, DataParallel and torch.compile.
+
+    A wrapper that does more than pass on, by a forward or hooks of its own, is kept.
+    """
+    inner = _wrapped(network)
+    while inner is not None and not (network._forward_hooks or network._forward_pre_hooks):
+        network, inner = inner, _wrapped(inner)
+    return network
+
+
+def _wrapped(network: nn.Module) -> nn.Module | None:
+    kind: type[nn.Module]
+    for kind in (nn.parallel.DistributedDataParallel, nn.DataParallel):
+        if isinstance(network, kind) and type(network).forward is kind.forward:
+            return network._modules["module"]
+    kind = type(network)
+    if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo"):  # read in torch 2.6 to 2.14
+        return network._modules["_orig_mod"]
+    return None
 
 
 def home(network: nn.Module) -> torch.device:

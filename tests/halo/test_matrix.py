@@ -9,8 +9,6 @@ import pytest
 from tests.halo.matrix import ENTRIES
 from tests.halo.study import study
 
-REFUSED = ("DiNTS",)  # branches on a tensor that it keeps as an attribute
-
 
 @pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if e.fast])
 def test_networks_in_parts(name: str, tmp_path: Path) -> None:
@@ -23,9 +21,4 @@ def test_networks_in_parts(name: str, tmp_path: Path) -> None:
 def test_more_networks_in_more_settings(name: str, tmp_path: Path) -> None:
     entry = ENTRIES[name]
     row = study(entry, tmp_path, [(0, 8), (len(entry.shape) - 3, 2)], more=False)
-    if name in REFUSED:
-        assert row.exact == 0
-        assert "cannot be captured" in row.refused[0]
-        assert "dints.py" in row.refused[0]
-    else:
-        assert not row.refused or not entry.convolutional, row.refused
+    assert not row.refused or not entry.convolutional, row.refused

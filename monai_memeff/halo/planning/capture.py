@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
 import random
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +18,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # read in torch 2.6 to 2.14
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
+from monai_memeff.halo.planning.constants import Constants
 from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.planning.escapes import Escapes
 from monai_memeff.halo.planning.lower import lower
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.memory.untouched import as_it_was, bare, home
@@ -28,10 +32,12 @@ def _fake(leaf: Any, mode: FakeTensorMode, device: torch.device) -> Any:
     with mode:
         if leaf.dim() == 0 and leaf.device.type != "meta":
             device = leaf.device
-        return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
 
 
 def _reason(error: BaseException) -> str:
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        return "a branch, an index or a size depends on the data"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     if len(lines) > 1 and text.endswith(":"):
@@ -93,6 +99,19 @@ def _eager(network: nn.Module) -> Iterator[None]:
             m._compiled_call_impl = call
 
 
+class _WithoutTorch(io.TextIOBase):
+    """A stream that leaves out what torch's own code writes: it prints the graph before it raises an error."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what anyone else writes."""
+        if "/torch/" not in sys._getframe(1).f_code.co_filename.replace("\\", "/"):
+            self.stream.write(text)
+        return len(text)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Capturing says nothing: what is wrong is raised."""
@@ -101,7 +120,7 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(_WithoutTorch(sys.stderr)):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -130,6 +149,7 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
     device = home(network)
     with _python_dispatch._disable_current_modes():  # a caller's meter is not to count what is never allocated
         fake_args, fake_kwargs = unflatten([_fake(leaf, mode, device) for leaf in flat], spec)
+    escapes = Escapes()
     try:
         with (
             as_it_was(network),
@@ -139,7 +159,8 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
             _eager(network),
             _quiet(),
         ):
-            exported = torch.export.export(network, fake_args, fake_kwargs, strict=False)
+            with escapes, Constants(network):
+                exported = torch.export.export(network, fake_args, fake_kwargs, strict=False)
             exported = exported.run_decompositions({})
     except NotPartitionableError:
         raise
@@ -151,4 +172,6 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
         ) from error
     program = lower(exported, network, flat)
     program.call_spec = copy.copy(spec)
+    del exported, fake_args, fake_kwargs
+    escapes.recall()
     return program

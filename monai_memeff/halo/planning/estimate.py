@@ -84,6 +84,7 @@ class Estimate:
             _python_dispatch._disable_current_modes(),
             torch.no_grad(),
             dry(self.device),
+            no_autocast(self.device),
             self._remembering,
             Watcher(tracker),
         ):
@@ -157,6 +158,15 @@ def dry(device: torch.device) -> Iterator[None]:
         yield
     finally:
         DRY.pop("meta", None)
+
+
+@contextlib.contextmanager
+def no_autocast(device: torch.device) -> Iterator[None]:
+    """A captured network holds autocast's casts; its operators run as they are."""
+    with contextlib.ExitStack() as modes:
+        for kind in {"cpu", device.type} & {"cpu", "cuda"}:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def by_partitions(estimate: Estimate, partitions: int) -> None:

@@ -2,54 +2,230 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+import types
+import weakref
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from monai_memeff.halo.planning.constants import is_constant
+
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
-_DEPTH = 4
+_LIBRARIES = frozenset(("torch", "monai", "numpy", "builtins"))  # whose globals nobody changes
+_MOST = 50_000  # objects looked at; a network that sees more of them is captured anew at every call
 
 
-def _key(value: Any, depth: int = 0) -> Hashable:
-    if isinstance(value, torch.Tensor):
-        registered = isinstance(value, nn.Parameter)
-        return (id(value), tuple(value.shape), value.dtype, value.device, None if registered else value._version)
-    if isinstance(value, _PLAIN):
-        return (type(value).__name__, value)
-    if depth < _DEPTH and isinstance(value, (list, tuple)):
-        return tuple(_key(v, depth + 1) for v in value)
-    if depth < _DEPTH and isinstance(value, dict):
-        return tuple((_key(k, depth + 1), _key(v, depth + 1)) for k, v in value.items())
-    if depth < _DEPTH and isinstance(value, (set, frozenset)):
-        return frozenset(_key(v, depth + 1) for v in value)
-    return id(value)
+class _Same:
+    """Equal to another only while both stand for one living object: a number may be given out again, this may not."""
+
+    __slots__ = ("number", "ref")
+
+    def __init__(self, value: Any) -> None:
+        self.number, self.ref = id(value), weakref.ref(value)
+
+    def __eq__(self, other: object) -> bool:
+        mine = self.ref()
+        return isinstance(other, _Same) and mine is not None and mine is other.ref()
+
+    def __hash__(self) -> int:
+        return self.number
 
 
-def _module_key(module: nn.Module) -> Hashable:
-    found: list[Any] = [id(module), type(module)]
-    for name, value in module.__dict__.items():
-        if name == "_buffers":  # running statistics change their content, which the plan does not hold
-            found.append(tuple((k, None if t is None else _key(t)[:4]) for k, t in value.items()))  # type: ignore[index]
-        elif name != "_modules":
-            found.append((name, _key(value)))
-    return tuple(found)
+def _same(value: Any) -> Hashable:
+    try:
+        return _Same(value)
+    except TypeError:  # no reference can be made to it
+        return id(value)
 
 
-def fingerprint(network: nn.Module) -> Hashable:
-    """Equal for two calls only if every module has the same type, mode, attributes, hooks and tensors."""
-    return tuple(_module_key(m) for m in network.modules())
+class _TooManyError(Exception):
+    """A network holds on to more than can be compared."""
+
+
+def _of_library(thing: Any) -> bool:
+    return (getattr(thing, "__module__", None) or "").partition(".")[0] in _LIBRARIES
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Names that a function looks up, those of functions defined in it included."""
+    inner = [n for const in code.co_consts if isinstance(const, types.CodeType) for n in _names(const)]
+    return tuple(dict.fromkeys([*code.co_names, *inner]))
+
+
+class _Reader:
+    """Describes everything that a network's code can see, so that two descriptions are equal only if nothing changed.
+
+    Tensors are described by identity and version, objects by their attributes, functions by their code and what they
+    look up: defaults, closures and globals.
+    """
+
+    def __init__(self, skip: frozenset[str]) -> None:
+        self.skip, self.seen = skip, dict[int, int]()
+
+    def key(self, value: Any) -> Hashable:
+        """The description of any object."""
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, _PLAIN):
+            return (type(value).__name__, value)
+        if id(value) in self.seen:
+            return ("again", self.seen[id(value)])
+        self.seen[id(value)] = len(self.seen)
+        if len(self.seen) > _MOST:
+            raise _TooManyError
+        for kinds, describe in self._KINDS:
+            if isinstance(value, kinds):
+                return describe(self, value)
+        return self._object(value)
+
+    def _tensor(self, value: torch.Tensor, version: bool = True) -> Hashable:
+        if version and is_constant(value):
+            content = value.detach().resolve_conj().reshape(-1).contiguous().view(torch.uint8)
+            return (_same(value), tuple(value.shape), value.dtype, content.numpy().tobytes())
+        fixed = version and not isinstance(value, nn.Parameter)  # a plan does not hold the content of parameters
+        return (_same(value), tuple(value.shape), value.dtype, value.device, value._version if fixed else None)
+
+    def _sequence(self, value: Any) -> Hashable:
+        return (type(value).__name__, *map(self.key, value))
+
+    def _mapping(self, value: Mapping[Any, Any]) -> Hashable:
+        return (type(value).__name__, *((self.key(k), self.key(v)) for k, v in list(value.items())))
+
+    def _set(self, value: Any) -> Hashable:
+        return frozenset((type(v).__name__, v) if isinstance(v, _PLAIN) else _same(v) for v in value)
+
+    def _array(self, value: np.ndarray) -> Hashable:
+        return (value.shape, value.dtype.str, hash(value.tobytes()))
+
+    def _method(self, value: types.MethodType) -> Hashable:
+        return (self.key(value.__func__), self.key(value.__self__))
+
+    def _partial(self, value: Any) -> Hashable:
+        return (self.key(value.func), self.key(value.args), self.key(value.keywords))
+
+    def _wrapped(self, value: Any) -> Hashable:
+        return (type(value).__name__, self.key(value.__func__))
+
+    def _property(self, value: property) -> Hashable:
+        return ("property", self.key(value.fget))
+
+    def _function(self, value: types.FunctionType) -> Hashable:
+        held = (value.__defaults__, value.__kwdefaults__, tuple(_contents(value)))
+        found: list[Hashable] = [_same(value.__code__), *map(self.key, held)]
+        if not _of_library(value):
+            names = _names(value.__code__)
+            found += [self._global(names, value.__globals__[name]) for name in names if name in value.__globals__]
+        return tuple(found)
+
+    def _global(self, names: tuple[str, ...], value: Any) -> Hashable:
+        if not isinstance(value, types.ModuleType):
+            return self.key(value)
+        if value.__name__.partition(".")[0] in _LIBRARIES:
+            return _same(value)
+        inside = vars(value)
+        return tuple(self.key(inside[n]) for n in names if n in inside and not isinstance(inside[n], types.ModuleType))
+
+    def _class(self, value: type) -> Hashable:
+        found: list[Hashable] = [_same(value)]
+        for kind in value.__mro__:
+            if kind is not value:
+                found.append(self.key(kind))
+            elif _of_library(kind):
+                found += [_same(v) for v in vars(kind).values()]  # a method may be replaced
+            else:
+                found += [self.key(v) for k, v in list(vars(kind).items()) if k not in _BOOKKEEPING]
+        return tuple(found)
+
+    def _module(self, value: nn.Module) -> Hashable:
+        found: list[Hashable] = [_same(value), self.key(type(value))]
+        for name, held in list(value.__dict__.items()):
+            if name in self.skip:
+                continue
+            if name == "_buffers":  # running statistics change their content, which the plan does not hold
+                found.append(tuple((k, None if t is None else self._tensor(t, False)) for k, t in held.items()))
+            else:
+                found.append((name, self.key(held)))
+        return tuple(found)
+
+    def _object(self, value: Any) -> Hashable:
+        if _of_library(type(value)):
+            return _same(value)
+        found: list[Hashable] = [_same(value), self.key(type(value))]
+        for name, held in list(getattr(value, "__dict__", {}).items()):
+            found.append((name, self.key(held)))
+        for name in _slots(type(value)):
+            found.append((name, self.key(getattr(value, name, None))))
+        return tuple(found)
+
+    _KINDS: tuple[tuple[Any, Any], ...] = (
+        (nn.Module, _module),
+        ((list, tuple, deque), _sequence),
+        ((Mapping, types.MappingProxyType), _mapping),
+        ((set, frozenset), _set),
+        (np.ndarray, _array),
+        (types.FunctionType, _function),
+        (types.MethodType, _method),
+        (functools.partial, _partial),
+        ((staticmethod, classmethod), _wrapped),
+        (property, _property),
+        (type, _class),
+        ((types.ModuleType, types.BuiltinFunctionType, types.CodeType), lambda self, value: _same(value)),
+    )
+
+
+_BOOKKEEPING = frozenset(("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__qualname__"))
+
+
+def _contents(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not yet filled
+            yield None
+
+
+def _slots(kind: type) -> list[str]:
+    found: list[str] = []
+    for k in kind.__mro__:
+        names = vars(k).get("__slots__", ())
+        found += [names] if isinstance(names, str) else list(names)
+    return [n for n in found if n not in ("__dict__", "__weakref__")]
+
+
+def fingerprint(network: nn.Module, skip: frozenset[str] = frozenset()) -> Hashable:
+    """Equal for two calls only if nothing that the network's code can see has changed.
+
+    That is every module's type, mode, attributes, hooks and tensors; objects and functions that they hold, with what
+    those hold; classes; and the globals that functions look up. Contents of parameters and buffers are left out.
+
+    Args:
+        network: any nn.Module.
+        skip: names of attributes of modules that do not count.
+    """
+    try:
+        return _Reader(skip).key(network)
+    except (_TooManyError, RecursionError):
+        return object()  # equal to nothing
 
 
 def call_key(flat: list[Any]) -> Hashable:
-    """The shapes and types of a call's tensors, and its other arguments."""
+    """The shapes, types and strides of a call's tensors, and its other arguments."""
     return tuple(
-        ("tensor", tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else _key(leaf) for leaf in flat
+        ("tensor", tuple(leaf.shape), leaf.dtype, leaf.stride())
+        if isinstance(leaf, torch.Tensor)
+        else _Reader(frozenset()).key(leaf)
+        for leaf in flat
     )
 
 
 def mode_key() -> Hashable:
     """Autocast and other modes that change what is captured."""
     kinds = ("cpu", "cuda")
-    return tuple((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds)
+    autocast = tuple((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds)
+    return (*autocast, torch.get_default_dtype(), str(torch.get_default_device()))

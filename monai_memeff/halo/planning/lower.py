@@ -66,6 +66,10 @@ class _Lowering:
                 self.made[node] = self._state(node, names.get(node.name), constants.get(node.name))
                 continue
             user.append(node.name)
+            if position >= len(self.flat):
+                raise NotPartitionableError(
+                    f"{node.name}: the capture has an input that is no argument, such as a torch.Generator"
+                )
             if isinstance(value, torch.Tensor):
                 ref = self.program.add(Value(node.name, tuple(value.shape), value.dtype, dependent=True))
                 self.program.inputs[position] = ref.index
@@ -133,6 +137,11 @@ class _Lowering:
     def _emit(
         self, node: fx.Node, target: Any, args: Any, kwargs: Any, pick: int | None, value: torch.Tensor, where: Where
     ) -> Ref:
+        if getattr(target, "overloadpacket", None) is torch.ops.aten.unfold_backward:
+            # what torch makes of a write into the view: it adds where windows overlap, and drops what none covers
+            raise NotPartitionableError(f"{where}: a write into the windows of unfold cannot be captured; write a copy")
+        if getattr(target, "overloadpacket", None) in _BY_MEMORY:
+            _check_memory(node, args, where)
         name = node.name if pick is None else f"{node.name}_{pick}"
         if not all(isinstance(n, int) for n in value.shape):
             raise NotPartitionableError(f"{where}: {target} has a result whose size depends on the data")
@@ -161,6 +170,18 @@ class _Lowering:
             else:
                 raise NotPartitionableError(f"an output of kind {kind} cannot be run in parts")
         self.program.output_spec = self.exported.call_spec.out_spec
+
+
+_BY_MEMORY = (torch.ops.aten.as_strided, torch.ops.aten.as_strided_copy, torch.ops.aten.as_strided_scatter)
+
+
+def _check_memory(node: fx.Node, args: Any, where: Where) -> None:
+    """Refuse what reads memory by strides, unless it stays within a plain tensor's own elements."""
+    source = node.args[0].meta["val"]
+    size, stride, offset = args[-3:] if isinstance(args[-1], int) else (*args[-2:], 0)
+    reach = 1 + (offset or 0) + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if not source.is_contiguous() or source.storage_offset() or reach > source.numel():
+        raise NotPartitionableError(f"{where}: {node.target} reads memory by strides, which parts do not have")
 
 
 def _harmless(target: Any) -> bool:

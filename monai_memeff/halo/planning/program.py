@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree  # read in torch 2.6 to 2.14
+
+from monai_memeff.halo.planning.errors import NotPartitionableError
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,26 @@ class Program:
         """Indices of the values the network returns or writes into its inputs."""
         found = [r.index for r in self.outputs if isinstance(r, Ref)] + list(self.input_mutations.values())
         return list(dict.fromkeys(found))
+
+
+def check_memory(program: Program, flat: Sequence[Any], state: Iterable[torch.Tensor]) -> None:
+    """Refuse arguments that the network changes if other arguments, or its own tensors, lie in the same memory.
+
+    Raises:
+        NotPartitionableError: the change would be seen in a plain call, but not in parts.
+    """
+    for position in program.input_mutations:
+        mine = _storage(flat[position])
+        others = [x for i, x in enumerate(flat) if i != position and isinstance(x, torch.Tensor)]
+        if any(_storage(x) == mine for x in (*others, *state)):
+            raise NotPartitionableError(
+                f"{program[program.input_mutations[position]].where}: the network changes its argument {position} in "
+                "place, and another argument or a tensor of the network shares its memory; pass a copy"
+            )
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 def leaves(tree: Any) -> Iterator[Any]:

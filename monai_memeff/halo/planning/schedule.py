@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 
 from monai_memeff.halo.planning.binding import Bound
@@ -88,33 +89,43 @@ def _must_store(bound: Bound, index: int, step: Step, outputs: set[int]) -> bool
 
 def decide(bound: Bound) -> tuple[set[int], set[int]]:
     """Which values are stored and which are kept on the device."""
-    program = bound.program
-    outputs = set(program.wanted())
+    outputs = set(bound.program.wanted())
     kept = {i for i in bound.order if _kept(bound.step(i))}
     stored = {i for i in bound.order if i not in kept and _must_store(bound, i, bound.step(i), outputs)}
-    for i in bound.order:  # a value read in another layout is stored, or all of it is computed for every tile
-        step = bound.step(i)
-        for source, wanted in zip(step.inputs, step.reads, strict=True):
-            native = bound.layouts[source]
-            if native.spread and not _related(native, wanted) and bound.steps[source] is not None:
-                stored.add(source)
-    readers: dict[int, int] = {}
-    for i in bound.order:
-        for source in set(bound.step(i).inputs):
-            readers[source] = readers.get(source, 0) + 1
-    cost: dict[int, float] = {}
-    for i in bound.order:
-        if i in kept or i in stored:
-            continue
-        step = bound.step(i)
-        cost[i] = _cost(step) + sum(cost.get(s, 0.0) for s in set(step.inputs))
-        if cost[i] >= TWICE and readers.get(i, 0) > 1:
-            stored.add(i)
-            del cost[i]
+    stored |= _read_otherwise(bound)
+    stored |= _costly_twice(bound, stored | kept)
     for i in reversed(bound.order):
         if i in stored and i not in outputs and not isinstance(bound.step(i), Whole) and _once(bound, i, stored, kept):
             stored.discard(i)
     return stored, kept
+
+
+def _read_otherwise(bound: Bound) -> set[int]:
+    """Values read in another layout: not stored, all of such a value would be computed for every tile."""
+    found = set()
+    for i in bound.order:
+        step = bound.step(i)
+        for source, wanted in zip(step.inputs, step.reads, strict=True):
+            native = bound.layouts[source]
+            if native.spread and not _related(native, wanted) and bound.steps[source] is not None:
+                found.add(source)
+    return found
+
+
+def _costly_twice(bound: Bound, held: set[int]) -> set[int]:
+    """Values that several consumers read and that cost much to compute from those held."""
+    readers = Counter(source for i in bound.order for source in set(bound.step(i).inputs))
+    cost: dict[int, float] = {}
+    found = set()
+    for i in bound.order:
+        if i in held:
+            continue
+        step = bound.step(i)
+        cost[i] = _cost(step) + sum(cost.get(s, 0.0) for s in set(step.inputs))
+        if cost[i] >= TWICE and readers[i] > 1:
+            found.add(i)
+            del cost[i]
+    return found
 
 
 def _once(bound: Bound, index: int, stored: set[int], kept: set[int]) -> bool:

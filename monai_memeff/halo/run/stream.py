@@ -12,10 +12,10 @@ from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 from torch.utils import _pytree as pytree
 
 from monai_memeff.halo.planning.capture import bare
-from monai_memeff.halo.planning.estimate import job_box
+from monai_memeff.halo.planning.estimate import job_box, no_autocast
 from monai_memeff.halo.planning.layout import Box, narrow
 from monai_memeff.halo.planning.plan import Plan
-from monai_memeff.halo.planning.program import Ref, flatten_call
+from monai_memeff.halo.planning.program import Ref, check_memory, flatten_call
 from monai_memeff.halo.planning.rules.base import Env, Reduction, State
 from monai_memeff.halo.planning.schedule import Job
 from monai_memeff.halo.planning.tile import Worker
@@ -77,9 +77,10 @@ class Stream:
         """
         program = self.bound.program
         flat, _ = flatten_call(args, kwargs)
+        check_memory(program, flat, [self.wholes[i] for i in program.state])
         for position, index in program.inputs.items():
             self.wholes[index] = flat[position].detach()
-        with torch.no_grad(), self._measured():
+        with torch.no_grad(), no_autocast(self.env.device), self._measured():
             for job in self.schedule.jobs:
                 self._job(job)
         for position, index in program.input_mutations.items():
@@ -92,35 +93,40 @@ class Stream:
             return leaf
         found = self.wholes[leaf.index]
         if leaf.index in self.bound.program.inputs.values() or leaf.index in self.bound.program.state:
-            return found.clone()
-        return found
+            return found.clone().cpu()
+        return found.cpu()
 
     def _job(self, job: Job) -> None:
-        step, program = self.bound.step(job.index), self.bound.program
-        worker = Worker(self.schedule, self.load, self.env)
-        whole = None
+        program, whole = self.bound.program, None
         if job.index in self.schedule.stored:
             whole = self.store.allocate(program[job.index].shape, program[job.index].dtype)
-        states: dict[int, State] = {}
-        kept = None
-        for lo, hi in job.cuts():
-            kept = worker.tile(job, job_box(job, lo, hi), whole, states)
-            if self.on_tile is not None:
-                self.on_tile()
+        kept, states = self._tiles(job, whole)
         if whole is not None:
-            self.moved_bytes += whole.numel() * whole.element_size()
-            if self.env.device.type == "cuda":
-                torch.cuda.current_stream(self.env.device).synchronize()
-            self.wholes[job.index] = whole
+            self._written(job.index, whole)
         elif kept is not None:
             self.wholes[job.index] = kept
         for index, state in states.items():
             reduction = self.bound.step(index)
             assert isinstance(reduction, Reduction)
             self.wholes[index] = reduction.finish(state, self.env)
-        del step
         for index in job.frees:
             self.wholes.pop(index, None)
+
+    def _tiles(self, job: Job, whole: torch.Tensor | None) -> tuple[torch.Tensor | None, dict[int, State]]:
+        """Compute a job's tiles; returns the last if it is kept, and the states of the reductions."""
+        worker, states, kept = Worker(self.schedule, self.load, self.env), dict[int, State](), None
+        for lo, hi in job.cuts():
+            kept = worker.tile(job, job_box(job, lo, hi), whole, states)
+            if self.on_tile is not None:
+                self.on_tile()
+        return kept, states
+
+    def _written(self, index: int, whole: torch.Tensor) -> None:
+        """A stored value is complete."""
+        self.moved_bytes += whole.numel() * whole.element_size()
+        if self.env.device.type == "cuda":
+            torch.cuda.current_stream(self.env.device).synchronize()
+        self.wholes[index] = whole
 
     @contextlib.contextmanager
     def _measured(self) -> Iterator[None]:

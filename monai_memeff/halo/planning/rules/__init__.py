@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,7 +11,7 @@ from monai_memeff.halo.planning.errors import NoTileError, NotPartitionableError
 from monai_memeff.halo.planning.layout import Layout
 from monai_memeff.halo.planning.program import Value
 from monai_memeff.halo.planning.rules import mixing, norm, pointwise, random, reduction, reshape, select
-from monai_memeff.halo.planning.rules.base import Context, Step, whole_step
+from monai_memeff.halo.planning.rules.base import Context, Step, whole_step, whole_word
 from monai_memeff.halo.planning.rules.table import RULES, Rule
 from monai_memeff.halo.planning.rules.windowed import convolution, padding, pooling, resize, transposed
 
@@ -30,15 +31,25 @@ def bind(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
             return row.bind(value, natives, ctx)
         except NoTileError:
             pass
+    if row is not None and isinstance(value.target, str):  # no operator of torch's: its own step on whole inputs
+        return _word(row, value, natives, ctx)
     _check(value)
     return whole_step(value, natives, ctx)
+
+
+def _word(row: Rule, value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
+    whole = [ctx.whole(n.shape) for n in natives]
+    for context in (ctx, replace(ctx, dims=0)):  # the second spreads nothing by itself
+        try:
+            return whole_word(row.bind(value, whole, context), natives, ctx)
+        except NoTileError as error:
+            reason = error
+    raise NotPartitionableError(f"{value.where}: {value.operator}: {reason}")
 
 
 def _check(value: Value) -> None:
     """Refuse what cannot even be run whole."""
     target = value.target
-    if isinstance(target, str):
-        return
     why = None
     if torch.Tag.nondeterministic_seeded in target.tags:
         why = "draws random numbers"

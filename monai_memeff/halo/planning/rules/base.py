@@ -149,6 +149,34 @@ class Whole(Step):
         """All rows of every input."""
         return tuple(Read(i, layout.whole) for i, layout in enumerate(self.reads))
 
+    def compute(self, tensors: Sequence[torch.Tensor], reads: Sequence[Read], box: Box, env: Env) -> torch.Tensor:
+        """The operator's result; its inputs lie in memory as the plain network's do when they are contiguous."""
+        return super().compute(
+            [t.contiguous() for t in tensors] if _by_memory(self.value) else tensors, reads, box, env
+        )
+
+
+def _by_memory(value: Value) -> bool:
+    return "as_strided" in str(value.target)
+
+
+class WholeOf(Whole):
+    """A step for which torch has no operator of its own (a norm taken apart, say), on whole inputs.
+
+    Args:
+        step: computes the result; none of its inputs is spread.
+        out: how the result is spread afterwards.
+    """
+
+    def __init__(self, step: Step, out: Layout) -> None:
+        super().__init__(step.value, step.inputs, step.reads, out)
+        self.step = step
+
+    def compute(self, tensors: Sequence[torch.Tensor], reads: Sequence[Read], box: Box, env: Env) -> torch.Tensor:
+        """The result from whole inputs."""
+        everything = self.step.out.whole
+        return self.step.compute(tensors, self.step.needs(everything), everything, env)
+
 
 def call(value: Value, tensors: Sequence[torch.Tensor], env: Env, **override: Any) -> torch.Tensor:
     """The value's operator with its tensors replaced in order of appearance; `device` arguments become env's."""
@@ -232,7 +260,15 @@ def free(layout: Layout, dims: Sequence[int], message: str = "") -> None:
 
 def whole_step(value: Value, natives: Sequence[Layout], ctx: Context) -> Whole:
     """The step that runs the operator on whole inputs; a result of a volume's shape is spread afterwards."""
+    return Whole(value, value.refs(), [ctx.whole(n.shape) for n in natives], _afterwards(value, natives, ctx))
+
+
+def whole_word(step: Step, natives: Sequence[Layout], ctx: Context) -> WholeOf:
+    """The same for a step that was bound to inputs that are not spread."""
+    return WholeOf(step, _afterwards(step.value, natives, ctx))
+
+
+def _afterwards(value: Value, natives: Sequence[Layout], ctx: Context) -> Layout:
     spread = any(n.spread for n in natives)
     like = len(value.shape) == ctx.dims + 2 and (spread or ctx.volume(value.shape))
-    out = ctx.default(value.shape) if like and value.dependent else ctx.whole(value.shape)
-    return Whole(value, value.refs(), [ctx.whole(n.shape) for n in natives], out)
+    return ctx.default(value.shape) if like and value.dependent else ctx.whole(value.shape)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from monai_memeff.halo.planning.errors import NoTileError
+from monai_memeff.halo.planning.errors import NoTileError, NotPartitionableError
 from monai_memeff.halo.planning.layout import Box, Dim, Layout
 from monai_memeff.halo.planning.program import Ref, Value
 from monai_memeff.halo.planning.rules.base import Context, Env, Read, Reduction, State, Step, aligned, arguments
@@ -149,16 +149,17 @@ def _along(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
 def bind_normalize(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     """The normalized rows."""
     native = natives[0]
-    moments = natives[1]
+    moments, per_element = natives[1], value.args[-1]
     reads = [native]
+    channels = any(native.dim_of(a) == 1 for a in range(native.axes))
+    if channels and not (moments.spread and (per_element or len(natives) == 2)):
+        raise NoTileError("the split axis lies in the channels")
     if moments.spread:
         inner = aligned(moments.shape[1:], native)
         reads.append(Layout((((2, -1),), *inner.dims), native.axes))
     else:
-        if native.dim_of(0) == 1:
-            raise NoTileError("the split axis lies in the channels")
         reads.append(_sliced_moments(moments, native, ctx))
-    reads += [aligned(n.shape, native) if value.args[-1] else ctx.whole(n.shape) for n in natives[2:]]
+    reads += [aligned(n.shape, native) if per_element else ctx.whole(n.shape) for n in natives[2:]]
     return Normalize(value, value.refs(), reads, native)
 
 
@@ -277,8 +278,14 @@ def expand_instance_norm(x: Expansion) -> Ref:
     moments = _moments(x, source, list(range(2, len(shape))))
     if mean is not None:
         for which, old in enumerate((mean, var)):
+            name = x.program.state.get(old.index)
+            if name is None:
+                raise NotPartitionableError(
+                    f"{x.value.where}: instance_norm changes running statistics that are no buffers of the network"
+                )
+            old = Ref(x.program.mutations.get(name, old.index))  # a layer may be used twice
             new = _running(x, moments, old, which, momentum, math.prod(shape[2:]))
-            x.program.mutations[x.program.state[old.index]] = new.index
+            x.program.mutations[name] = new.index
     return _apply(x, source, moments, weight, bias, eps)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from monai_memeff.halo.planning.errors import NoTileError
 from monai_memeff.halo.planning.layout import Box, Layout
 from monai_memeff.halo.planning.program import Ref, Value
 from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, aligned, broadcast_layout
@@ -120,6 +121,8 @@ class Create(Step):
 )
 def bind_create(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     """A constant tensor; a number given as a tensor makes it run whole."""
+    if any(isinstance(x, Ref) for x in value.args[1:]):
+        raise NoTileError("a number given as a tensor")
     out = ctx.default(value.shape) if ctx.volume(value.shape) else ctx.whole(value.shape)
     return Create(value, (), (), out)
 

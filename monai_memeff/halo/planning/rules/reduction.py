@@ -34,24 +34,27 @@ class Way:
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
+    if x.is_complex():
+        return x.to(torch.complex128)
     return x.double() if x.is_floating_point() else x
 
 
 def _sum(x: torch.Tensor, dims: DimList, args: dict[str, Any]) -> State:
-    dtype = _wide(x) if args.get("dtype") is None else _wide(torch.empty(0, dtype=args["dtype"]))
-    return (_double(x.sum(dims, keepdim=True, dtype=dtype)),)
+    x = x if args.get("dtype") is None else x.to(args["dtype"])
+    return (_double(x.sum(dims, keepdim=True, dtype=_wide(x))),)
 
 
 def _moments(x: torch.Tensor, dims: DimList, args: dict[str, Any]) -> State:
     n = math.prod(x.shape[d] for d in dims)
     var, mean = torch.var_mean(x.to(_wide(x)), dims, correction=0, keepdim=True)
-    return torch.full((), n, dtype=torch.float64, device=x.device), mean.double(), var.double() * n
+    return torch.full((), n, dtype=torch.float64, device=x.device), _double(mean), var.double() * n
 
 
 def _add_moments(a: State, b: State) -> State:
     (na, ma, sa), (nb, mb, sb) = a, b
     n, delta = na + nb, mb - ma
-    return n, ma + delta * (nb / n), sa + sb + delta * delta * (na * nb / n)
+    square = (delta * delta.conj()).real if delta.is_complex() else delta * delta
+    return n, ma + delta * (nb / n), sa + sb + square * (na * nb / n)
 
 
 def _variance(state: State, count: int, args: dict[str, Any]) -> torch.Tensor:
@@ -212,7 +215,7 @@ def _rows(value: Value, native: Layout, dims: DimList, keep: bool) -> Step:
 def bind_reduction(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     """A reduction over the dimensions it names, or all."""
     name = str(value.target).split(".")[1]
-    if name == "prod" and not value.shape and value.dtype.is_complex:
+    if name in ("prod", "logsumexp") and value.dtype.is_complex:
         raise NoTileError("complex numbers")
     return bind_way(value, natives[0], ctx, WAYS[name])
 

@@ -23,6 +23,8 @@ def refine(native: Layout, shape: Sequence[int]) -> list[Piece]:
     """
     old = [(n, a, d) for d, dim in enumerate(native.dims) for n, a in dim if n != 1 or a >= 0]
     new = [(int(n), d) for d, n in enumerate(shape) if n != 1]
+    if not new or 0 in native.shape:
+        raise NoTileError("a view of at most one element")
     pieces: list[Piece] = []
     i = j = 0
     left_old = left_new = 1

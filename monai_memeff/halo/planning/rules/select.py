@@ -35,7 +35,7 @@ class Strided(Step):
         rows = list(self.same(0, box))
         lo, hi = box[self.axis] if self.out.places[self.axis] is not None else (0, 1)
         first = self.start + lo * self.step
-        rows[self.axis] = (first, first + (hi - lo - 1) * self.step + self.size)
+        rows[self.axis] = (first, first + (hi - lo - 1) * self.step + self.size) if hi > lo else (0, 0)
         return (Read(0, tuple(rows)),)
 
     def compute(self, tensors: Sequence[torch.Tensor], reads: Sequence[Read], box: Box, env: Env) -> torch.Tensor:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from monai_memeff.arguments import numbers_checked
 from monai_memeff.halo.planning.capture import capture
 from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.planning.fingerprint import fingerprint, mode_key
 from monai_memeff.halo.run.ranks import calls
 from monai_memeff.halo.run.ranks.agreement import agree, digest
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
@@ -22,7 +23,7 @@ from monai_memeff.halo.run.ranks.schedule import RankPlan
 
 _KEPT = 8  # plans per network: training, validation and a few shapes
 _MARK = "_memeff_partition"
-_TENSORS = ("_parameters", "_buffers", "_modules")
+_SKIPPED = frozenset(("_parameters", "_buffers", *calls.ROUTED, _MARK))  # tensors are found by name at every call
 _CAPTURE = threading.Lock()  # torch.export patches global state
 
 
@@ -74,7 +75,8 @@ class _Partition:
 
     def _plan(self, traits: Any, leaves: Sequence[Any], spec: Any, parts: Sequence[Part | None]) -> RankPlan:
         described = [_described(leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
-        key = (traits, tuple(_objects(self.network)), tuple(described), str(spec), *_modes())
+        seen = fingerprint(self.network, _SKIPPED)
+        key = (traits, seen, tuple(described), str(spec), torch.is_grad_enabled(), mode_key())
         if key not in self.plans:
             _check_sharding(self.network)
             whole = [_whole(leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
@@ -101,11 +103,6 @@ def _whole(leaf: Any, part: Part | None) -> Any:
     return torch.empty(part.shape, dtype=leaf.dtype, device="meta")
 
 
-def _modes() -> list[Any]:
-    low = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in ("cpu", "cuda")]
-    return [torch.is_grad_enabled(), *low]
-
-
 def _simple(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_simple(v) for v in value)
@@ -123,16 +120,6 @@ def _traits(network: nn.Module) -> Iterator[Any]:
         yield name, type(module).__qualname__, settings
         tensors = [*module._parameters.items(), *module._buffers.items()]
         yield tuple((k, None if t is None else (tuple(t.shape), str(t.dtype))) for k, t in tensors)
-
-
-def _objects(network: nn.Module) -> Iterator[Any]:
-    """What else a capture depends on, by identity in this process: hooks, cached tensors and other attributes."""
-    for module in network.modules():
-        for name, value in module.__dict__.items():
-            if name in _TENSORS or name in calls.ROUTED or name == _MARK or _simple(value):
-                continue
-            held = tree_leaves(value)  # hooks lie in dictionaries, cached grids on the module or in lists
-            yield name, tuple((id(x), x._version if isinstance(x, torch.Tensor) else 0) for x in held)
 
 
 @numbers_checked

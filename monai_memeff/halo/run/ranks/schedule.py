@@ -16,7 +16,7 @@ from torch import nn
 from monai_memeff.halo.planning.binding import bind_program
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.layout import Box, along, length, source_box, unspread
-from monai_memeff.halo.planning.program import Program, Ref, unflatten
+from monai_memeff.halo.planning.program import Program, Ref, check_memory, unflatten
 from monai_memeff.halo.planning.rules.base import Env, Read, Reduction, Step, Whole
 from monai_memeff.halo.planning.rules.norm import Moments, Normalize
 from monai_memeff.halo.planning.rules.random import is_random
@@ -161,6 +161,7 @@ class RankPlan:
         self.device = first.device
         if self.random:
             self.seed = self._agreed_seed()
+        check_memory(program, leaves, [*network.parameters(), *network.buffers()] if program.input_mutations else ())
         values = {index: leaves[position].as_subclass(torch.Tensor) for position, index in program.inputs.items()}
         for index, name in program.state.items():
             constant = program.constants.get(name)

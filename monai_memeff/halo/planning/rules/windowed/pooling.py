@@ -88,7 +88,9 @@ class MaxPool(_Pool):
             index = index // size
         at.reverse()
         for axis, d in self.sliding.items():
-            at[d - self.first] = at[d - self.first] + self.span(axis, box)[0]
+            place = at[d - self.first] + self.span(axis, box)[0]
+            # where all are -inf torch names the first row of the window that is no padding
+            at[d - self.first] = torch.where(place < 0, place % self.dilation[d - self.first], place)
         whole = self.reads[0].shape[self.first :]
         flat = torch.zeros_like(at[0])
         for place, size in zip(at, whole, strict=True):

@@ -1,0 +1,123 @@
+"""Small tensors that a module keeps as plain attributes: forward may branch on them, as their content is known."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
+
+from monai_memeff.halo.planning.errors import NotPartitionableError
+
+MOST = 4096  # elements; a plan is made again when one of them changes
+_READING = frozenset(  # none of them writes
+    (
+        *("__getitem__", "__get__", "__iter__", "__bool__", "__int__", "__float__", "__index__", "__len__"),
+        *("__contains__", "unbind", "item", "tolist", "numpy", "eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__"),
+        *("__lt__", "__le__", "__gt__", "__ge__", "any", "all", "sum", "argmax", "argmin", "amax", "amin", "max"),
+        *("min", "numel", "size", "dim", "nonzero", "detach", "long", "int", "float", "double", "bool", "cpu", "equal"),
+    )
+)
+
+
+_GET_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__
+_WRITING = frozenset(
+    (
+        "__setitem__",
+        "__set__",
+        *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
+    )
+)
+_VIEWING = frozenset(
+    ("__getitem__", "__get__", "view", "reshape", "select", "narrow", "flatten", "detach", "transpose")
+)
+
+
+def is_constant(x: Any) -> bool:
+    """Whether a plain attribute is a tensor small enough to be compared in full at every call."""
+    return (
+        isinstance(x, torch.Tensor)
+        and not isinstance(x, nn.Parameter)
+        and type(x) is torch.Tensor
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+        and not x.requires_grad
+        and x.numel() <= MOST
+    )
+
+
+class Constants(TorchFunctionMode):
+    """Reads such tensors with their content while a network is captured; nothing is written to them.
+
+    Args:
+        network: whose modules' attributes are meant, those in lists, tuples and dictionaries among them.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._known: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._held: dict[int, weakref.ref[torch.Tensor]] = {}
+        for module in network.modules():
+            for name, value in module.__dict__.items():
+                if name not in ("_parameters", "_buffers", "_modules"):
+                    self._add(value)
+
+    def _add(self, value: Any) -> None:
+        for x in tensors_in(value):
+            self._held[id(x)] = weakref.ref(x)
+            if is_constant(x):
+                self._known[id(x)] = self._held[id(x)]
+
+    def _knows(self, x: torch.Tensor) -> bool:
+        found = self._known.get(id(x))
+        return found is not None and found() is x
+
+    def _holds(self, x: torch.Tensor) -> bool:
+        found = self._held.get(id(x))
+        return found is not None and found() is x
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The function's result, from the content where it only reads constants."""
+        kwargs = kwargs or {}
+        if func == _GET_DATA and not self._knows(args[0]):
+            return args[0].detach()  # torch.export takes `data` for a constant, and dies where it is written to
+        if func == _SET_DATA:
+            raise NotPartitionableError("forward assigns to a tensor's `data`: write into the tensor with copy_")
+        name, read = getattr(func, "__name__", ""), list(tensors_in((args, kwargs)))
+        if name not in _READING or not read or not all(map(self._knows, read)):
+            if any(map(self._holds, read[:1])) and _writes(name, kwargs):
+                raise NotPartitionableError(
+                    f"forward writes into a tensor of shape {tuple(read[0].shape)} that a module keeps as a plain "
+                    "attribute: register it as a buffer"
+                )
+            result = func(*args, **kwargs)
+            if name in _VIEWING and any(map(self._holds, read[:1])):
+                self._held.update((id(x), weakref.ref(x)) for x in tensors_in(result))
+            return result
+        with _python_dispatch._disable_current_modes():
+            result = func(*args, **kwargs)
+            result = list(result) if hasattr(result, "__next__") else result
+            self._add(result)
+        return iter(result) if name == "__iter__" else result
+
+
+def _writes(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a function of that name writes into its first tensor."""
+    return name in _WRITING or (name.endswith("_") and not name.startswith("__")) or kwargs.get("out") is not None
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors of nested lists, tuples and dictionaries."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))
