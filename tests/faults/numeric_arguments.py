@@ -71,11 +71,12 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 """Callable -> what it cannot be called without; dictionary versions take that of their array version, and keys."""
 ELSEWHERE = {
-    "HaloMesh", "OctreeReport", "PeakEstimate", "Plan", "StreamingReport", "Stencil",  # records that the package fills
+    "HaloMesh", "NetworkEstimate", "OctreeReport", "PeakEstimate", "Plan", "StreamingReport", "Stencil",  # records
     "coordinates_to_keys", "crop_affine", "data_from_sparse", "estimate_peak", "index_to_unit", "is_anisotropic",
     "is_oblique", "keys_to_coordinates", "mm_to_index", "ras_affine", "resize_affine", "space_of",  # by tensors
     "active_voxels", "SparseTensor", "Lookahead", "save_agreement", "scatter", "spatial_partition",
     "init_from_torchrun", "init_mesh",  # a world of processes
+    "checked_option", "estimate_network",
 }  # fmt: skip
 """Callables whose numbers have tests of their own."""
 
