@@ -17,8 +17,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import nibabel
 import numpy as np
@@ -187,7 +191,7 @@ def main() -> int:
     parser.add_argument("--image", type=Path, default=data / "mr.nii.gz")
     parser.add_argument("--label", type=Path, default=data / "brain.nii.gz")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--partitions", type=int, default=16)
+    parser.add_argument("--partitions", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     x = torch.randn(1, 1, 64, 96, 128, generator=torch.Generator().manual_seed(0))

@@ -64,8 +64,8 @@ def notes(subject: Subject, frame: Frame, runs: Mapping[str, Run]) -> list[str]:
     if frame.padded:
         size = " x ".join(map(str, frame.inputs.shape[2:]))
         found.append(
-            "The network takes no volume of these extents, so whole and streamed network see it padded with zeros at "
-            f"its end to {size} voxels, and their results are cropped; the sliding window sees it as it is."
+            "The network takes no volume of these extents, so whole and streamed network see it with zeros around "
+            f"it to {size} voxels, and their results are cropped; the sliding window sees it as it is."
         )
     if runs["whole"].refused and not runs["streamed"].refused:
         found.append("The whole network did not run, so the sliding window is compared with the streamed network.")

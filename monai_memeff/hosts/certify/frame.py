@@ -1,4 +1,4 @@
-"""The volume in extents that a network takes: its own, or padded with zeros at its end, and results cropped back."""
+"""The volume in extents that a network takes: its own, or with zeros around it, and results cropped back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRIAL_LOG = "torch._subclasses.fake_tensor"
 
 @dataclass
 class Frame:
-    """The volume as whole and streamed network see it: padded at its end where the network takes no other extents."""
+    """The volume as whole and streamed network see it: with zeros around it where the network takes no other."""
 
     inputs: Tensor
     extents: tuple[int, ...]
@@ -37,8 +37,9 @@ class Frame:
 
     def crop(self, answer: Any) -> Any:
         """A result without the padding, on the CPU."""
-        inside = (..., *(slice(extent) for extent in self.extents))
         size = tuple(self.inputs.shape[2:])
+        first = [(new - own) // 2 for own, new in zip(self.extents, size, strict=True)]
+        inside = (..., *(slice(start, start + own) for start, own in zip(first, self.extents, strict=True)))
 
         def one(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -50,17 +51,16 @@ class Frame:
 
 
 def frame(subject: Subject) -> Frame:
-    """The volume in extents that the network takes: its own, or the next multiples of a power of 2, with zeros."""
+    """The volume in extents that the network takes: its own, or the next multiples of a number, with zeros around."""
     plain = subject.inputs.as_subclass(Tensor)
     extents = tuple(plain.shape[2:])
     for divisor in DIVISORS:
         size = tuple(-(-extent // divisor) * divisor for extent in extents)
         needed = _dry_run(subject, (*plain.shape[:2], *size))
         if needed is not None:
-            missing = [
-                part for own, new in zip(reversed(extents), reversed(size), strict=True) for part in (0, new - own)
-            ]
-            return Frame(torch.nn.functional.pad(plain, missing), extents, needed)
+            more = [new - own for own, new in zip(extents, size, strict=True)]
+            around = [part for extra in reversed(more) for part in (extra // 2, extra - extra // 2)]
+            return Frame(torch.nn.functional.pad(plain, around), extents, needed)
     return Frame(plain, extents, None)
 
 

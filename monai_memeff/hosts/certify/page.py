@@ -41,7 +41,9 @@ def certificate_page(found: dict[str, Any], pictures: dict[str, Pictures], json_
     page.table(["", "value"], _hashed(found, json_sha256), words=True)
     page.heading("Where it ran")
     words = {**found["machine"], **found["versions"], "date": found["date"]}
-    page.table(["", "value"], [[name, _value(name, value)] for name, value in words.items()], words=True)
+    page.table(
+        ["", "value"], [[name.removesuffix("_bytes"), _value(name, value)] for name, value in words.items()], words=True
+    )
     if found["plan"]:
         page.heading("The plan that was executed")
         page.text(found["plan"]["text"])
@@ -101,7 +103,7 @@ def _hashed(found: dict[str, Any], json_sha256: str) -> list[list[str]]:
     rows += [[f"image, {entry['file']}", entry["sha256"]] for entry in image["files"]]
     rows += [[f"label, {entry['file']}", entry["sha256"]] for entry in found["label"]]
     times = " x ".join(map(str, found["input"]["shape"]))
-    padded = f", padded with zeros to {' x '.join(map(str, found['input']['padded_to']))}"
+    padded = f", with zeros around it to {' x '.join(map(str, found['input']['padded_to']))}"
     rows.append(["input of the network", times + (padded if found["input"]["padded"] else "")])
     rows.append(["labels are", found["rule"]])
     if found["plan"]:
@@ -115,7 +117,7 @@ def _hashed(found: dict[str, Any], json_sha256: str) -> list[list[str]]:
 
 def _voxels(difference: dict[str, Any]) -> str:
     share = difference["voxels"] / max(difference["of"], 1)
-    return f"{difference['voxels']:,} of {difference['of']:,} ({100 * share:.3g} %)"
+    return f"{difference['voxels']:,} of {difference['of']:,} ({100 * share:.3g}\N{NO-BREAK SPACE}%)"
 
 
 def _size(count: int | None) -> str:

@@ -10,6 +10,9 @@ from monai.data import MetaTensor
 EDGE = 480
 """Pixels of a picture's longer side, at least."""
 
+COARSE = 128
+"""Voxels along an axis among which the densest region is looked for."""
+
 TINT, RED = np.array([0.15, 0.75, 0.65]), np.array([1.0, 0.1, 0.1])
 SECTIONS = ("sagittal", "coronal", "axial")
 Pictures = list[tuple[bytes, str, str]]
@@ -18,7 +21,7 @@ Pictures = list[tuple[bytes, str, str]]
 def sections(image: MetaTensor, labels: np.ndarray, different: np.ndarray | None, words: str) -> Pictures:
     """A sagittal, a coronal and an axial section: PNG, description and caption of each.
 
-    They go through the slices with most voxels that differ; without any, with most voxels of a label.
+    They go through the region with most voxels that differ; without any, with most voxels of a label.
 
     Args:
         image: (1, H, W, D), with its affine.
@@ -31,17 +34,17 @@ def sections(image: MetaTensor, labels: np.ndarray, different: np.ndarray | None
     spacing = np.sqrt((np.asarray(image.affine, dtype=float)[:3, :3] ** 2).sum(0))
     volumes, steps = _to_ras([image.as_tensor()[0].cpu().numpy(), inside, marked], np.asarray(image.affine), spacing)
     gray, inside, marked = _gray(volumes[0]), volumes[1], volumes[2]
+    place = _densest(marked if marked.any() else inside)
     found: Pictures = []
     for axis, name in enumerate(SECTIONS):
-        counted = marked if marked.any() else inside
-        others = tuple(other for other in range(3) if other != axis)
-        counts = counted.sum(axis=others)
-        index = int(counts.argmax()) if counts.any() else gray.shape[axis] // 2
+        others = [other for other in range(3) if other != axis]
+        index = place[axis]
         here = [np.take(volume, index, axis) for volume in (gray, inside, marked)]
         png = _png(_colored(*here), (steps[others[0]], steps[others[1]]))
-        place = f"{name}, slice {index + 1} of {gray.shape[axis]}"
-        caption = f"{place}: {int(here[2].sum()):,} voxels differ here" if different is not None else place
-        found.append((png, f"{words}, {place}", caption))
+        here_is = f"{name}, slice {index + 1} of {gray.shape[axis]}"
+        caption = f"{here_is}: {int(here[2].sum()):,} voxels differ here"
+        caption = caption if different is not None else here_is
+        found.append((png, f"{words}, {here_is}", caption))
     return found
 
 
@@ -53,6 +56,19 @@ def _to_ras(volumes: list[np.ndarray], affine: np.ndarray, spacing: np.ndarray) 
     steps = np.empty(3)
     steps[turn[:, 0].astype(int)] = spacing
     return [np.asarray(apply_orientation(volume, turn)) for volume in volumes], steps
+
+
+def _densest(mask: np.ndarray) -> list[int]:
+    """Index of the voxel with most voxels of a mask around it, in a box of an eighth of the extents."""
+    from scipy.ndimage import uniform_filter
+
+    strides = [-(-extent // COARSE) for extent in mask.shape]
+    coarse = mask[tuple(slice(step // 2, None, step) for step in strides)].astype(np.float32)
+    if not coarse.any():
+        return [int(part.mean().round()) for part in np.nonzero(mask)] if mask.any() else [n // 2 for n in mask.shape]
+    dense = uniform_filter(coarse, [max(3, extent // 8) for extent in coarse.shape], mode="constant")
+    index = np.unravel_index(int(np.where(coarse > 0, dense, -1).argmax()), dense.shape)
+    return [min(int(i) * step + step // 2, n - 1) for i, step, n in zip(index, strides, mask.shape, strict=True)]
 
 
 def _gray(values: np.ndarray) -> np.ndarray:
@@ -67,7 +83,7 @@ def _gray(values: np.ndarray) -> np.ndarray:
 def _colored(gray: np.ndarray, inside: np.ndarray, marked: np.ndarray) -> np.ndarray:
     colors = np.repeat(gray[..., None], 3, axis=-1)
     colors[inside] = 0.6 * colors[inside] + 0.4 * TINT
-    colors[marked] = 0.25 * colors[marked] + 0.75 * RED
+    colors[marked] = 0.45 * colors[marked] + 0.55 * RED
     return colors
 
 

@@ -57,7 +57,11 @@ def judge(
     if streamed.refused:
         return Verdict(False, f"Refused: this network cannot be streamed exactly, so it was not. {streamed.refused}.")
     if len(set(results)) > 1:
-        return Verdict(False, f"Not exact: {len(results)} streamed runs gave {len(set(results))} different results.")
+        return Verdict(
+            False,
+            f"Not exact: {len(results)} streamed runs gave {len(set(results))} different results. "
+            "The network draws random numbers, or a kernel of this device does not repeat its sums.",
+        )
     again = f" {len(results)} streamed runs are the same to the last bit." if len(results) > 1 else ""
     if found is None:
         return Verdict(None, f"Not proven on this machine: the whole network {whole.refused}.{again}")

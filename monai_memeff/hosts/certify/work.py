@@ -109,17 +109,17 @@ class Work:
         }, pictures
 
     def _run(self, way: str, work: Any) -> None:
-        print(f"{way} ...", end=" ", file=sys.stderr, flush=True)
+        print(f"{way}: running", file=sys.stderr, flush=True)
         run: Run = work()
         self.runs[way] = run
         if run.answer is None:
-            print(run.refused, file=sys.stderr, flush=True)
+            print(f"{way}: {run.refused}", file=sys.stderr, flush=True)
             return
         require_finite(run.answer, f"the {way} network gives")
         self.labels[way] = self.subject.labels(run.answer)
         self.dtype = tensors(run.answer)[0].dtype
         content.check_number_of_labels(self.labels[way], self.truth)
-        print(f"{run.seconds:.1f} s", file=sys.stderr, flush=True)
+        print(f"{way}: {run.seconds:.1f} s", file=sys.stderr, flush=True)
 
     def _repeat(self) -> None:
         """Hash every streamed run; the answers of the first runs are not needed any more."""

@@ -74,7 +74,10 @@ def _with_meta(answer: Any, inputs: Any) -> Any:
         raise InputError(f"the network must return one tensor, and it returned {type(answer).__name__}")
     if not isinstance(inputs, MetaTensor):
         return answer.clone()
-    return MetaTensor(answer.clone()).copy_meta_from(inputs, keep_attr=False)
+    made = MetaTensor(answer.clone())
+    made.copy_meta_from(inputs)
+    made.is_batch = inputs.is_batch
+    return made
 
 
 def _window(own: Any, options: Options) -> SlidingWindowInferer:

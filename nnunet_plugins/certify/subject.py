@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,7 @@ from torch import Tensor, nn
 from monai_memeff.data import read_volume
 from monai_memeff.errors import InputError
 from monai_memeff.hosts.certify.sources.subject import Options, Subject, file_sha256
-
-CHECKPOINT = "checkpoint_final.pth"
+from nnunet_plugins.certify.checkpoint import find_checkpoint, load_checkpoint, read_json
 
 
 def nnunet_subject(folder: Path, images: Sequence[Path], options: Options) -> Subject:
@@ -37,9 +35,9 @@ def nnunet_subject(folder: Path, images: Sequence[Path], options: Options) -> Su
     Raises:
         InputError: the model cannot be loaded, is 2D or the second of a cascade, or does not take these images.
     """
-    plans, dataset = PlansManager(_json(folder / "plans.json")), _json(folder / "dataset.json")
-    file, others = _checkpoint(folder, options.fold)
-    checkpoint = _load(file)
+    plans, dataset = PlansManager(read_json(folder / "plans.json")), read_json(folder / "dataset.json")
+    file, others = find_checkpoint(folder, options.fold)
+    checkpoint = load_checkpoint(file)
     configuration = plans.get_configuration(checkpoint["init_args"]["configuration"])
     if len(configuration.patch_size) != 3 or configuration.previous_stage_name is not None:
         raise InputError(f"{folder} is 2D or the second stage of a cascade, and certify takes 3D models of one stage")
@@ -99,54 +97,19 @@ class _Case:
             return read_volume(file).image.as_tensor()[0].numpy().astype(np.int32)
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    return found
-
-
-def _checkpoint(folder: Path, fold: str | None) -> tuple[Path, int]:
-    """The file of the fold's weights, and the number of other folds."""
-    found = sorted(folder.glob(f"fold_*/{CHECKPOINT}"))
-    if not found:
-        raise InputError(f"{folder} has no fold_*/{CHECKPOINT}: train the model to its end")
-    chosen = [file for file in found if fold is None or file.parent.name == f"fold_{fold}"]
-    if not chosen:
-        names = ", ".join(file.parent.name.removeprefix("fold_") for file in found)
-        raise InputError(f"{folder} has no fold {fold}: it has {names}")
-    return chosen[0], len(found) - 1
-
-
-def _load(file: Path) -> dict[str, Any]:
-    """A checkpoint without running code of the file; nnU-Net's log holds numbers of numpy, which are let in."""
-    numbers = [np.dtype, np.ndarray, *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "b1")}]
-    scalar = getattr(np, "_core", getattr(np, "core", None)).multiarray.scalar  # type: ignore[union-attr]
-    allowed: list[Any] = [*numbers, scalar, (scalar, "numpy.core.multiarray.scalar")]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's, zip's and torch's own
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise InputError(f"{file} is no checkpoint of tensors and numbers alone: {reason}") from error
-    missing = {"network_weights", "init_args", "trainer_name"} - set(found if isinstance(found, dict) else ())
-    if missing:
-        raise InputError(f"{file} is no checkpoint of nnU-Net: it lacks {', '.join(sorted(missing))}")
-    return dict(found)
-
-
 def _network(
     checkpoint: dict[str, Any], plans: Any, configuration: Any, channels: int, dataset: dict[str, Any], file: Path
 ) -> nn.Module:
-    name = checkpoint["trainer_name"]
-    trainer = recursive_find_trainer_class_by_name(name)
-    if trainer is None:
-        raise InputError(f"nnU-Net finds no trainer {name}, which built this model: install the package it comes from")
-    heads = plans.get_label_manager(dataset).num_segmentation_heads
-    network: nn.Module = trainer.build_network_architecture(
-        plans, configuration, channels, heads, enable_deep_supervision=False
-    )
+    name, heads = checkpoint["trainer_name"], plans.get_label_manager(dataset).num_segmentation_heads
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer = recursive_find_trainer_class_by_name(name)
+            network: nn.Module = trainer.build_network_architecture(
+                plans, configuration, channels, heads, enable_deep_supervision=False
+            )
+    except Exception as error:  # of nnU-Net and of trainers, of any kind
+        text = " ".join(str(error).split())[:160]
+        raise InputError(f"nnU-Net cannot build the network of {name}: {type(error).__name__}: {text}") from error
     try:
         network.load_state_dict(checkpoint["network_weights"])
     except Exception as error:  # torch says it in many lines
