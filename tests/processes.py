@@ -21,7 +21,7 @@ LIBRARIES += [
     "nnunetv2.inference.predict_from_raw_data",
     "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints",
 ]
-SECONDS = 300
+SECONDS = 1200
 
 
 def run_module(

@@ -2,8 +2,9 @@
 
 The JSON is a list of commands, each a list of words. Those with ``-device cuda`` get a fake CUDA device. A word
 ``env:NAME=VALUE`` sets a variable from then on; the word ``fails`` says that the command must raise an error, which is
-printed. nnU-Net's worker processes are forked, unless there is a GPU, so that they need not import everything again;
-and a fingerprint draws ten thousand intensities, not a hundred million whatever the size of the images.
+printed; ``python FILE`` runs a script. The switch of lean prediction is heeded as when Python starts. nnU-Net's worker
+processes are forked, unless there is a GPU, so that they need not import everything again; and a fingerprint draws ten
+thousand intensities, not a hundred million whatever the size of the images.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import contextlib
 import json
 import multiprocessing
 import os
+import runpy
 import sys
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -28,7 +31,11 @@ def run(command: list[str], scripts: dict[str, Any]) -> None:
     sys.argv = [word for word in command if word != "fails" and not word.startswith("env:")]
     try:
         with fake_cuda_device() if "cuda" in command else contextlib.nullcontext():
-            scripts[sys.argv[0]].load()()
+            if sys.argv[0] == "python":
+                del sys.argv[0]
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            else:
+                scripts[sys.argv[0]].load()()
     except Exception as error:
         if not fails:
             raise
@@ -51,10 +58,12 @@ def draw_few_intensities() -> None:
 
 
 if __name__ == "__main__":
+    import_module("nnunet_plugins._startup._monai_memeff_nnunet").watch()
     draw_few_intensities()
     torch.set_num_interop_threads = lambda _: None  # can be set once in a process
     if not torch.cuda.is_available():
         multiprocessing.set_start_method("fork", force=True)
+        multiprocessing.cpu_count = lambda: 1  # nnU-Net's number of threads; a forked process waits for lost ones
         get_context = multiprocessing.get_context
         multiprocessing.get_context = lambda method=None: get_context("fork" if method == "spawn" else method)
     for words in json.loads(sys.argv[1]):
