@@ -152,7 +152,9 @@ DRAWS: dict[str, Callable[[Draw, int], nn.Module]] = {
     ),
     "normal": lambda draw, n: Call("normal", lambda x: x + torch.empty_like(x).normal_(1.0, 0.2)),
     "uniform": lambda draw, n: Call("uniform", lambda x: x * torch.empty_like(x).uniform_(0.5, 2.0)),
-    "functional": lambda draw, n: Call("functional", lambda x: F.dropout(F.feature_dropout(x, 0.2, True), 0.2, True)),
+    "functional": lambda draw, n: Call(
+        "functional", lambda x: F.dropout(torch.feature_dropout(x, 0.2, True), 0.2, True)
+    ),
     "exponential": lambda draw, n: Call("gumbel", lambda x: F.gumbel_softmax(x, dim=1)),
     "integers": lambda draw, n: Call("integers", lambda x: x + torch.randint(0, 3, (x.shape[2],))[0]),
     "permutation": lambda draw, n: Call("permutation", lambda x: x[:, :, torch.randperm(x.shape[2])]),
