@@ -130,6 +130,7 @@ def _is_text(node: ast.AST) -> TypeGuard[ast.Constant]:
         ("triton", "monai_memeff/sparse/backends/triton/kernels.py"),
     ],
 )
+@pytest.mark.slow
 def test_a_library_is_named_in_one_file_only(library: str, home: str) -> None:
     assert set(uses_of(library)) == {home for home in (home,) if (ROOT / home).exists()}
 
@@ -170,6 +171,7 @@ def fresh_import() -> dict[str, Any]:
     return json.loads(run.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_import_loads_no_optional_package(fresh_import: dict[str, Any]) -> None:
     loaded = {name.partition(".")[0] for name in fresh_import["new"]}
     assert not loaded & set(OPTIONAL)

@@ -12,6 +12,7 @@ from tests.benchmarks.gpu_day import SECTIONS, Day, run_sections
 
 
 @pytest.mark.parametrize("section", [name for name in SECTIONS if name != "convolutions"])
+@pytest.mark.slow
 def test_a_section_runs_dry(section: str, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     failed = run_sections(Day(torch.device("cuda"), True), [section], 5, rows)

@@ -83,6 +83,7 @@ def a_step(network: nn.Module, device: torch.device) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
 def test_a_training_step(name: str, gpu: torch.device) -> None:
     network = fill_asymmetric(NETWORKS[name]()).double()
     assert_tensors_agree(a_step(network, gpu), a_step(network, CPU))
@@ -100,6 +101,7 @@ def completion(network: SparseCompletionNet, device: torch.device) -> dict[str, 
 
 @pytest.mark.filterwarnings("ignore:at stride 2 a volume would be refined")
 @pytest.mark.parametrize("use_checkpoint", [False, True])
+@pytest.mark.slow
 def test_a_completion_step(use_checkpoint: bool, gpu: torch.device, tmp_path: Path) -> None:
     """With a budget that cuts, and kernel maps kept on the disk and taken from there the second time."""
     network = SparseCompletionNet((2,) * 7, max_voxels=1500, use_checkpoint=use_checkpoint)

@@ -299,6 +299,7 @@ def test_adjoints_that_show_nothing_fail() -> None:
 # Less memory
 
 
+@pytest.mark.slow
 def test_less_memory_passes_and_fails() -> None:
     def peak(count: int) -> Callable[[], object]:
         return lambda: [torch.zeros(count, dtype=torch.uint8).sum().item() for _ in range(3)]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize(
     "tool",
-    [("ruff", "check"), ("ruff", "format", "--check"), pytest.param(("mypy",), marks=pytest.mark.slow)],
+    [("ruff", "check"), ("ruff", "format", "--check"), pytest.param(("mypy",), marks=pytest.mark.exhaustive)],
     ids=["ruff check", "ruff format", "mypy"],
 )
 def test_tool_finds_nothing(tool: tuple[str, ...]) -> None:

@@ -79,7 +79,7 @@ def tests(day: Day) -> Iterator[Row]:
         yield {"skipped": "a dry run does not run tests in tests"}
         return
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--maxfail=20"]
-    command += ["-n", "10", "-m", "not slow", *GPU_TESTS]
+    command += ["-n", "10", "-m", "not exhaustive", *GPU_TESTS]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=100)

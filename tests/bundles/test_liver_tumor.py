@@ -33,6 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_it_trains_infers_and_keeps_the_geometry(data: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(ROOT / "bundles" / "liver_tumor_halo", tmp_path / "liver_tumor_halo"))
     folders = {"bundle_root": str(bundle), "dataset_dir": str(data)}

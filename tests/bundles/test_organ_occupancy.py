@@ -126,6 +126,7 @@ def test_a_volume_it_cannot_use_ends_in_one_line(value: float, label: int, messa
 OVERLAY = {"network_def#channels": [4, 8], "occupancy_points": 4096}
 
 
+@pytest.mark.slow
 def test_the_overlay_trains_and_scores_a_stock_bundle(stock: Path, organ_data: Path, tmp_path: Path) -> None:
     folders = {"bundle_root": str(stock), "dataset_dir": str(organ_data), "ckpt_dir": str(tmp_path)}
     files = [stock / "configs" / "train.json", overlay_path("occupancy")]

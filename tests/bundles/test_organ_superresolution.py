@@ -161,6 +161,7 @@ def test_it_learns_more_than_interpolation_knows(trained: Path, organ_data: Path
     assert "case0" in (trained / "eval" / "dice_raw.csv").read_text()
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_last_state(trained: Path, organ_data: Path, tmp_path: Path) -> None:
     shutil.copy(trained / "models" / "last.pt", tmp_path / "last.pt")
     before = torch.load(tmp_path / "last.pt", weights_only=True)

@@ -71,6 +71,7 @@ def test_the_stock_bundle_trains_sparse(stock: Path, organ_data: Path, dense_wei
     assert any(not torch.equal(sparse[k], dense[k]) for k in dense)
 
 
+@pytest.mark.slow
 def test_the_stock_bundle_evaluates_sparse(stock: Path, organ_data: Path, dense_weights: Path, tmp_path: Path) -> None:
     """The bundle's own evaluate.json, on top of the overlay, restores the dense weights strictly and scores."""
     files = [stock / "configs" / "train.json", overlay_path("sparse_unet"), stock / "configs" / "evaluate.json"]

@@ -171,6 +171,7 @@ def test_training_writes_the_best_and_the_last_state(trained: Path) -> None:
     assert {k: v.shape for k, v in best.items()} == {k: v.shape for k, v in last["model"].items()}
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_last_state(trained: Path, heads: Path, tmp_path: Path) -> None:
     """With one volume per batch, so that the coarsest level holds a single voxel."""
     before = torch.load(trained / "models" / "last.pt", weights_only=True)
@@ -199,6 +200,7 @@ def test_validation_cuts_the_same_defects_every_time(heads: Path) -> None:
     assert not torch.equal(samples[0][0]["image"], samples[0][1]["image"])
 
 
+@pytest.mark.slow
 def test_evaluation_writes_scores_of_every_defect(trained: Path, heads: Path, tmp_path: Path) -> None:
     files = [trained / "configs" / "train.json", trained / "configs" / "evaluate.json"]
     folders = {"bundle_root": str(trained), "dataset_dir": str(heads), "output_dir": str(tmp_path)}
@@ -276,6 +278,7 @@ class Knowing:
         return MetaTensor(logits).copy_meta_from(inputs)
 
 
+@pytest.mark.slow
 def test_a_perfect_network_gives_the_missing_piece(defective: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     """All that is not the network, there and back, on a tilted grid of other axes and spacing."""
     folder, missing = defective

@@ -110,6 +110,7 @@ def test_stage_one_sees_single_slices(bundle: Path, heads: Path) -> None:
     assert set(sample["label"].unique().tolist()) <= {0.0, 1.0}
 
 
+@pytest.mark.slow
 def test_the_frozen_unet_keeps_stage_ones_weights(pretrained: Path, heads: Path, tmp_path: Path) -> None:
     (tmp_path / "pretrained.pt").write_bytes((pretrained / "models" / "pretrained.pt").read_bytes())
     run_here(
@@ -127,6 +128,7 @@ def test_after_the_frozen_iterations_everything_learns(trained: Path) -> None:
     assert {"unet.encoder.0.first.conv.weight", "unet.last.weight", "cell.conv.weight"} <= changed
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on(trained: Path, heads: Path, tmp_path: Path) -> None:
     """From the last checkpoint: iterations, optimizer and best score are remembered."""
     models = Path(shutil.copytree(trained / "models", tmp_path / "models"))
@@ -169,6 +171,7 @@ def test_an_empty_folder_ends_in_one_line(tmp_path: Path) -> None:
 # The overlay
 
 
+@pytest.mark.slow
 def test_the_overlay_switches_a_stock_bundle(stock: Path, organ_data: Path, tmp_path: Path) -> None:  # noqa: F811
     small = {"network_def#channels": [4, 8], "network_def#hidden_channels": 2}
     folders = {"bundle_root": str(stock), "dataset_dir": str(organ_data), "ckpt_dir": str(tmp_path)}

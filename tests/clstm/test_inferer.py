@@ -114,6 +114,7 @@ def test_a_trainer_gets_gradients_through_it() -> None:
     assert all(p.grad is not None for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_depth(net: CLSTMUNet) -> None:
     class Slabs(list):
         """Made when they are asked for."""

@@ -68,6 +68,7 @@ MODES: dict[str, dict[str, Any]] = {
     ],
     ids=["as published", "literal", "both ways", "both ways, literal"],
 )
+@pytest.mark.slow
 def test_gradients_and_statistics_are_those_of_the_plain_network(kind: dict[str, Any], mode: str) -> None:
     net = network(**kind, **MODES[mode])
     plain = network(**kind)
@@ -125,6 +126,7 @@ def test_the_unet_computes_what_the_paper_draws(up_conv: bool) -> None:
     assert_same_as_whole(nets[0], lambda x: plain_unet(nets[1], x), x, modules=(nets[0], nets[1]))
 
 
+@pytest.mark.slow
 def test_folding_upsampling_saves_multiplications_and_memory() -> None:
     with torch.device("meta"):
         unet, x = SliceUNet(1, 4), torch.zeros(1, 1, 512, 512)
@@ -195,6 +197,7 @@ def peak(net: CLSTMUNet, depth: int) -> int:
     return meter.peak_bytes
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_states_and_not_with_the_activations() -> None:
     slopes = {}
     for checkpoint in (None, "slice"):

@@ -41,6 +41,7 @@ def candidates(net: SparseCompletionNet, volume: Tensor, target: Tensor) -> list
     room=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
+@pytest.mark.slow
 def test_no_level_of_the_completion_network_has_more_candidates_than_max_voxels(
     shape: tuple[int, int, int], fill: float, bias: float, training: bool, room: float, seed: int
 ) -> None:

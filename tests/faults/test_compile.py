@@ -72,6 +72,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
 def test_training_steps_are_those_without_compilation(name: str) -> None:
     make, loss = NETWORKS[name]
     torch.compiler.reset()

@@ -54,6 +54,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_head_from_slices_is_the_head_from_nifti(head: Path, tmp_path: Path) -> None:
     image = read_ct(head)
     nibabel.save(nibabel.Nifti1Image(image.numpy()[0], np.asarray(image.affine)), tmp_path / "head.nii.gz")
@@ -120,6 +121,7 @@ def test_the_demo_refuses_each_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_demo_takes_a_series_by_name_and_interpolates_on_request(head: Path, tmp_path: Path) -> None:
     two = case(head, tmp_path / "two", "whole")
     write_series(two, numbers(), uid="1.2.3.9", prefix="other")

@@ -65,6 +65,7 @@ def test_a_multiframe_file_is_read_by_its_positions(tmp_path: Path) -> None:
     assert "frame 3 of mf.dcm to frame 4 of mf.dcm" in refusal(tmp_path)
 
 
+@pytest.mark.slow
 def test_real_series_agree_with_other_readers(data_dir: Path) -> None:
     pytest.importorskip("openjpeg", reason="this series is JPEG 2000, which needs the extra [dicom]")
     folder = data_dir / "totalseg" / "example_ct_dicom"

@@ -205,6 +205,7 @@ def test_dense_norms_of_single_values_and_of_others() -> None:
 @given(
     shape=EXTENTS, fill=FILL, norm=NORMS, units=st.sampled_from([0, 2]), training=st.booleans(), batch=st.integers(1, 2)
 )
+@pytest.mark.slow
 def test_sparse_unet(
     shape: tuple[int, ...], fill: float, norm: str | tuple, units: int, training: bool, batch: int
 ) -> None:
@@ -293,6 +294,7 @@ def test_the_published_variants_at_their_smallest(variant: str, statistics: str)
     shape=EXTENTS, norm=NORMS, both=st.booleans(), training=st.booleans(), axis=st.integers(0, 2),
     checkpoint=st.sampled_from(["slice", "sqrt", 2, None]),
 )  # fmt: skip
+@pytest.mark.slow
 def test_clstm(
     shape: tuple[int, ...], norm: str | tuple, both: bool, training: bool, axis: int, checkpoint: str | int | None
 ) -> None:

@@ -96,6 +96,7 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "thing", "parameter"), CASES, ids=[f"{n}-{p.name}" for n, _, p in CASES])
+@pytest.mark.slow
 def test_a_number_that_cannot_be_meant_is_refused_by_name(name: str, thing: Any, parameter: Any, volume: Path) -> None:
     arguments = needed(name)
     if name in ("LabelFile", "NiftiSlabs"):

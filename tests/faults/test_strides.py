@@ -131,6 +131,7 @@ def test_a_whole_unet_is_refused_with_the_way() -> None:
 
 @QUICK
 @given(shape=EXTENTS, other=EXTENTS, batch=st.integers(1, 2))
+@pytest.mark.slow
 def test_the_completion_network_and_its_loss_take_targets_of_their_grid_only(
     shape: tuple[int, ...], other: tuple[int, ...], batch: int
 ) -> None:

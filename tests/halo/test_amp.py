@@ -28,6 +28,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_streamed_inference(name: str) -> None:
     torch.manual_seed(2)
     network, x = NETWORKS[name]().eval(), torch.randn(1, 1, 64, 16, 16)

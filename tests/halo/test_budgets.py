@@ -14,10 +14,11 @@ NETWORKS = [
 SHARES = (0.8, 0.5, 0.3)  # of the peak with one tile for each step
 
 
-CHOSEN = [pytest.param(n, marks=[] if i < 2 else pytest.mark.slow) for i, n in enumerate(NETWORKS)]
+CHOSEN = [pytest.param(n, marks=[] if i < 2 else pytest.mark.exhaustive) for i, n in enumerate(NETWORKS)]
 
 
 @pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.slow
 def test_measured_peaks_are_the_planned_ones(name: str) -> None:
     network, args = ENTRIES[name].network().float(), tuple(a.float() for a in ENTRIES[name].arguments())
     most, least = (plan(network, args, partitions=p).peak_bytes for p in (1, 10_000))

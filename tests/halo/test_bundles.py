@@ -48,7 +48,7 @@ def densely_trained(stock: Path, organ_data: Path) -> dict[str, torch.Tensor]:  
     return torch.load(stock / "models" / "model.pt", weights_only=True)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_overlay_trains_in_parts_like_the_stock_bundle(
     stock: Path,  # noqa: F811
     organ_data: Path,  # noqa: F811
@@ -79,7 +79,7 @@ FINE = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_overlay_streams_a_densely_trained_model_to_the_same_image(
     stock: Path,  # noqa: F811
     organ_data: Path,  # noqa: F811
@@ -104,6 +104,7 @@ def test_an_overlay_streams_a_densely_trained_model_to_the_same_image(
     assert len(np.unique(images[0][0])) == 2
 
 
+@pytest.mark.slow
 def test_eight_parts_of_the_stock_network_need_a_sixth(stock: Path, tmp_path: Path) -> None:  # noqa: F811
     config = ConfigParser()
     config.read_config(str(stock / "configs" / "inference.json"))

@@ -24,6 +24,7 @@ def whole(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["UNet instance", "UNet batch", "UNet group", "BasicUNet nontrainable", "SegResNet"])
 @pytest.mark.parametrize("partitions", [2, 4])
+@pytest.mark.slow
 def test_equal_to_the_whole_volume(name: str, partitions: int) -> None:
     network, x = NETWORKS[name]().double().eval(), torch.randn(1, 1, 64, 16, 16, dtype=torch.float64)
     inferer = SpatialPartitionInferer(partitions)
@@ -42,6 +43,7 @@ def test_float32_and_uneven_parts_along_another_axis() -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_peak_falls_with_the_parts() -> None:
     network, x = unet().eval(), torch.randn(1, 1, 64, 48, 48)
     total = whole_peak_bytes(network, x.shape, x.dtype)
@@ -55,6 +57,7 @@ def test_peak_falls_with_the_parts() -> None:
     assert peaks[8] < total / 6
 
 
+@pytest.mark.slow
 def test_a_folder_bounds_the_memory_of_the_process(tmp_path: Path) -> None:
     network, x = nets.BasicUNet(features=(8, 8, 16, 16, 16, 8)).eval(), torch.randn(1, 1, 128, 32, 32)
     with measure_peak("cpu") as ordinary:
@@ -73,12 +76,14 @@ def test_a_folder_bounds_the_memory_of_the_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.slow
 def test_odd_sizes_run_as_they_are(axis: int) -> None:
     network, x = nets.BasicUNet(features=(2, 2, 4, 4, 4, 2)).eval().double(), torch.randn(1, 1, 45, 19, 18).double()
     got = SpatialPartitionInferer(3, axis=axis)(x, network)
     torch.testing.assert_close(got, whole(network, x), atol=1e-11, rtol=0)
 
 
+@pytest.mark.slow
 def test_labels_are_the_argmax(tmp_path: Path) -> None:
     network, x = unet().eval(), torch.randn(1, 1, 16, 8, 8)
     for store in ("host", tmp_path):
@@ -88,6 +93,7 @@ def test_labels_are_the_argmax(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [104, 300])
+@pytest.mark.slow
 def test_labels_of_many_classes_need_no_float_for_each(classes: int, tmp_path: Path) -> None:
     network = nets.BasicUNet(out_channels=classes, features=(2, 2, 2, 2, 2, 2)).eval()
     x = torch.randn(1, 1, 128, 16, 16)
@@ -102,6 +108,7 @@ def test_labels_of_many_classes_need_no_float_for_each(classes: int, tmp_path: P
     assert inferer.last_report.device_peak_bytes < logits.nbytes / 6
 
 
+@pytest.mark.slow
 def test_auto_takes_as_few_parts_as_fit() -> None:
     network, x = unet().eval(), torch.randn(1, 1, 64, 32, 32)
     total = whole_peak_bytes(network, x.shape, x.dtype)
@@ -133,6 +140,7 @@ def test_metatensors_progress_and_refusals(capfd: pytest.CaptureFixture[str]) ->
         SpatialPartitionInferer(2)(x, lambda t: t)
 
 
+@pytest.mark.slow
 def test_the_how_to_runs_as_it_stands() -> None:
     (script,) = snippets("halo_inference.md")
     names = {"network": unet().eval(), "volume": torch.randn(1, 1, 64, 16, 16)}

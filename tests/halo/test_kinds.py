@@ -33,7 +33,7 @@ def runs(network: nn.Module, args: tuple[torch.Tensor, ...]) -> bool:
     return True
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", LAYERS)
 def test_parts_of_random_networks_equal_the_whole(kind: str) -> None:
     tally = Tally()
@@ -49,7 +49,7 @@ def test_parts_of_random_networks_equal_the_whole(kind: str) -> None:
     assert tally.exact > 0.95 * tally.cases, tally.refused
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", [hooked, several])
 def test_hooks_and_further_inputs(kind: Callable[..., Any]) -> None:
     tally = Tally()
@@ -65,7 +65,7 @@ def test_hooks_and_further_inputs(kind: Callable[..., Any]) -> None:
     assert tally.exact > 0.95 * tally.cases, tally.refused
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_random_numbers_do_not_depend_on_the_parts() -> None:
     """Two draws differ, two runs from one seed are equal under any cut, or the network is refused."""
     same: list[int] = []

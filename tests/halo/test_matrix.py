@@ -11,12 +11,13 @@ from tests.halo.study import study
 
 
 @pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if e.fast])
+@pytest.mark.slow
 def test_networks_in_parts(name: str, tmp_path: Path) -> None:
     row = study(ENTRIES[name], tmp_path, [(0, 3)], more=False)
     assert row.exact == 1, row.refused
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if e.slow])
 def test_more_networks_in_more_settings(name: str, tmp_path: Path) -> None:
     entry = ENTRIES[name]

@@ -25,6 +25,7 @@ def test_the_published_number_of_parameters(side: int, millions: float) -> None:
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == millions
 
 
+@pytest.mark.slow
 def test_the_published_network_in_parts_equals_the_whole_and_learns_with_adafactor() -> None:
     network = VolumeUNet(features=(2, 4, 8), convs=2, dropout=0.0)
     x = torch.randn(1, 1, 16, 8, 8, dtype=torch.float64)

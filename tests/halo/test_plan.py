@@ -24,6 +24,7 @@ def test_plan_is_a_function_whatever_is_imported() -> None:
     assert callable(plan)
 
 
+@pytest.mark.slow
 def test_a_plan_prints_what_it_does_and_costs() -> None:
     made = plan(net(), (1, 1, 64, 16, 16), partitions=8)
     assert made.partitions == 8
@@ -33,6 +34,7 @@ def test_a_plan_prints_what_it_does_and_costs() -> None:
 
 
 @pytest.mark.parametrize("share", [2, 4, 8])
+@pytest.mark.slow
 def test_a_plan_keeps_its_budget(share: int) -> None:
     network = net()
     whole = plan(network, (1, 1, 64, 16, 16), partitions=1).peak_bytes
@@ -50,6 +52,7 @@ class Looks(nn.Module):
         return x * 2 if x.sum().item() > 0 else x
 
 
+@pytest.mark.slow
 def test_reasons_name_module_and_line() -> None:
     assert explain(net(), (1, 1, 16, 16, 16)) == []
     (reason,) = explain(nn.Sequential(nn.Conv3d(1, 1, 3), Looks()), (1, 1, 16, 16, 16))

@@ -59,6 +59,7 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.slow
 def test_hooks_act_as_in_a_plain_call(name: str) -> None:
     assert try_settings(with_hook(HOOKS[name]).double(), (x_of(),), SETTINGS).exact == 3
 
@@ -127,6 +128,7 @@ MADE: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", MADE)
+@pytest.mark.slow
 def test_what_stands_between_layers_and_their_code(name: str) -> None:
     network = MADE[name]().double().eval()
     if name == "lazy layer":
@@ -177,6 +179,7 @@ INPUTS: dict[str, Callable[[], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.slow
 def test_inputs_that_are_no_plain_volumes(name: str) -> None:
     x, network = (
         INPUTS[name](),
@@ -218,6 +221,7 @@ def test_autocast_and_half_networks(dtype: torch.dtype) -> None:
     assert difference(SpatialPartitionInferer(3)(half, network), plain(network, (half,))) < 0.03
 
 
+@pytest.mark.slow
 def test_further_inputs_of_other_sizes() -> None:
     """Half-size thumbnails, prompts, lists and keyword arguments are spread in their own rows or read whole."""
 
@@ -245,6 +249,7 @@ class Random(nn.Module):
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU, Random])
+@pytest.mark.slow
 def test_random_numbers_are_the_same_under_any_cut(layer: Callable[[], nn.Module]) -> None:
     network, x = nn.Sequential(small_conv(3), layer(), small_conv(3)).double().train(), x_of() + 1
     before = torch.get_rng_state()

@@ -35,6 +35,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_surface_of_the_implant_lies_on_its_voxels(head: Path, tmp_path: Path) -> None:
     assert run_studies(BUNDLE, [head], tmp_path, (), "nifti") == 0
     found: Any = nibabel.load(tmp_path / "head" / "implant.nii.gz")

@@ -56,6 +56,7 @@ def on_grid_of(values: np.ndarray, affine: np.ndarray, other: np.ndarray) -> np.
     return moved
 
 
+@pytest.mark.slow
 def test_labels_lie_on_the_volume_that_dcm2niix_makes_of_the_series(
     studies: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def frames_of_seg(file: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.
 
 
 @pytest.mark.parametrize("kind", ["stock", "sparse_unet", *OURS])
+@pytest.mark.slow
 def test_seg_and_nifti_agree_voxel_for_voxel(kind: str, stock: Path, ct: Path, tmp_path: Path) -> None:
     sitk = pytest.importorskip("SimpleITK", reason="an independent reader of DICOM SEG; nnU-Net brings it")
     network = {} if kind == "liver_tumor_halo" else {"channels": [4, 8]}
@@ -235,6 +236,7 @@ def killed(action: Callable[[], object], seconds: float) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_kill_9_and_resume(stock: Path, tmp_path: Path) -> None:
     inputs = tmp_path / "in"
     inputs.mkdir()
@@ -255,7 +257,7 @@ def test_kill_9_and_resume(stock: Path, tmp_path: Path) -> None:
     assert sorted(entry.name for entry in output.iterdir()) == list("abcd")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_worker_that_dies_takes_its_own_study_only(tmp_path: Path, memeff: Memeff) -> None:
     bundle = small_bundle(tmp_path / "deadly")
     (bundle / "scripts").mkdir()
@@ -465,6 +467,7 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.slow
 def test_fifty_volumes_in_one_process(stock: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(50):

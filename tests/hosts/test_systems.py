@@ -57,6 +57,7 @@ def test_halos_plan_is_the_one_that_is_executed() -> None:
 
 
 @pytest.mark.parametrize("build", [unet, lambda: SegResNet(init_filters=8).eval()], ids=["UNet", "SegResNet"])
+@pytest.mark.slow
 def test_halo_keeps_every_budget(build: Any) -> None:
     network, volume = build(), torch.rand(SHAPE)
     whole = estimate_network(network, SHAPE).peak_bytes
@@ -70,6 +71,7 @@ def test_halo_keeps_every_budget(build: Any) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.slow
 def test_a_recurrent_network_is_predicted(training: bool) -> None:
     network = CLSTMUNet(channels=(4, 8), hidden_channels=2, out_channels=3, norm="instance").train(training)
     shape = (1, 1, 12, 16, 49)
@@ -85,6 +87,7 @@ def test_a_recurrent_network_is_predicted(training: bool) -> None:
     assert found.peak_bytes == pytest.approx(peak, rel=0.05)
 
 
+@pytest.mark.slow
 def test_slabs_shrink_to_a_budget() -> None:
     network = CLSTMUNet(channels=(4, 8), hidden_channels=2, out_channels=3, norm="instance").eval()
     shape = (1, 1, 12, 16, 24)
@@ -96,6 +99,7 @@ def test_slabs_shrink_to_a_budget() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.slow
 def test_a_network_of_points_is_predicted(training: bool) -> None:
     network = Balls(1, 3, channels=(4, 8)).train(training)
     found = estimate_network(network, SHAPE, training=training, system="occupancy")
@@ -110,6 +114,7 @@ def test_a_network_of_points_is_predicted(training: bool) -> None:
     assert found.peak_bytes == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.slow
 def test_points_shrink_to_a_budget() -> None:
     network = Balls(1, 3, channels=(4, 8)).eval()
     free = estimate_network(network, SHAPE, system="occupancy").peak_bytes
@@ -120,6 +125,7 @@ def test_points_shrink_to_a_budget() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.slow
 def test_a_sparse_network_is_predicted_at_the_images_occupancy(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("monai_memeff.sparse.estimate.ENOUGH", 2**18)
     torch.manual_seed(0)
@@ -132,6 +138,7 @@ def test_a_sparse_network_is_predicted_at_the_images_occupancy(training: bool, m
     assert "and a line" in found.basis
 
 
+@pytest.mark.slow
 def test_twins_have_the_channels_and_classes_of_the_dense_network() -> None:
     dense = UNet(3, 2, 5, (4, 8), (2,)).eval()
     for system, name in (("sparse", "SparseUNet"), ("occupancy", "OccupancyNet")):

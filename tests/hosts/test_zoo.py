@@ -22,7 +22,7 @@ def cases() -> Iterator[object]:
     for bundle in SHRUNK:
         for overlay in TRIED:
             name = f"{bundle}-{overlay}"
-            slow = [pytest.mark.slow] if overlay in LONG or name in LONGER else []
+            slow = [pytest.mark.exhaustive] if overlay in LONG or name in LONGER else []
             yield pytest.param(bundle, overlay, id=name, marks=slow)
 
 
@@ -35,6 +35,7 @@ def roots(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.mark.parametrize(("bundle", "overlay"), list(cases()))
+@pytest.mark.slow
 def test_the_table_says_what_happens(bundle: str, overlay: str, roots: dict[str, Path]) -> None:
     assert verdict(roots[bundle], overlay) == TABLE[bundle, overlay]
 

@@ -27,7 +27,7 @@ IMAGES = {
 """Bundle -> files of its first case, and the words by which `memeff run` tells them apart."""
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in IMAGES if not name.startswith("renal")]
+SLOW = [pytest.param(name, marks=pytest.mark.exhaustive) for name in IMAGES if not name.startswith("renal")]
 
 
 @pytest.fixture(scope="module", params=["renalStructures_CECT_segmentation", *SLOW])
@@ -60,6 +60,7 @@ def labels(folder: Path) -> np.ndarray:
     return np.asarray(found.dataobj)
 
 
+@pytest.mark.slow
 def test_labels_are_those_of_monais_command_with_and_without_an_overlay(bundle: Path, tmp_path: Path) -> None:
     images = case(bundle, tmp_path / "case")
     assert run_studies(bundle, [images], tmp_path / "plain") == 0

@@ -170,6 +170,7 @@ def test_without_gradients_the_function_is_just_called() -> None:
     assert calls == [1]
 
 
+@pytest.mark.slow
 def test_less_memory_than_remembering() -> None:
     net, x = chain(16).float(), torch.rand(1, 3, 16, 16, 16, requires_grad=True)
     four = lambda y: functools.reduce(lambda z, i: checkpoint(net[i : i + 4], z), (0, 4, 8), y)  # noqa: E731
@@ -184,6 +185,7 @@ def test_less_memory_than_remembering() -> None:
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="older torch runs this part uncompiled"
 )
+@pytest.mark.slow
 def test_compiled_code_keeps_its_statistics_too() -> None:
     net = chain(1)
     compiled = torch.compile(lambda x: checkpoint(net, x), backend="aot_eager")

@@ -9,6 +9,7 @@ from torch import nn
 from monai_memeff.memory import PeakEstimate, estimate_peak, measure_peak
 
 
+@pytest.mark.slow
 def test_a_line_is_found_exactly() -> None:
     def step(shape: tuple[int, ...]) -> None:
         kept = torch.zeros(500, dtype=torch.uint8), torch.zeros(*shape, 12, dtype=torch.uint8)
@@ -22,6 +23,7 @@ def test_a_line_is_found_exactly() -> None:
     assert not line.fits((10, 10, 10), 12499)
 
 
+@pytest.mark.slow
 def test_a_curve_is_noticed() -> None:
     def step(shape: tuple[int, ...]) -> None:
         torch.zeros(torch.Size(shape).numel() ** 2, dtype=torch.uint8)
@@ -30,6 +32,7 @@ def test_a_curve_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.slow
 def test_a_training_step_is_predicted(optimizer: type[torch.optim.Optimizer]) -> None:
     """Two cubes of 16 and 24 voxels foretell 40 voxels, gradients and the optimizer's state included."""
 

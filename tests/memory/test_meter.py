@@ -21,12 +21,14 @@ def kib(count: int) -> Tensor:
     return torch.zeros(count * KIB // 4)
 
 
+@pytest.mark.slow
 def test_nothing_counts_nothing() -> None:
     with measure_peak() as meter:
         pass
     assert (meter.peak_bytes, meter.live_bytes) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_sequence_counted_by_hand() -> None:
     with measure_peak() as meter:
         first = kib(8)
@@ -42,6 +44,7 @@ def test_a_sequence_counted_by_hand() -> None:
     assert meter.live_bytes == 14 * KIB, "the numbers stand still after exit"
 
 
+@pytest.mark.slow
 def test_freed_temporaries_do_not_add_up() -> None:
     x = kib(4)
     with measure_peak() as meter:
@@ -51,6 +54,7 @@ def test_freed_temporaries_do_not_add_up() -> None:
     assert meter.live_bytes == 0
 
 
+@pytest.mark.slow
 def test_views_and_in_place_operations_count_nothing() -> None:
     x = kib(4)
     with measure_peak() as meter:
@@ -62,6 +66,7 @@ def test_views_and_in_place_operations_count_nothing() -> None:
     assert meter.peak_bytes <= 4, "at most the number 3 as a tensor"
 
 
+@pytest.mark.slow
 def test_a_view_keeps_its_whole_storage_alive() -> None:
     with measure_peak() as meter:
         last = kib(4)[-1:]
@@ -71,6 +76,7 @@ def test_a_view_keeps_its_whole_storage_alive() -> None:
 
 
 @pytest.mark.parametrize("touched", [True, False], ids=["used inside", "never used inside"])
+@pytest.mark.slow
 def test_freeing_an_older_tensor_lowers_the_level(touched: bool) -> None:
     older = kib(8)
     with measure_peak() as meter:
@@ -83,6 +89,7 @@ def test_freeing_an_older_tensor_lowers_the_level(touched: bool) -> None:
     assert (meter.peak_bytes, meter.live_bytes) == (0, -2 * KIB)
 
 
+@pytest.mark.slow
 def test_resized_storages() -> None:
     with measure_peak() as meter:
         x = kib(4)
@@ -98,6 +105,7 @@ def test_resized_storages() -> None:
     assert "resize_" not in vars(torch.UntypedStorage), "torch is left as it was found"
 
 
+@pytest.mark.slow
 def test_tensors_that_no_operation_makes() -> None:
     with measure_peak() as meter:
         listed = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -110,6 +118,7 @@ def test_tensors_that_no_operation_makes() -> None:
     assert meter.live_bytes == 24
 
 
+@pytest.mark.slow
 def test_sparse_tensors_count_indices_and_values() -> None:
     with measure_peak() as meter:
         sparse = torch.eye(16).to_sparse()
@@ -120,6 +129,7 @@ def test_sparse_tensors_count_indices_and_values() -> None:
     assert meter.live_bytes == sum(part.untyped_storage().nbytes() for part in parts)
 
 
+@pytest.mark.slow
 def test_old_garbage_is_gone_before_entry() -> None:
     """Collected inside it would lower the level, and hide as much of the peak."""
     gc.disable()
@@ -135,6 +145,7 @@ def test_old_garbage_is_gone_before_entry() -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_an_inner_meter_collects_nothing() -> None:
     """It would free what a run without it still holds."""
     gc.disable()
@@ -150,6 +161,7 @@ def test_an_inner_meter_collects_nothing() -> None:
     gc.collect()
 
 
+@pytest.mark.slow
 def test_nested_meters() -> None:
     with measure_peak() as outer:
         first = kib(4)
@@ -163,6 +175,7 @@ def test_nested_meters() -> None:
     assert outer.live_bytes == second.nbytes + third.nbytes + fourth.nbytes
 
 
+@pytest.mark.slow
 def test_an_exception_leaves_nothing_broken() -> None:
     meter = measure_peak()
 
@@ -180,6 +193,7 @@ def test_an_exception_leaves_nothing_broken() -> None:
     assert meter.peak_bytes == 1 * KIB
 
 
+@pytest.mark.slow
 def test_one_meter_cannot_run_twice_at_once() -> None:
     with measure_peak() as meter, pytest.raises(RuntimeError, match="nest a second"), meter:
         pass
@@ -195,6 +209,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_beside_another_dispatch_mode() -> None:
     with Recorder() as around, measure_peak() as meter, Recorder() as within:
         kept = kib(4) + kib(4)
@@ -203,12 +218,14 @@ def test_beside_another_dispatch_mode() -> None:
     assert around.count == within.count == 3
 
 
+@pytest.mark.slow
 def test_int_and_half_types_count_their_own_bytes() -> None:
     with measure_peak() as meter:
         kept = [torch.zeros(1000, dtype=dtype) for dtype in (torch.bool, torch.float16, torch.int64)]
     assert meter.live_bytes == sum(tensor.nbytes for tensor in kept) == 1000 * (1 + 2 + 8)
 
 
+@pytest.mark.slow
 def test_wrapper_subclasses_count_what_they_wrap() -> None:
     from torch.testing._internal.two_tensor import TwoTensor
 
@@ -218,6 +235,7 @@ def test_wrapper_subclasses_count_what_they_wrap() -> None:
     assert pair.shape == (256,)
 
 
+@pytest.mark.slow
 def test_the_cpu_meter_starts_no_cuda() -> None:
     was_started = torch.cuda.is_initialized()
     with measure_peak("cpu"):
@@ -251,6 +269,7 @@ class PretendAllocator:
         self.highest = max(self.highest, self.now)
 
 
+@pytest.mark.slow
 def test_the_cuda_meters_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator = PretendAllocator(monkeypatch)
     allocator.take(100)

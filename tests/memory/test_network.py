@@ -81,6 +81,7 @@ def measured(network: nn.Module, volume: Tensor, training: bool) -> int:
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.slow
 def test_a_step_is_predicted(name: str, training: bool) -> None:
     torch.manual_seed(0)
     network = NETWORKS[name]()
@@ -93,6 +94,7 @@ def test_a_step_is_predicted(name: str, training: bool) -> None:
     assert found.relative_time == 1
 
 
+@pytest.mark.slow
 def test_large_volumes_take_no_memory() -> None:
     network = unet()
     with measure_peak() as meter:
@@ -115,6 +117,7 @@ def test_nothing_changes() -> None:
     assert (random.getstate(), np.random.get_state()[1].tobytes()) == states[1:]
 
 
+@pytest.mark.slow
 def test_a_network_that_looks_at_values_is_measured_on_small_volumes() -> None:
     torch.manual_seed(0)
     network, shape = LooksAtValues(), (1, 1, 97, 70, 101)
@@ -123,6 +126,7 @@ def test_a_network_that_looks_at_values_is_measured_on_small_volumes() -> None:
     assert found.peak_bytes == pytest.approx(measured(network, torch.rand(shape), False), rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_loss_and_the_optimizer_are_the_callers() -> None:
     network, shape = unet(), (1, 1, 16, 16, 16)
 

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 from monai_memeff.memory import measure_peak
 from tests.memory.test_meter import KIB, kib
 
 
+@pytest.mark.slow
 def test_gradients_of_an_earlier_step_are_older_tensors() -> None:
     layer = nn.Linear(32, 32, bias=False)
     layer(torch.ones(1, 32)).sum().backward()
@@ -22,6 +24,7 @@ def test_gradients_of_an_earlier_step_are_older_tensors() -> None:
     assert meter.live_bytes == -4 * KIB
 
 
+@pytest.mark.slow
 def test_activations_of_an_earlier_forward_pass_are_older_tensors() -> None:
     x = kib(4).requires_grad_()
     loss = x.exp().sin().sum()  # the graph holds exp's result twice over: 4 KiB once
@@ -31,6 +34,7 @@ def test_activations_of_an_earlier_forward_pass_are_older_tensors() -> None:
     assert meter.live_bytes == x.grad.nbytes - 4 * KIB
 
 
+@pytest.mark.slow
 def test_a_matmul_chain_forward_and_backward() -> None:
     size = 32  # one matrix of 32 x 32 float32 is 4 KiB
     x, a, b = (torch.rand(size, size) for _ in range(3))
@@ -59,6 +63,7 @@ class SquareByHand(torch.autograd.Function):
         return 2 * x * gradient + waste.sum()
 
 
+@pytest.mark.slow
 def test_temporaries_of_a_custom_backward_pass() -> None:
     x = kib(1).requires_grad_()
     y = SquareByHand.apply(x)
@@ -84,6 +89,7 @@ class ScaleByTable(torch.autograd.Function):
         return gradient * ctx.saved_tensors[0]
 
 
+@pytest.mark.slow
 def test_what_a_custom_function_keeps() -> None:
     x = kib(1).requires_grad_()
     with measure_peak() as meter:
@@ -97,6 +103,7 @@ def test_what_a_custom_function_keeps() -> None:
         assert meter.live_bytes == 1 * KIB
 
 
+@pytest.mark.slow
 def test_what_an_earlier_step_kept_lowers_the_level() -> None:
     """After backward the old graph still has its table, until the old loss goes: 3 KiB less than before."""
     x = kib(1).requires_grad_()
@@ -111,6 +118,7 @@ def test_what_an_earlier_step_kept_lowers_the_level() -> None:
 
 
 @pytest.mark.parametrize("keeper", ["tensor", "graph"])
+@pytest.mark.slow
 def test_storages_in_circles_of_garbage(keeper: str) -> None:
     """In torch 2.6 the garbage collector ends their weak references, although tensor or graph keep them alive."""
     with measure_peak() as meter:
@@ -130,6 +138,7 @@ def test_storages_in_circles_of_garbage(keeper: str) -> None:
     assert meter.peak_bytes == 4 * 4 * KIB
 
 
+@pytest.mark.slow
 def test_recomputation_is_seen() -> None:
     x = kib(4).requires_grad_()
     chain = nn.Sequential(nn.Sigmoid(), nn.Sigmoid(), nn.Sigmoid(), nn.Sigmoid())
@@ -171,7 +180,7 @@ def test_agrees_with_a_walk_over_the_graph() -> None:
 
 def reachable_bytes() -> int:
     """Bytes of all storages behind tensors that Python knows, their gradients and what their graphs have saved."""
-    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor) and not is_lazy(item)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     nodes, seen = [tensor.grad_fn for tensor in tensors], set()
     while nodes:
@@ -195,6 +204,7 @@ def _saved(node: torch.autograd.graph.Node) -> Iterator[object]:
             yield from value if isinstance(value, (tuple, list)) else (value,)
 
 
+@pytest.mark.slow
 def test_agrees_with_the_log_of_the_allocator() -> None:
     """Operations without inner workspace: the profiler's record of every allocation gives the same peak."""
     x = kib(64).view(128, 128).requires_grad_()

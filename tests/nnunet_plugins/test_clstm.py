@@ -57,7 +57,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     return host
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_from_training_to_a_shared_model(host: Host, tmp_path: Path) -> None:
     train = ["nnUNetv2_train", 903, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu"]
     images = host.raw / NAME / "imagesTs"

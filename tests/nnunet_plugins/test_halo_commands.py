@@ -27,7 +27,7 @@ class ShortHaloTrainer(HaloTrainer):
 '''
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_train_validate_continue_and_predict(tmp_path: Path) -> None:
     host = Host(tmp_path / "nnunet")
     (host.folder / "own_trainers" / "short_halo.py").write_text(SHORT)

@@ -89,6 +89,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.slow
 def test_one_process_trains_as_stock(kind: str, folder: Path) -> None:
     stock = steps(trainer_of(kind, nnUNetTrainer, folder), kind)
     assert_same(steps(trainer_of(kind, HaloTrainer, folder), kind), stock)
@@ -142,7 +143,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_two_processes_share_a_patch(kind: str, folder: Path) -> None:
     import pickle

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VARIABLE = "nnUNet_extTrainer"
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(
         find_spec("hatchling") is None, reason="hatchling is not installed: nothing can be built offline"
     ),

@@ -91,7 +91,7 @@ def run(world: World, *arguments: Any, **variables: str) -> subprocess.Completed
 COMMAND = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as e; e()"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_variable_and_the_same_command_with_worker_processes(world: World, capsys: Any) -> None:
     options = ["-i", world.images, "-o", world.new("out"), "-m", world.model, "-f", 0, 1, "-device", "cpu"]
     command = ["-c", COMMAND, *options, "-npp", 1, "-nps", 1, "--save_probabilities", "--continue_prediction"]
@@ -146,6 +146,7 @@ def test_an_unknown_nnunet_keeps_its_functions(monkeypatch: pytest.MonkeyPatch, 
         fingerprint.refusal.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_command_of_our_own(world: World, capsys: Any) -> None:
     options = ["-i", world.images, "-o", world.new("own"), "-m", world.model, "-f", 0, 1, "-device", "cpu"]
     assert main(["predict", *map(str, options), "-npp", "0", "-nps", "0", "--disable_progress_bar"]) == 1
@@ -159,6 +160,7 @@ def test_the_command_of_our_own(world: World, capsys: Any) -> None:
 # Failures
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 
@@ -220,6 +222,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_files_are_readable_as_nibabel_wrote_them(world: World) -> None:
     with lean_prediction(), pytest.raises(PredictionError):
         predictor_of(world.model).predict_from_files_sequential(str(world.images), world.new("files"))

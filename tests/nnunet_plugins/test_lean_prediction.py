@@ -104,6 +104,7 @@ def noise(shape: Any, margin: int = 0, seed: int = 0) -> np.ndarray:
     return image
 
 
+@pytest.mark.slow
 def test_every_voxel_is_stocks(tmp_path_factory) -> None:
     predicted_by_stock = []
 
@@ -142,6 +143,7 @@ def test_many_classes(tmp_path: Path, classes: int) -> None:
 
 @pytest.mark.parametrize("function", ["no_resampling_hack", "resample_torch_fornnunet"])
 @pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.slow
 def test_other_resampling_functions(tmp_path: Path, function: str, regions: bool) -> None:
     settings_ = {} if function == "no_resampling_hack" else {"is_seg": False, "force_separate_z": None}
     labels = (REGIONS, (3, 1, 2)) if regions else (exclusive(4), None)
@@ -159,6 +161,7 @@ def test_cascade(tmp_path: Path, flat: bool) -> None:
 
 
 @pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.slow
 def test_cascade_from_files(tmp_path: Path, regions: bool) -> None:
     model = TrialModel(*((REGIONS, (1, 2, 3)) if regions else (exclusive(4), None)), patch=(6, 6, 6), cascade=True)
     predictor = predictor_of(model.write(tmp_path / "model"))
@@ -177,6 +180,7 @@ def test_cascade_from_files(tmp_path: Path, regions: bool) -> None:
     assert same(*found)
 
 
+@pytest.mark.slow
 def test_labels_for_the_next_stage(tmp_path: Path) -> None:
     from nnunetv2.inference.export_prediction import resample_and_save
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
@@ -203,6 +207,7 @@ def test_labels_for_the_next_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e9])
+@pytest.mark.slow
 def test_what_is_not_finite_is_as_in_stock(tmp_path: Path, value: float) -> None:
     model = TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3))
     predictor = predictor_of(model.write(tmp_path))
@@ -229,6 +234,7 @@ def test_the_first_of_equals_and_the_first_nan_win() -> None:
 
 @pytest.mark.parametrize("free", [10**9, 1000])  # accumulators on the device, or on the host
 @pytest.mark.parametrize("fails_at", [None, 7])  # the GPU runs out of memory in the seventh tile
+@pytest.mark.slow
 def test_a_gpu(tmp_path: Path, free: int, fails_at: int | None, monkeypatch) -> None:
     from tests.fake_cuda import fake_cuda_device
 
@@ -260,6 +266,7 @@ def test_a_gpu(tmp_path: Path, free: int, fails_at: int | None, monkeypatch) -> 
     assert len(calls) > 14
 
 
+@pytest.mark.slow
 def test_logits_reach_nnunets_own_pools() -> None:
     logits, values = stored()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -337,6 +344,7 @@ def other_ways() -> dict[str, Any]:
     return {**ways, "export": exported}
 
 
+@pytest.mark.slow
 def test_changed_steps_of_nnunet_stay_changed(tmp_path: Path, capsys: Any) -> None:
     folder = TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3), folds=2, mirroring=(0,)).write(tmp_path)
     image, spacing = noise((9, 8, 10)), (1.0, 1.0, 1.5)

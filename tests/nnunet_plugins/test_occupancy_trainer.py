@@ -117,7 +117,7 @@ def test_the_octree_labels_a_patch_as_every_voxel_does():
 # The commands
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_from_training_to_a_shared_model(tmp_path):
     host = Host(tmp_path / "nnunet")
     (host.folder / "own_trainers" / "short_occupancy.py").write_text(TRAINERS)

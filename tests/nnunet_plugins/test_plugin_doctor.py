@@ -107,6 +107,7 @@ def test_a_variable_overwritten_in_the_process_is_said(listed, tmp_path, capsys)
     assert "set the variable anew afterwards" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_lean_prediction_is_reported_and_proved(listed, capsys):
     pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
     listed.delenv("MEMEFF_NNUNET", raising=False)
@@ -168,6 +169,7 @@ def test_the_whole_installation(listed, capsys):
     assert "nothing is missing" in printed
 
 
+@pytest.mark.slow
 def test_other_peoples_trainers_are_listed_found_and_may_shadow_ours(listed, tmp_path, capsys):
     pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
     base = "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"

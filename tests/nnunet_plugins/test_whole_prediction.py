@@ -39,6 +39,7 @@ def _whole(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"patch": (8, 8), "mirroring": (0, 1)}, (5, 11, 14)),
     ],
 )
+@pytest.mark.slow
 def test_labels_are_those_of_the_network_on_the_whole_image(tmp_path: Path, settings: Any, shape: Any) -> None:
     model = TrialModel(**{"labels": LABELS, "patch": (8, 8, 8), "features": (4, 6, 6), **settings})
     predictor = predictor_of(model.write(tmp_path))
@@ -69,6 +70,7 @@ def test_logits_are_the_networks(tmp_path: Path, parts: int, monkeypatch: pytest
     assert "padded" not in capsys.readouterr().out  # a size that the network takes
 
 
+@pytest.mark.slow
 def test_padding_is_said_and_only_where_needed(tmp_path: Path, capsys: Any) -> None:
     predictor = predictor_of(TrialModel(LABELS, patch=(8, 8, 8), features=(4, 6, 6), mirroring=None).write(tmp_path))
     with lean_prediction():
@@ -80,6 +82,7 @@ def test_padding_is_said_and_only_where_needed(tmp_path: Path, capsys: Any) -> N
     assert whole.fitting_size(predictor.network, (1, 4, 4, 8), predictor.configuration_manager) == (4, 4, 8)
 
 
+@pytest.mark.slow
 def test_infinite_logits_are_refused(tmp_path: Path) -> None:
     predictor = predictor_of(TrialModel(LABELS, patch=(8, 8, 8)).write(tmp_path))
     predictor.list_of_parameters[0]["decoder.seg_layers.0.bias"] += 1e6

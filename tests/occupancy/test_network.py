@@ -72,6 +72,7 @@ def test_what_is_remembered_of_a_volume(variant: str, codes: int, coarse: tuple[
 
 @pytest.mark.parametrize("variant", PUBLISHED)
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.slow
 def test_same_as_cutting_out_all_patches(variant: str, training: bool) -> None:
     network = shaken(small(variant)).train(training)
     points = torch.cat(list(grid_points(SHAPE, 10**6))).expand(2, -1, -1)
@@ -92,6 +93,7 @@ def test_same_as_cutting_out_all_patches(variant: str, training: bool) -> None:
         torch.testing.assert_close(mine, plain, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 def test_feature_statistics_in_a_published_variant() -> None:
     network = shaken(small("d", statistics="feature", out_channels=3)).train()
     points = torch.cat(list(grid_points(SHAPE, 10**6))).expand(2, -1, -1)
@@ -122,6 +124,7 @@ def test_passes_give_what_one_pass_gives(variant: str) -> None:
         torch.testing.assert_close(in_passes_of(77)(volume), in_passes_of(10**6)(volume))
 
 
+@pytest.mark.slow
 def test_the_volume_is_never_cut_into_all_patches() -> None:
     """The patches of all voxels would take 343 times the volume; a dense answer in passes stays far below."""
     from monai_memeff.memory import measure_peak

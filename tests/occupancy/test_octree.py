@@ -82,6 +82,7 @@ def test_any_extents(extents: tuple[int, ...], stride: int) -> None:
 
 
 @pytest.mark.parametrize("points_per_pass", [7, 1000, 2**14])
+@pytest.mark.slow
 def test_no_point_twice_and_no_pass_too_large(points_per_pass: int) -> None:
     shape, channels = SHAPES["nested"]
     labels, network = labels_of(shape, ODD, channels, points_per_pass=points_per_pass)
@@ -121,6 +122,7 @@ def test_a_front_is_followed_to_its_end() -> None:
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("smooth", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("stride", [4, 8])
+@pytest.mark.slow
 def test_what_is_missed(stride: int, smooth: float, channels: int) -> None:
     """Random volumes: an error is always a whole piece, never queried, all of whose surroundings have one label."""
     noise = torch.from_numpy(ndimage.gaussian_filter(torch.randn(41, 30, 35).numpy(), smooth))
@@ -161,7 +163,7 @@ def organs(n: int) -> Shape:
     return painted(liver, *kidneys, stomach)
 
 
-@pytest.mark.parametrize(("n", "fraction"), [(256, 0.10), pytest.param(512, 0.03, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("n", "fraction"), [(256, 0.10), pytest.param(512, 0.03, marks=pytest.mark.exhaustive)])
 def test_share_of_points(n: int, fraction: float) -> None:
     network = Points(organs(n), channels=5)
     inferer = OctreeInferer(2**18, initial="grid", labels=True)

@@ -234,6 +234,7 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert "dense" in shown
 
 
+@pytest.mark.slow
 def test_labels_take_no_float_buffer() -> None:
     """Two bytes a voxel, as many again while a level is refined, and the boundary; never four bytes a voxel."""
     n = 128

@@ -47,7 +47,7 @@ def trained(data_dir: Path) -> tuple[OccupancyNet, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_same_as_dense_on_a_real_ct_once_trained(data_dir: Path) -> None:
     """A network that has learned its organs answers without islands, and the octree then misses no voxel."""
     with torch.enable_grad():
@@ -77,7 +77,7 @@ def coarse_labels(network: OccupancyNet, volume: Tensor) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("initial", ["grid", "network"])
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_same_as_dense_on_a_real_ct(trained: tuple[OccupancyNet, Tensor], initial: str) -> None:
     """The largest piece of every organ is that of dense evaluation, voxel for voxel.
 

@@ -67,6 +67,7 @@ def test_no_traceback_no_hang_no_wrong_result(kind: str, tmp_path: Path) -> None
     assert int(row.group(1)) == len(cases)
 
 
+@pytest.mark.slow
 def test_the_demo_refuses_them_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """They are smaller than any head, so the demo takes none, however they are read."""
     for number, make in enumerate(KINDS.values()):

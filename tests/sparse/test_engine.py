@@ -96,6 +96,7 @@ def dice() -> IgniteMetricHandler:
     return IgniteMetricHandler(metric_fn=ImplantMetric("dice"), output_transform=from_engine(["pred", "label"]))
 
 
+@pytest.mark.slow
 def test_a_trainer_lowers_the_loss_and_an_evaluator_scores() -> None:
     """MONAI's own engines, as the bundle builds them: sparse in training, dense in validation."""
     network = SparseCompletionNet(CHANNELS)

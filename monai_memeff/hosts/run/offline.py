@@ -9,7 +9,7 @@ from typing import Any
 
 from monai_memeff.errors import InputError
 
-_state = {"installed": False, "blocked": 0}
+_state = {"installed": 0, "blocked": 0}
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def no_network() -> Iterator[None]:
     """
     if not _state["installed"]:
         sys.addaudithook(_hook)  # stays for the life of the process, and does nothing outside the block
-        _state["installed"] = True
+        _state["installed"] = 1
     _state["blocked"] += 1
     try:
         yield
@@ -29,8 +29,9 @@ def no_network() -> Iterator[None]:
         _state["blocked"] -= 1
 
 
-def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _state["blocked"] or event not in ("socket.connect", "socket.getaddrinfo"):
+def _hook(event: str, arguments: tuple[Any, ...], state: dict[str, int] = _state) -> None:
+    # the state is an argument, for a hook outlives the names of its module when Python ends
+    if not state["blocked"] or event not in ("socket.connect", "socket.getaddrinfo"):
         return
     place = arguments[1] if event == "socket.connect" else arguments[0]
     if event == "socket.connect" and not isinstance(place, tuple):

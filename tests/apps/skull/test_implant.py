@@ -104,6 +104,7 @@ def test_bad_input_is_refused() -> None:
         ImplantFromCompletion()(torch.ones(2, 4, 4, 4), torch.ones(2, 4, 4, 4))
 
 
+@pytest.mark.slow
 def test_a_real_head_is_completed_and_its_implant_found_again(data_dir: Path) -> None:
     """The paper's target as a perfect prediction: what comes out is the implant, but for its thin rim."""
     image = LoadImage(ensure_channel_first=True)(data_dir / "head_ct" / "vhf_head_ct.nii.gz")

@@ -110,6 +110,7 @@ def test_odd_and_tiny_fields_of_view() -> None:
         body_phantom(shape=(8, 8, 8), spacing=0.0)
 
 
+@pytest.mark.slow
 def test_needs_torch_alone() -> None:
     code = (
         "import sys, importlib.util as u; s = u.spec_from_file_location('p', sys.argv[1]); m = u.module_from_spec(s);"

@@ -115,6 +115,7 @@ def test_the_target_has_a_dense_implant() -> None:
 
 
 @pytest.mark.parametrize("z", [60, 96])
+@pytest.mark.slow
 def test_the_crop_is_the_authors(z: int) -> None:
     """Top and face are those of the recipe; in RAS the face is at the other end of y."""
     skull = head().as_tensor()[..., -z:].contiguous()
@@ -229,6 +230,7 @@ def test_what_does_not_fit_is_refused(call: Any, message: str) -> None:
 # A real head
 
 
+@pytest.mark.slow
 def test_a_real_head(data_dir: Path) -> None:
     """512 x 512 x 234 at 1 mm, y stored backwards: from 589 thousand voxels of skull to 125 thousand of upper shell."""
     image = LoadImage(ensure_channel_first=True)(data_dir / "head_ct" / "vhf_head_ct.nii.gz")

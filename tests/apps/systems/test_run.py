@@ -28,6 +28,7 @@ def results(scan: Scan) -> list[SystemResult]:
     return compare(scan, 1e6, 3, no_progress, iterations=2)
 
 
+@pytest.mark.slow
 def test_all_systems_are_measured_and_halo_gives_the_dense_labels(scan: Scan, results: list[SystemResult]) -> None:
     assert [r.name for r in results] == ["dense", "sparse", "occupancy", "clstm", "halo"]
     dense, halo = results[0], results[-1]
@@ -43,6 +44,7 @@ def test_all_systems_are_measured_and_halo_gives_the_dense_labels(scan: Scan, re
         assert len(result.dice) == len(scan.names)
 
 
+@pytest.mark.slow
 def test_the_seed_decides(scan: Scan, results: list[SystemResult]) -> None:
     again = compare(scan, 1e6, 3, no_progress, iterations=2)
     assert [(r.dice, r.train_peak_bytes) for r in again] == [(r.dice, r.train_peak_bytes) for r in results]

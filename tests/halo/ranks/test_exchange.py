@@ -44,6 +44,7 @@ def _rows(x: torch.Tensor, want: Any) -> torch.Tensor:
 
 @given(cases())
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@pytest.mark.slow
 def test_every_rank_gets_what_it_wants_and_backward_is_the_adjoint(case: Case) -> None:
     shape, sizes, cuts, wants = case
     dims = tuple(range(1, 1 + len(shape)))

@@ -68,6 +68,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("mesh", [((2,), (0,)), ((3, 2), (0, 1))], ids=["1D", "2D"])
+@pytest.mark.slow
 def test_layer_equals_the_whole(name: str, mesh: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     torch.manual_seed(1)
     network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), LAYERS[name])
@@ -100,6 +101,7 @@ def test_a_kernel_wider_than_the_neighbor_is_served_by_the_one_behind() -> None:
     assert error(nn.Sequential(nn.Conv3d(1, 1, 7, padding=3)), (1, 1, 6, 9, 6), (3, 3)) < 1e-10
 
 
+@pytest.mark.slow
 def test_two_dimensional_networks() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), nn.InstanceNorm2d(2), nn.ConvTranspose2d(2, 1, 3, 2, 1, 1))
     assert error(network, (1, 1, 16, 12), (2, 2)) < 1e-10

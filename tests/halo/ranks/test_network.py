@@ -70,12 +70,14 @@ def made(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, *MORE])
+@pytest.mark.slow
 def test_two_parts_equal_the_whole(name: str) -> None:
     space = next((s for prefix, s in SIZES.items() if name.startswith(prefix)), (20, 8, 8))
     assert worst(made({**NETWORKS, **MORE}[name]), [volume(2, 1, *space)]) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["UNet instance", "DynUNet", "ResidualEncoderUNet"])
+@pytest.mark.slow
 def test_a_mesh_of_two_by_two(name: str) -> None:
     assert worst(made(NETWORKS[name]), [volume(2, 1, 16, 12, 8)], (2, 2)) < 1e-10
 
@@ -86,6 +88,7 @@ def test_a_mesh_of_two_by_two(name: str) -> None:
     ((8, 8, 20), (3,), (2,)),  # uneven
     ((8, 8, 8), (7,), None),  # empty parts at every level but the first
 ])  # fmt: skip
+@pytest.mark.slow
 def test_few_rows_per_part(name: str, space: Sequence[int], spatial: Sequence[int], axes: Any) -> None:
     assert worst(made(NETWORKS[name]), [volume(1, 1, *space)], spatial, axes) < 1e-10
 
@@ -94,6 +97,7 @@ def test_three_axes_at_once() -> None:
     assert worst(made(unet), [volume(1, 1, 8, 12, 8)], (2, 3, 2)) < 1e-10
 
 
+@pytest.mark.slow
 def test_a_size_that_no_stride_divides() -> None:
     network = made(lambda: nets.BasicUNet(features=(2, 2, 4, 4, 4, 2)))
     assert worst(network, [volume(1, 1, 35, 19, 18)], (3,)) < 1e-10
@@ -154,6 +158,7 @@ KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_what_python_code_sees_is_the_whole(kind: str) -> None:
     network = Calls(KINDS[kind]).double()
     x = volume(1, 1, 14, 6, 5)
@@ -178,6 +183,7 @@ _HALF = "bias" in nn.GroupNorm.__init__.__code__.co_varnames
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.slow
 def test_layers_whose_cuts_do_not_align(name: str, parts: int) -> None:
     assert worst(made(lambda: nn.Sequential(*LAYERS[name]())), [volume(2, 1, 18, 9, 9)], (parts,)) < 1e-10
 
@@ -189,6 +195,7 @@ def test_fewer_dimensions(ndim: int) -> None:
 
 
 @pytest.mark.parametrize("segments", [2, 4])
+@pytest.mark.slow
 def test_segments_are_recomputed(segments: int) -> None:
     for name in ("UNet batch", "ResidualEncoderUNet"):
         assert worst(made(NETWORKS[name]), [volume(2, 1, 12, 8, 8)], (3,), checkpoint_segments=segments) < 1e-10

@@ -51,6 +51,7 @@ def test_equal_to_the_whole(kind: str, affine: str, bounds: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.slow
 def test_statistics_of_half_precision_need_no_float_copy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x = (torch.randn(2, 16, 1000) * 200 + 300).to(dtype)
     at_once = norm._moments(x)

@@ -38,6 +38,7 @@ def volume(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 def test_keys_references_class_and_copies_survive_and_it_can_be_undone() -> None:
     network, mesh, x = unet(), init_mesh(spatial=(1,)), torch.randn(1, 1, 8, 8, 8)
     keys, parameters, kind = list(network.state_dict()), list(network.parameters()), type(network)
@@ -179,6 +180,7 @@ def test_a_setting_that_changes_is_noticed() -> None:
     assert network(x).any()
 
 
+@pytest.mark.slow
 def test_a_cached_tensor_that_changes_is_noticed() -> None:
     class Cached(nn.Module):
         def __init__(self) -> None:

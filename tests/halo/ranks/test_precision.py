@@ -52,6 +52,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_training_in_parts(name: str) -> None:
     torch.manual_seed(2)
     network, x = NETWORKS[name](), torch.randn(1, 1, 28, 8, 16)

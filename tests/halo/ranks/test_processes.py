@@ -29,7 +29,7 @@ def launch(world: int, *command: str, store: Path) -> list[subprocess.Popen[str]
     return processes
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("task", "world", "checks"), [("two", 2, 9), ("four", 4, 24)])
 def test_processes_equal_the_whole(task: str, world: int, checks: int, tmp_path: Path) -> None:
     processes = launch(world, "-W", "ignore", "-m", "tests.halo.ranks.worker", task, store=tmp_path / "store")
@@ -45,7 +45,7 @@ def check(processes: list[subprocess.Popen[str]], checks: int) -> None:
     assert not [r for r in results if not abs(r["value"]) < 1e-10]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_torchrun_agents_equal_one_process(tmp_path: Path) -> None:
     """Two nodes on one host: data x spatial 2 x 2, an agent with two processes each, meeting over loopback."""
     with socket.socket() as free:
@@ -86,7 +86,7 @@ for step in range(10**9):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_rank_ends_all_others_with_a_clear_error(tmp_path: Path) -> None:
     processes = launch(3, "-c", FOREVER, store=tmp_path / "store")
     try:

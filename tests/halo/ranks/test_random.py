@@ -49,6 +49,7 @@ def trained(network: nn.Module, x: torch.Tensor, parts: int, steps: int = 1, seg
 
 
 @pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.slow
 def test_any_cut_draws_the_same_mask_and_every_node_and_step_another(layer: str) -> None:
     torch.manual_seed(0)
     convs = [nn.Conv3d(1, 8, 1), LAYERS[layer](), nn.Conv3d(8, 8, 1), LAYERS[layer]()]
@@ -83,6 +84,7 @@ class _Scale(nn.Module):
         return x * self.one
 
 
+@pytest.mark.slow
 def test_stochastic_depth_under_any_cut() -> None:
     torch.manual_seed(0)
     encoder = ResidualEncoder(

@@ -222,6 +222,7 @@ def test_block_size_does_not_change_the_result(elements: int, monkeypatch: pytes
 
 @pytest.mark.skipif(not product.has_onednn(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("occupancy", [0.3, 1.0])
+@pytest.mark.slow
 def test_onednn_and_torch_multiply_alike(occupancy: float, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = torch.nn.Sequential(SparseConv3d(2, 5), SparseConv3d(5, 4, 3, 2), SparseConv3d(4, 3))
     shape = (11, 9, 8)

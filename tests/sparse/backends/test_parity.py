@@ -43,12 +43,14 @@ def _chosen_engine() -> Iterator[None]:
 
 @pytest.mark.parametrize("engine", OTHERS, indirect=True)
 @pytest.mark.parametrize("kind", list(GEOMETRIES))
+@pytest.mark.slow
 def test_an_engine_equals_native(engine: ModuleType, kind: str) -> None:
     assert_equals_native(engine, GEOMETRIES[kind]())
 
 
 @pytest.mark.parametrize("engine", OTHERS, indirect=True)
 @pytest.mark.parametrize("channels", [(1, 1), (1, 16), (16, 1), (33, 20)])
+@pytest.mark.slow
 def test_any_number_of_channels(engine: ModuleType, channels: tuple[int, int]) -> None:
     assert_equals_native(engine, convolution(3), channels)
     assert_equals_native(engine, convolution(2, 2), channels, bias=False)
@@ -56,6 +58,7 @@ def test_any_number_of_channels(engine: ModuleType, channels: tuple[int, int]) -
 
 @pytest.mark.parametrize("engine", ["native", *OTHERS], indirect=True)
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.slow
 def test_every_dtype(engine: ModuleType, dtype: torch.dtype) -> None:
     for kind in ("3^3", "2^3 stride 2", "2^3 back"):
         assert_equals_native(engine, GEOMETRIES[kind](), (8, 16), dtype)

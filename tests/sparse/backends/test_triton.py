@@ -105,6 +105,7 @@ def test_plans_are_freed_with_their_map() -> None:
     assert len(rows._plans) == before
 
 
+@pytest.mark.slow
 def test_kernels_with_more_points_than_bits() -> None:
     """A 5^3 kernel has 125: several offsets share a bit of the number by which rows are sorted."""
     plan = rows.row_plan(convolution(5).kernel_map)
@@ -113,12 +114,14 @@ def test_kernels_with_more_points_than_bits() -> None:
 
 
 @pytest.mark.parametrize("blocks", [Blocks(16, 16, 16, 4, 1), Blocks(64, 32, 16, 4, 1), Blocks(16, 64, 64, 4, 1)])
+@pytest.mark.slow
 def test_block_sizes_do_not_change_the_result(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "choose", lambda *_args, **_kwargs: blocks)
     for geometry in (convolution(2, 2), back(3)):
         assert_equals_native(engine, geometry, (20, 33))
 
 
+@pytest.mark.slow
 def test_the_splits_of_the_weight_gradient_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = convolution(3)
     monkeypatch.setattr(tuning, "choose", lambda *_args, **_kwargs: Blocks(16, 16, 16, 4, 1))
@@ -138,6 +141,7 @@ def test_64_bit_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_equals_native(engine, geometry)
 
 
+@pytest.mark.slow
 def test_results_are_the_same_at_every_run() -> None:
     geometry = convolution(3)
     tensors = random_tensors(geometry, 8, 8)
@@ -162,6 +166,7 @@ def test_float64_is_computed_by_native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("geometry", [convolution(3), convolution(2, 2)], ids=["3^3", "2^3"])
+@pytest.mark.slow
 def test_second_derivatives(geometry: ConvolutionGeometry) -> None:
     """The gradient of a gradient penalty equals native's."""
 
@@ -176,7 +181,7 @@ def test_second_derivatives(geometry: ConvolutionGeometry) -> None:
         assert float((ours - reference).abs().max()) <= 1e-5 * float(reference.abs().max())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_the_interpreter_the_cpu_is_refused() -> None:
     code = (
         "import torch; from monai_memeff.sparse import backends;"

@@ -28,7 +28,7 @@ CARDS = {"T4": 75, "A100": 80, "RTX 3090, A40": 86, "H100": 90}
 Rows = list[dict[str, Any]]
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(
         not all((TOOLS / tool).is_file() for tool in ("ptxas", "cuobjdump")),
         reason="this build of Triton comes without ptxas or cuobjdump",

@@ -130,6 +130,7 @@ def _write_many(place: str, writer: int) -> None:
         tuning._write(Path(place), f"{writer}-{number}", OPTIONS[writer % 3])
 
 
+@pytest.mark.slow
 def test_many_processes_may_write(cache: Path) -> None:
     """The file can be read at any time; a writer may lose another's line, which is then timed again."""
     context = multiprocessing.get_context("fork")

@@ -12,7 +12,7 @@ from monai_memeff.sparse.core import neighbors as neighbors
 MOST = 2**18
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ten_million_voxels_with_gradients() -> None:
     """A full grid of 10,077,696 voxels against torch's convolution."""
     volume = torch.randn(1, 1, 216, 216, 216)

@@ -179,6 +179,7 @@ def chain(again: bool) -> nn.Module:
     return nn.Sequential(*[Block() for _ in range(6)])
 
 
+@pytest.mark.slow
 def test_the_chain_needs_less_memory() -> None:
     x = sample(8, torch.float64, (30, 31, 32))
     x.features.requires_grad_()
@@ -220,6 +221,7 @@ def test_hooks_see_every_layer() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.slow
 def test_a_unet_keeps_one_tensor_per_layer(batch_size: int) -> None:
     """As many bytes as its convolutions' results and inputs of the joins; unfused it keeps half as much again."""
     torch.manual_seed(0)

@@ -246,6 +246,7 @@ def test_nothing_active_leaves_the_coarse_logits_and_a_connected_graph():
     assert all(parameter.grad.abs().max() == 0 for parameter in network.refine.parameters())
 
 
+@pytest.mark.slow
 def test_the_cap_bounds_memory_whatever_is_in_the_volume():
     x = torch.rand(1, 1, 40, 40, 40)
     peaks = []
@@ -261,6 +262,7 @@ def test_the_cap_bounds_memory_whatever_is_in_the_volume():
     assert peaks[0] < 0.25 * peaks[1]
 
 
+@pytest.mark.slow
 def test_trains_in_much_less_memory_than_the_dense_network():
     x = torch.rand(1, 1, 48, 48, 48)
     settings = {"num_res_units": 2, "act": ("leakyrelu", {"inplace": True})}

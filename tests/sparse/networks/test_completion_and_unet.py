@@ -142,6 +142,7 @@ def test_one_voxel_at_the_coarsest_level_trains() -> None:
     assert len(used) == len([name for name, _ in net.named_parameters() if not name.startswith("final")])
 
 
+@pytest.mark.slow
 def test_it_learns_to_complete_a_shape() -> None:
     complete, defective = shell((24, 20, 22), 2), shell((24, 20, 22), 2, bite=True)
     net, loss = SparseCompletionNet((4, 4, 8, 8, 8, 8, 8)), SparseCompletionLoss()
@@ -160,6 +161,7 @@ def test_it_learns_to_complete_a_shape() -> None:
 
 
 @pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.slow
 def test_checkpointing_changes_memory_and_nothing_else(amp: bool) -> None:
     target, torn = shell((64, 60, 49), 2), shell((64, 60, 49), 2, bite=True)
     found, peaks = [], []
@@ -271,6 +273,7 @@ def test_unet_refuses_bad_settings() -> None:
         SparseUNet(**{**settings("plain"), "act": "mish"})
 
 
+@pytest.mark.slow
 def test_unet_trains_in_bfloat16_and_in_less_memory() -> None:
     image = torch.randn(1, 2, 48, 48, 48) * (torch.rand(1, 1, 48, 48, 48) < 0.03)
     peaks = []

@@ -82,6 +82,7 @@ def test_transposed_onto_a_target(kernel: Size, stride: Size, dilation: Size) ->
 
 
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), GEOMETRIES)
+@pytest.mark.slow
 def test_generative(kernel: Size, stride: Size, dilation: Size, threads: Threads) -> None:
     for padding in (None, 0):
         sparse = SparseConvTranspose3d(3, 4, kernel, stride, dilation, generative=True, padding=padding).double()
@@ -203,6 +204,7 @@ def test_gradients_of_what_is_asked_for_only() -> None:
         torch.testing.assert_close(both[1], weights_only[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_training_step_takes_less_memory_than_dense() -> None:
     mask = random_mask(1, (40, 40, 40), 0.03)
     image = torch.randn(1, 16, 40, 40, 40)

@@ -13,6 +13,7 @@ import monai_memeff.sparse.points as points
 PAGE = (Path(__file__).parents[3] / "docs" / "howto" / "torch_points3d.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_example_runs_and_finds_the_bones() -> None:
     pytest.importorskip("scipy", reason="filling a mask from its nearest points needs scipy")
     names: dict[str, object] = {"__name__": "page"}

@@ -276,6 +276,7 @@ def labeled(seed: int) -> Data:
     return data
 
 
+@pytest.mark.slow
 def test_a_residual_unet_in_their_style_trains() -> None:
     torch.manual_seed(0)
     network = ResidualUNet(1, 2)

@@ -220,6 +220,7 @@ def test_grids_that_do_not_meet_are_refused() -> None:
         ResampleToGrid()(mask()[0], fine)
 
 
+@pytest.mark.slow
 def test_a_grid_of_512_x_512_x_any_from_128_cubed() -> None:
     """No full-size copy beside the mask itself: what is live never exceeds a few bytes per fine voxel."""
     from monai_memeff.memory import measure_peak

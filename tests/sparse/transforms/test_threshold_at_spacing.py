@@ -128,6 +128,7 @@ def test_wrong_arguments_say_so() -> None:
         ThresholdAtSpacing(1.0, 300)(torch.zeros(4, 4, 4))
 
 
+@pytest.mark.slow
 def test_it_holds_a_byte_per_voxel_and_a_slab(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CT at half its spacing; MONAI's way holds 64-bit coordinates of all its voxels."""
     monkeypatch.setattr(bone_spacing, "SLAB", 20_000)
@@ -143,6 +144,7 @@ def test_it_holds_a_byte_per_voxel_and_a_slab(monkeypatch: pytest.MonkeyPatch) -
     assert peaks[1] < 4 * fine
 
 
+@pytest.mark.slow
 def test_a_real_head(data_dir: Path) -> None:
     image = LoadImage(ensure_channel_first=True)(data_dir / "head_ct" / "philips_skull_phantom_bone1mm.nii.gz")
     bone, expected = ThresholdAtSpacing(1.2, 300)(image), by_monai(image, 1.2)

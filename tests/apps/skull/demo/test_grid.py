@@ -16,6 +16,7 @@ from tests.bundles.conftest import save_nifti
 
 
 @pytest.mark.parametrize("pool", [1, 3])
+@pytest.mark.slow
 def test_the_bundle_puts_the_file_onto_the_same_grid(pool: int, ct: MetaTensor, tmp_path: Path) -> None:
     """As a user runs it, from the file to the network's input."""
     save_nifti(tmp_path / "head.nii.gz", ct[0].numpy(), np.asarray(ct.affine))

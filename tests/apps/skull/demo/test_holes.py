@@ -15,6 +15,7 @@ def ball(head: HeadVolume, middle: tuple[float, float, float], radius: float) ->
     return np.linalg.norm(cells @ head.affine[:3, :3].T + head.affine[:3, 3] - np.array(middle), axis=-1) < radius
 
 
+@pytest.mark.slow
 def test_a_complete_head_has_no_hole(head: HeadVolume) -> None:
     assert find_hole(head.skull, head.affine) is None
     assert find_hole(head.skull & ~ball(head, (0, 0, 78), 6), head.affine) is None  # a burr hole of one square cm

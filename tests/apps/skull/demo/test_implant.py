@@ -63,6 +63,7 @@ def test_the_true_cells_give_back_the_true_bone(case: Case, shape: tuple[np.ndar
     assert _dice(drawn, removed) > max(0.85, _dice(nearest & ~remaining, removed))
 
 
+@pytest.mark.slow
 def test_an_oblique_ct_gets_its_implant_in_place(case: Case, skewed: np.ndarray, ct: MetaTensor) -> None:
     values = resample_to_grid(ct[0].numpy() + 1000, np.asarray(ct.affine), skewed, (120, 110, 96)) - 1000
     head = prepare_head(MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(skewed)), size=64)
@@ -80,6 +81,7 @@ def test_an_oblique_ct_gets_its_implant_in_place(case: Case, skewed: np.ndarray,
     np.testing.assert_allclose(vertices.mean(axis=0), center, atol=2.5)
 
 
+@pytest.mark.slow
 def test_the_surface_is_closed_and_outwards(shape: tuple[np.ndarray, np.ndarray]) -> None:
     vertices, faces = shapes.implant_mesh(*shape)
     directed = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])

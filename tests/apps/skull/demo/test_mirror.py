@@ -23,6 +23,7 @@ def _turn(yaw: float, shift: tuple[float, float, float]) -> np.ndarray:
     return out
 
 
+@pytest.mark.slow
 def test_a_defect_of_one_side_is_filled_from_the_other(case: Case) -> None:
     result = mirror_implant(case.defective, case.head.affine)
     assert not (result.implant & case.defective).any()
@@ -33,6 +34,7 @@ def test_a_defect_of_one_side_is_filled_from_the_other(case: Case) -> None:
     np.testing.assert_array_equal(again.implant, result.implant)
 
 
+@pytest.mark.slow
 def test_a_turned_and_shifted_head_is_registered(case: Case) -> None:
     affine = case.head.affine
     move = _turn(np.radians(7), (6.0, -4.0, 2.0))
@@ -49,6 +51,7 @@ def test_a_defect_across_the_middle_is_filled_in_part(case: Case) -> None:
     assert 0.3 < _dice(result.implant, truth) < 0.9
 
 
+@pytest.mark.slow
 def test_bone_around_the_defect_is_registered_by_itself(case: Case) -> None:
     """Where that side is flatter than the other, by up to 4 mm, the whole skull's registration leaves the patch off."""
     affine, center = case.head.affine, np.array([-55.0, -10.0, 45.0])

@@ -46,6 +46,7 @@ def plane(holed: HeadVolume) -> MirrorResult:
     return MirrorResult(empty, real_defect.transform_mask(holed.skull, holed.affine, flip), flip, 0.0)
 
 
+@pytest.mark.slow
 def test_the_hole_is_never_taught_as_complete(
     case: Case, holed: HeadVolume, hole: SkullHole, plane: MirrorResult
 ) -> None:
@@ -122,6 +123,7 @@ def quick(holed: HeadVolume, plane: MirrorResult, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_everything_is_written(holed: HeadVolume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     weights = SparseCompletionNet().state_dict()
@@ -150,6 +152,7 @@ def test_everything_is_written(holed: HeadVolume, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

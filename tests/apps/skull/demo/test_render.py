@@ -30,6 +30,7 @@ def _colored(picture: np.ndarray, color: tuple[float, float, float]) -> int:
 
 
 @pytest.mark.parametrize("predicted", [True, False])
+@pytest.mark.slow
 def test_the_figure_shows_truth_and_prediction(case: Case, tmp_path: Path, predicted: bool) -> None:
     shape = implant_field(case.head, case.defective, case.truth)
     path = tmp_path / "figure.png"

@@ -67,6 +67,7 @@ def test_json_is_strict_and_whole(case: Case, methods: list[MethodResult]) -> No
     assert content["seed"] == 7
 
 
+@pytest.mark.slow
 def test_a_case_is_written_in_the_geometry_of_the_ct(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_case_is_written_in_the_geometry_of_the_ct(
     np.testing.assert_allclose(points.mean(axis=0) * [-1, -1, 1], center, atol=3)
 
 
+@pytest.mark.slow
 def test_an_empty_prediction_has_no_surface(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = render.raycast
     monkeypatch.setattr(render, "raycast", lambda *arguments: draw(*arguments, pixels=60))

@@ -22,14 +22,14 @@ def folder(tmp_path_factory):
     return output
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_everything_is_written_and_nothing_else(folder):
     names = {path.name for path in folder.iterdir()}
     assert {"report.txt", "report.json", "figure.png", "implant.nii.gz", "removed_bone.nii.gz"} <= names
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_report_compares_three_methods(folder):
     report = json.loads((folder / "report.json").read_text())
     assert [m["name"] for m in report["methods"]] == ["registered mirror", "sparse network", "dense MONAI UNet"]
@@ -43,7 +43,7 @@ def test_report_compares_three_methods(folder):
     assert "registered mirror" in text
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_files_lie_in_the_image_s_geometry(folder):
     removed = nibabel.load(folder / "removed_bone.nii.gz")
     left = nibabel.load(folder / "defective_skull.nii.gz")
@@ -54,6 +54,7 @@ def test_files_lie_in_the_image_s_geometry(folder):
     assert not (np.asarray(removed.dataobj).astype(bool) & np.asarray(left.dataobj).astype(bool)).any()
 
 
+@pytest.mark.slow
 def test_training_learns(threads, monkeypatch):
     """A short run on a small shell lowers the loss; its clock ticks when it is read, so that iterations are counted."""
     torch.manual_seed(0)

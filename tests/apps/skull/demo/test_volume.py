@@ -55,6 +55,7 @@ def test_the_tensor_carries_the_affine(head: HeadVolume) -> None:
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 @pytest.mark.parametrize("flip", [(), (0,), (1, 2), (0, 1, 2)])
+@pytest.mark.slow
 def test_orientation_of_the_image_does_not_matter(
     ct: MetaTensor, head: HeadVolume, order: tuple[int, ...], flip: tuple[int, ...]
 ) -> None:
@@ -69,6 +70,7 @@ def test_orientation_of_the_image_does_not_matter(
     assert _dice(other.skull, head.skull) > 0.9999
 
 
+@pytest.mark.slow
 def test_oblique_and_anisotropic_images_give_the_same_skull(
     ct: MetaTensor, head: HeadVolume, skewed: np.ndarray
 ) -> None:
@@ -104,6 +106,7 @@ def test_the_image_is_left_as_it_was(ct: MetaTensor) -> None:
     assert torch.equal(before, ct)
 
 
+@pytest.mark.slow
 def test_a_finer_grid_has_thinner_bone(ct: MetaTensor, head: HeadVolume) -> None:
     fine = prepare_head(ct, size=128)
     assert fine.skull.shape == (128, 128, 128)
@@ -113,13 +116,14 @@ def test_a_finer_grid_has_thinner_bone(ct: MetaTensor, head: HeadVolume) -> None
     assert _dice(carried, head.skull) > 0.9
 
 
+@pytest.mark.slow
 def test_a_generated_head_is_the_default() -> None:
     first = load_head(None, 64, seed=1)
     assert first.name == "generated head (seed 1)"
     assert 0.05 < first.occupancy < 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_real_heads(data_dir: Path) -> None:
     folder = data_dir / "head_ct"
     head = load_head(folder / "vhf_head_ct.nii.gz", 64)

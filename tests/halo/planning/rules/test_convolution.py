@@ -1,5 +1,6 @@
 """Convolutions in random combinations, cut at random rows, against torch."""
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -34,6 +35,7 @@ def convolutions(draw):
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(convolutions())
+@pytest.mark.slow
 def test_any_convolution_at_any_cut(case):
     layer, x, axis, cuts = case
     assert in_parts(layer, x, axes=(axis,), cuts=[cuts], tiled=layer.padding_mode == "zeros") < 1e-12

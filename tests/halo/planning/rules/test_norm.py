@@ -33,6 +33,7 @@ NORMS = {
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", NORMS)
+@pytest.mark.slow
 def test_norm(name, train):
     torch.manual_seed(0)
     net = nn.Sequential(NORMS[name](), nn.Conv3d(4, 2, 3)).double().train(train)

@@ -74,6 +74,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", [*REDUCTIONS, *SHAPES])
+@pytest.mark.slow
 def test_function(name):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 11, 6, 10, dtype=torch.float64)

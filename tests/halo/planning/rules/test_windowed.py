@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
@@ -44,6 +45,7 @@ def cuts(draw, dims: int) -> dict:
 
 @FAST
 @given(st.data())
+@pytest.mark.slow
 def test_transposed_convolutions(data):
     draw = data.draw
     dims = draw(st.integers(1, 3))
@@ -63,6 +65,7 @@ def test_transposed_convolutions(data):
 
 @FAST
 @given(st.data())
+@pytest.mark.slow
 def test_max_pooling_with_places(data):
     draw = data.draw
     dims = draw(st.integers(1, 3))
@@ -80,6 +83,7 @@ def test_max_pooling_with_places(data):
 
 @FAST
 @given(st.data())
+@pytest.mark.slow
 def test_average_pooling_counts_as_torch_does(data):
     draw = data.draw
     dims = draw(st.integers(1, 3))
@@ -95,6 +99,7 @@ def test_average_pooling_counts_as_torch_does(data):
 
 @FAST
 @given(st.data())
+@pytest.mark.slow
 def test_adaptive_pooling(data):
     draw = data.draw
     dims = draw(st.integers(1, 3))
@@ -108,6 +113,7 @@ def test_adaptive_pooling(data):
 
 @FAST
 @given(st.data())
+@pytest.mark.slow
 def test_padding_of_every_mode_and_sign(data):
     draw = data.draw
     dims = draw(st.integers(1, 3))
@@ -122,6 +128,7 @@ def test_padding_of_every_mode_and_sign(data):
 
 @settings(max_examples=24, deadline=None, derandomize=True)
 @given(st.data())
+@pytest.mark.slow
 def test_resizing_of_every_mode(data):
     draw = data.draw
     dims = draw(st.integers(1, 3))
@@ -141,6 +148,7 @@ def test_resizing_of_every_mode(data):
     assert in_parts(Call(lambda x: F.interpolate(x, **options)), x, **cuts(draw, dims)) < limit
 
 
+@pytest.mark.slow
 def test_nearest_by_a_factor_over_many_rows():
     x = torch.randn(1, 1, 128, 5, 5)
     net = Call(lambda x: F.interpolate(x, scale_factor=1.3))
