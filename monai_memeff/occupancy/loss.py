@@ -21,9 +21,9 @@ class OccupancyLoss(nn.Module):
         point_loss: takes the place of the first term: any loss of logits (B, K, N) and labels (B, 1, N), such as
             MONAI's ``DiceCELoss(to_onehot_y=True, softmax=True)``.
         coarse_weight: Weight of the second term.
-        ignore_index: label of voxels without annotation. Neither their points nor coarse cells of nothing else count;
-            where nothing at all does, the loss is 0 and so is every gradient. A ``point_loss`` sees no volume without
-            annotated points. Points of ignored voxels beside others it must leave out itself (and say so in an
+        ignore_index: label of voxels without annotation. Neither their points count, nor coarse cells that hold them and
+            no foreground; where nothing at all does, the loss is 0 and so is every gradient. A ``point_loss`` sees no
+            volume without annotated points. Points of ignored voxels beside others it must leave out itself (and say so in an
             attribute ``ignore_index`` or ``ignore_label``), so draw none:
             :class:`~monai_memeff.occupancy.RandOccupancyPoints` takes ``ignore_index`` too.
     """
@@ -91,7 +91,7 @@ def coarse_label(label: Tensor, shape: torch.Size | tuple[int, ...], channels: i
 
     Returns:
         (B, h, w, d) int64: 0 where a cell has no foreground, else its most frequent foreground label. Cells without
-        any annotated voxel have 0 too; :func:`annotated_cells` tells them apart.
+        foreground but with ignored voxels have 0 too; :func:`annotated_cells` tells them apart.
     """
     volume = label.as_subclass(Tensor)
     if channels == 1:
@@ -105,9 +105,15 @@ def coarse_label(label: Tensor, shape: torch.Size | tuple[int, ...], channels: i
 
 
 def annotated_cells(label: Tensor, shape: torch.Size | tuple[int, ...], ignore_index: int) -> Tensor:
-    """Which coarse cells hold at least one voxel that is not ignored, (B, h, w, d) boolean; see :func:`coarse_label`"""
-    known = (label.as_subclass(Tensor) != ignore_index).float()
-    return F.adaptive_max_pool3d(known, tuple(shape))[:, 0] > 0
+    """Which coarse cells are known, (B, h, w, d) boolean: they hold foreground, or no ignored voxel; for the others
+    nobody knows whether they are empty. See :func:`coarse_label`.
+    """
+    volume = label.as_subclass(Tensor)
+    ignored = volume == ignore_index
+    filled, doubtful = (
+        F.adaptive_max_pool3d(mask.float(), tuple(shape))[:, 0] > 0 for mask in ((volume > 0) & ~ignored, ignored)
+    )
+    return filled | ~doubtful
 
 
 def _cross_entropy(logits: Tensor, values: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from monai_memeff.arguments import numbers_checked
 from monai_memeff.geometry import key_lists
-from monai_memeff.sparse.core.annotation import check_ignore_index, filled_cells, foreground_and_ignored
+from monai_memeff.sparse.core.annotation import check_ignore_index, foreground_and_ignored
 from monai_memeff.sparse.core.tensor import SparseTensor
 from monai_memeff.sparse.core.voxel_set import VoxelSet
 
@@ -23,8 +23,9 @@ class SparseCompletionLoss(nn.Module):
     (Kroviakov et al. 2021; Li et al. 2023, see :class:`SparseCompletionNet`). A level without candidates adds zero.
 
     Args:
-        ignore_index: Label of voxels without annotation, in the values of the target; not 0. Candidates whose voxels
-            all have it do not count. Give the network the same number.
+        ignore_index: Label of voxels without annotation, in the values of the target; not 0. Candidates that hold
+            such voxels and none of the structure do not count: nobody knows whether they are empty. Give the network
+            the same number.
         gamma: Focusing parameter of Lin et al. 2017 (arXiv 1708.02002, section 3.2): the loss of a candidate is
             weighted by (1 - p)^gamma, p the probability of its right answer. 0, as published, weights all alike; 2
             turns to the missing piece soon, since most candidates repeat the input and are easy.
@@ -72,14 +73,14 @@ class SparseCompletionLoss(nn.Module):
                 f"(batch_size, spatial_shape) must be {(logits.batch_size, logits.spatial_shape)}, "
                 f"got {(cells.batch_size, cells.spatial_shape)}."
             )
-        keys = logits.voxels.keys
+        truth = key_lists.contains(cells.keys, logits.voxels.keys)
         if ignored is not None and len(ignored):
-            unknown = filled_cells(ignored, _ratio(logits.stride, ignored.stride))
-            counted = ~key_lists.contains(unknown.keys, keys)
-            values, keys = values[counted], keys[counted]
+            doubtful = ignored.coarsened(_ratio(logits.stride, ignored.stride))
+            counted = truth | ~key_lists.contains(doubtful.keys, logits.voxels.keys)
+            values, truth = values[counted], truth[counted]
         if len(values) == 0:
             return values.sum()
-        truth = key_lists.contains(cells.keys, keys).to(values.dtype)
+        truth = truth.to(values.dtype)
         if self.gamma == 0:
             return functional.binary_cross_entropy_with_logits(values, truth)
         return sigmoid_focal_loss(values, truth, self.gamma).mean()

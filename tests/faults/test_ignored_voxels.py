@@ -69,7 +69,8 @@ def test_ignored_points_and_cells_have_no_gradient_and_do_not_change_the_loss(
     ]
     for cell in itertools.product(*map(range, grid)):
         box = [slice(*along[n]) for along, n in zip(windows, cell, strict=True)]
-        judged_cells[(slice(None), *cell)] = (label[(slice(None), 0, *box)] != IGNORED).flatten(1).any(1)
+        inside = label[(slice(None), 0, *box)].flatten(1)
+        judged_cells[(slice(None), *cell)] = ((inside != 0) & (inside != IGNORED)).any(1) | (inside != IGNORED).all(1)
     assert torch.equal(logits.grad.abs().sum(-1) > 0, judged_points)
     assert torch.equal(coarse.grad.abs().sum(1) > 0, judged_cells)
     with torch.no_grad():
@@ -155,8 +156,12 @@ def test_candidates_of_cells_without_annotation_have_no_gradient(data: st.DataOb
         level.features.requires_grad_()
         levels.append(level)
         missing = [n for extent in shape[::-1] for n in (0, -extent % stride)]
-        padded = torch.nn.functional.pad((target != IGNORED).float(), missing)
-        judged.append(torch.nn.functional.max_pool3d(padded, stride).flatten() > 0)
+        known, doubtful = ((target != 0) & (target != IGNORED), target == IGNORED)
+        filled, unknown = (
+            torch.nn.functional.max_pool3d(torch.nn.functional.pad(mask.float(), missing), stride).flatten() > 0
+            for mask in (known, doubtful)
+        )
+        judged.append(filled | ~unknown)
     given_target = SparseTensor.from_dense(target.float(), target != 0) if sparse else target
     loss = SparseCompletionLoss(IGNORED)(levels, given_target)
     loss.backward()

@@ -15,31 +15,84 @@ from monai_memeff.apps.systems.scan import Scan
 
 COLUMNS = 4
 LEGEND_MOST = 12
-SIDES = {2: "RLAP", 1: "RLSI", 0: "APSI"}
+PIXELS = 330  # longer side of a panel
 PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}
 
 
+def panels(scan: Scan, results: Sequence[SystemResult]) -> list[tuple[str, np.ndarray]]:
+    """Name and picture (rows, columns, 3), 0 to 1, of the hidden slice: the scan, its labels, every answer.
+
+    The patient's right is on the left of the picture, up or front is at the top, and the scale is that of the body.
+    """
+    at, colors = best_slice(scan), class_colors(len(scan.names))
+    gray = _plane(scan.shown, scan.axis, at)
+    named = [("the scan", None), ("to be found", scan.target), *((r.name, r.labels) for r in results)]
+    return [(name, _to_scale(_blend(gray, labels, scan.axis, at, colors), scan)) for name, labels in named]
+
+
+def _plane(volume: torch.Tensor, axis: int, at: int) -> np.ndarray:
+    return volume.select(axis, at).numpy().T[::-1, ::-1]
+
+
+def _blend(gray: np.ndarray, labels: torch.Tensor | None, axis: int, at: int, colors: np.ndarray) -> np.ndarray:
+    picture = np.repeat(gray[..., None], 3, axis=-1)
+    if labels is None:
+        return picture
+    over = colors[_plane(labels, axis, at)]
+    return picture * (1 - over[..., 3:]) + over[..., :3] * over[..., 3:]
+
+
+def _to_scale(picture: np.ndarray, scan: Scan) -> np.ndarray:
+    """Enlarged to some hundred pixels, as many in each direction as the millimeters say; labels keep their corners."""
+    across, up = (mm for axis, mm in enumerate(scan.step_mm) if axis != scan.axis)
+    size = (picture.shape[0] * up, picture.shape[1] * across)
+    pixels = [max(1, round(mm * PIXELS / max(size))) for mm in size]
+    return picture[np.ix_(*(np.arange(n) * count // n for n, count in zip(pixels, picture.shape[:2], strict=True)))]
+
+
+def as_png(picture: np.ndarray) -> bytes:
+    """A picture (rows, columns, 3), 0 to 1, as the content of a PNG."""
+    from matplotlib.image import imsave
+
+    buffer = io.BytesIO()
+    imsave(buffer, picture.clip(0, 1), format="png", metadata={"Software": "monai-memeff"})
+    return buffer.getvalue()
+
+
+def legend(scan: Scan) -> bytes:
+    """A PNG of the colors of the classes."""
+    figure = _figure(3, 3)
+    _legend(figure.add_axes((0, 0, 1, 1)), scan)
+    return _content(figure)
+
+
 def montage(scan: Scan, results: Sequence[SystemResult]) -> bytes:
-    """A PNG of the hidden slice that holds most classes; the patient's right is on the left of the picture."""
+    """A PNG of the hidden slice with most classes: the scan, what is to be found, and what every system found."""
+    shown = panels(scan, results)
+    rows, tall = math.ceil((len(shown) + 1) / COLUMNS), shown[0][1].shape[0] / shown[0][1].shape[1]
+    height = rows * (2.95 * tall + 0.4)
+    figure = _figure(12, height)
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    figure.subplots_adjust(left=0.005, right=0.995, top=1 - 0.35 / height, bottom=0.005, wspace=0.02)
+    for draw, (name, picture) in zip(axes, shown, strict=False):
+        draw.imshow(picture, interpolation="nearest")
+        draw.set_title(name, fontsize=13, pad=3)
+    for draw in axes:
+        draw.set_axis_off()
+    _legend(axes[len(shown)], scan)
+    return _content(figure)
+
+
+def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    at = best_slice(scan)
-    panels = [("the scan", None), ("to be found", scan.target), *((r.name, r.labels) for r in results)]
-    rows = math.ceil(len(panels) / COLUMNS)
-    step = [mm for axis, mm in enumerate(scan.step_mm) if axis != scan.axis]
-    sides = [n for axis, n in enumerate(scan.shown.shape) if axis != scan.axis]
-    tall = min(2.0, max(0.5, sides[1] * step[1] / (sides[0] * step[0])))
-    figure = Figure(figsize=(12, rows * (3.0 * tall + 0.35) + 0.5), dpi=110, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.96, bottom=0.01, wspace=0.03, hspace=0.1)
-    gray, colors = _plane(scan.shown, scan.axis, at), class_colors(len(scan.names))
-    for draw, (name, labels) in zip(axes, panels, strict=False):
-        overlay = None if labels is None else colors[_plane(labels, scan.axis, at)]
-        _panel(draw, gray, overlay, name, step[1] / step[0])
-    for draw in axes[len(panels) :]:
-        _legend(draw, scan, colors)
+    return figure
+
+
+def _content(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "monai-memeff"})
     return buffer.getvalue()
@@ -62,23 +115,11 @@ def class_colors(count: int) -> np.ndarray:
     return np.concatenate([np.zeros((1, 4)), np.column_stack([colors[:, :3], np.full(count, 0.6)])])
 
 
-def _plane(volume: torch.Tensor, axis: int, at: int) -> np.ndarray:
-    return volume.select(axis, at).numpy().T[:, ::-1]
-
-
-def _panel(draw: Any, gray: np.ndarray, overlay: np.ndarray | None, name: str, aspect: float) -> None:
-    draw.imshow(gray, cmap="gray", vmin=0, vmax=1, origin="lower", interpolation="bilinear", aspect=aspect)
-    if overlay is not None:
-        draw.imshow(overlay, origin="lower", interpolation="nearest", aspect=aspect)
-    draw.set_title(name, fontsize=13, pad=3)
-    draw.set_axis_off()
-
-
-def _legend(draw: Any, scan: Scan, colors: np.ndarray) -> None:
+def _legend(draw: Any, scan: Scan) -> None:
     from matplotlib.patches import Patch
 
     draw.set_axis_off()
-    shown = list(zip(scan.names, colors[1:], strict=True))[:LEGEND_MOST]
+    shown = list(zip(scan.names, class_colors(len(scan.names))[1:], strict=True))[:LEGEND_MOST]
     entries = [Patch(facecolor=color[:3], label=name) for name, color in shown]
     if len(scan.names) > LEGEND_MOST:
         entries.append(Patch(facecolor="white", label=f"and {len(scan.names) - LEGEND_MOST} more"))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from monai_memeff.apps.systems.compare import SystemResult
-from monai_memeff.apps.systems.montage import PLANES, best_slice
+from monai_memeff.apps.systems.montage import PLANES, as_png, best_slice, legend, panels
 from monai_memeff.apps.systems.scan import Scan
+from monai_memeff.apps.systems.systems import PARTS
 from monai_memeff.data.html_page import HtmlPage
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ SUITS = (
     (
         "dense",
         "volumes that fit into memory whole, or patches where context beyond the patch does not matter",
-        "the rest",
+        "volumes whose activations do not fit: halo runs and trains the same network on them",
     ),
     (
         "sparse",
@@ -84,7 +85,8 @@ def sentences(scan: Scan, results: Sequence[SystemResult], seed: int) -> list[st
         f"halo gives {halo.different} labels that differ from those of the dense network, of {scan.target.numel()}, at"
         f" {halo.test_peak_bytes / max(1, dense.test_peak_bytes):.2f} of its peak ({megabytes(halo.test_peak_bytes)}"
         f" instead of {megabytes(dense.test_peak_bytes)} on the device).",
-        f"sparse computes {scan.occupancy:.1%} of the voxels: {_sparse_verdict(scan.occupancy)}.",
+        f"sparse computes {scan.occupancy:.1%} of the voxels, {_sparse_verdict(scan.occupancy)}; its training takes"
+        f" {(by_name['sparse'].train_peak_bytes or 0) / max(1, dense.train_peak_bytes or 0):.2f} of dense's peak.",
         f"Seed {seed}. {_repeatable(results)}",
     ]
     return lines + [f"Note: {note}." for note in scan.notes]
@@ -94,8 +96,8 @@ def _sparse_verdict(occupancy: float) -> str:
     if occupancy <= 0.1:
         return "few, which is what it is made for"
     if occupancy <= 0.3:
-        return "some memory is saved, the time is about that of the dense network"
-    return "too many for it to be worth while; dense is as good here"
+        return "of which some memory is saved"
+    return "too many to save much"
 
 
 def _repeatable(results: Sequence[SystemResult]) -> str:
@@ -108,7 +110,7 @@ def _repeatable(results: Sequence[SystemResult]) -> str:
     )
 
 
-def make_page(scan: Scan, results: Sequence[SystemResult], picture: bytes, seed: int) -> str:
+def make_page(scan: Scan, results: Sequence[SystemResult], seed: int) -> str:
     """The page."""
     from monai_memeff import __version__
 
@@ -118,12 +120,12 @@ def make_page(scan: Scan, results: Sequence[SystemResult], picture: bytes, seed:
     page.table(HEAD, [row(result) for result in results])
     halo = results[-1]
     for text in MEASURED:
-        page.sentences(text.format(parts="several", store=megabytes(halo.store_bytes)))
+        page.sentences(text.format(parts=PARTS, store=megabytes(halo.store_bytes)))
     page.heading("A hidden slice")
-    where = f"{PLANES[scan.axis]} slice {best_slice(scan)} of {scan.target.shape[scan.axis]}, hidden from training"
-    page.picture(
-        picture, f"The scan, the labels and the answers of {', '.join(r.name for r in results)}, side by side", where
-    )
+    at = best_slice(scan)
+    shown = [(as_png(picture), name) for name, picture in panels(scan, results)] + [(legend(scan), "classes")]
+    page.pictures([(png, f"{name}, one slice", name) for png, name in shown])
+    page.sentences(f"{PLANES[scan.axis].capitalize()} slice {at} of {scan.target.shape[scan.axis]}.")
     if len(scan.names) > 1:
         page.heading("Dice of each class in the hidden slices")
         rows = [(name, *(number(r.dice[k]) for r in results)) for k, name in enumerate(scan.names)]

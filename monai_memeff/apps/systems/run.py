@@ -62,9 +62,8 @@ def run_systems(
     console.print(f"{scan.name}: {shape} voxels, {scan.occupancy:.1%} active. {scan.task}", highlight=False)
     results = compare(scan, seconds, seed, lambda title: show_progress(console, title), iterations)
     with console.status("writing"), atomic_folder(target, WRITTEN, ("systems.json",)) as folder:
-        picture = montage(scan, results)
-        (folder / "systems.png").write_bytes(picture)
-        (folder / "systems.html").write_text(make_page(scan, results, picture, seed), encoding="utf-8")
+        (folder / "systems.png").write_bytes(montage(scan, results))
+        (folder / "systems.html").write_text(make_page(scan, results, seed), encoding="utf-8")
         (folder / "systems.json").write_text(make_json(scan, results, seed), encoding="utf-8")
     console.print(make_table(scan, results))
     console.print("\n".join(sentences(scan, results, seed)), highlight=False)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from numbers import Integral
 
-import torch
 from torch import Tensor
 
 from monai_memeff.checks import check_mask
-from monai_memeff.geometry import voxels
 from monai_memeff.sparse.core.tensor import SparseTensor, nonzero_voxels
 from monai_memeff.sparse.core.voxel_set import VoxelSet
 
@@ -43,16 +41,3 @@ def foreground_and_ignored(
     if isinstance(target, Tensor):
         check_mask(structure.features, "a target of the completion network")
     return structure, unknown
-
-
-def filled_cells(fine: VoxelSet, stride: tuple[int, int, int]) -> VoxelSet:
-    """The cells of size ``stride`` all of whose voxels are in the set; the last cell of an axis may be cut off."""
-    if stride == (1, 1, 1):
-        return fine
-    cells = fine.coarsened(stride)
-    parents = voxels.regrid(fine.keys, fine.spatial_shape, cells.spatial_shape, stride, shrink=True)
-    counts = torch.bincount(torch.searchsorted(cells.keys, parents), minlength=len(cells))
-    first = cells.coordinates[:, 1:] * torch.tensor(stride, device=fine.device)
-    ends = torch.tensor(fine.spatial_shape, device=fine.device)
-    sizes = torch.minimum(ends - first, torch.tensor(stride, device=fine.device)).prod(1)
-    return cells.select(counts == sizes)

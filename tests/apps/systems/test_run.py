@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from monai_memeff.apps.systems import run
 from monai_memeff.apps.systems.compare import SystemResult, compare, hidden_dice, train
-from monai_memeff.apps.systems.montage import best_slice, montage
+from monai_memeff.apps.systems.montage import best_slice, class_colors, montage, panels
 from monai_memeff.apps.systems.page import make_json, make_page
 from monai_memeff.apps.systems.scan import Scan
 from monai_memeff.apps.systems.systems import DenseSystem
@@ -60,19 +63,34 @@ def test_dice_counts_hidden_slices_only(scan: Scan) -> None:
 def test_time_that_is_up_ends_a_training_and_is_told(scan: Scan, results: list[SystemResult]) -> None:
     done, _ = train(DenseSystem(scan), scan, 50, 1e-9, lambda *_: None)
     assert done == 1
-    assert "The same seed gives the same training" in make_page(scan, results, montage(scan, results), 3)
+    assert "The same seed gives the same training" in make_page(scan, results, 3)
     short = [SystemResult(**(vars(r) | {"planned": 5})) for r in results]
-    assert "The time was up" in make_page(scan, short, montage(scan, results), 3)
+    assert "The time was up" in make_page(scan, short, 3)
 
 
 def test_the_page_holds_what_was_measured(scan: Scan, results: list[SystemResult]) -> None:
     assert scan.hidden.movedim(scan.axis, 0)[best_slice(scan)].all()
-    text = make_page(scan, results, montage(scan, results), 3)
+    text = make_page(scan, results, 3)
     for word in ("0 labels that differ", "data:image/png", "skull", "Which system suits", "says little", "Seed 3"):
         assert word in text
     content = json.loads(make_json(scan, results, 3), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
     assert content["systems"][-1]["different"] == 0
     assert content["classes"] == list(scan.names)
+
+
+def test_pictures_are_radiological_and_true_to_scale(scan: Scan, results: list[SystemResult]) -> None:
+    assert montage(scan, results)[:4] == b"\x89PNG"
+    shown = dict(panels(scan, results))
+    assert list(shown) == ["the scan", "to be found", "dense", "sparse", "occupancy", "clstm", "halo"]
+    extents = [n * mm for a, (n, mm) in enumerate(zip(scan.target.shape, scan.step_mm, strict=True)) if a != scan.axis]
+    rows, columns = shown["dense"].shape[:2]
+    assert columns / rows == pytest.approx(extents[0] / extents[1], rel=0.02)
+    empty = torch.zeros_like(scan.target)
+    empty[0, -1] = 1  # the patient's left front
+    one = replace(scan, shown=scan.shown * 0, target=empty, axis=2, hidden=torch.ones_like(scan.hidden))
+    picture = dict(panels(one, []))["to be found"]
+    assert picture[2, 2].max() == 0
+    np.testing.assert_allclose(picture[2, -2], class_colors(7)[1, :3] * 0.6, atol=0.01)
 
 
 def test_a_run_writes_three_files_or_none(
