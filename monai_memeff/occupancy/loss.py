@@ -21,10 +21,10 @@ class OccupancyLoss(nn.Module):
         point_loss: takes the place of the first term: any loss of logits (B, K, N) and labels (B, 1, N), such as
             MONAI's ``DiceCELoss(to_onehot_y=True, softmax=True)``.
         coarse_weight: Weight of the second term.
-        ignore_index: label of voxels without annotation. Neither their points count, nor coarse cells that hold them and
-            no foreground; where nothing at all does, the loss is 0 and so is every gradient. A ``point_loss`` sees no
-            volume without annotated points. Points of ignored voxels beside others it must leave out itself (and say so in an
-            attribute ``ignore_index`` or ``ignore_label``), so draw none:
+        ignore_index: label of voxels without annotation. Their points do not count, nor do coarse cells that hold them
+            and no foreground; where nothing at all counts, the loss is 0 and so is every gradient. A ``point_loss``
+            sees no volume without annotated points. Points of ignored voxels beside others it must leave out itself
+            (and say so in an attribute ``ignore_index`` or ``ignore_label``), so draw none:
             :class:`~monai_memeff.occupancy.RandOccupancyPoints` takes ``ignore_index`` too.
     """
 
