@@ -71,7 +71,7 @@ def _planned(question: Question) -> tuple[SpatialPartitionInferer, Plan]:
     budget = question.memory_budget
     if budget is None:
         return _plan(question, None, partitions=PARTITIONS)
-    if home(question.network).type != "cpu":
+    if question.device.type != "cpu":
         return _plan(question, None, memory_budget=budget)
     first = _plan(question, None, partitions=1)[1]
     program = first.schedule.bound.program
@@ -85,7 +85,8 @@ def _planned(question: Question) -> tuple[SpatialPartitionInferer, Plan]:
 
 def _plan(question: Question, program: Program | None, **options: Any) -> tuple[SpatialPartitionInferer, Plan]:
     axis = max(range(len(question.shape) - 2), key=lambda n: question.shape[2 + n])
-    inferer = SpatialPartitionInferer(axis=axis, **options)
+    device = None if question.device == home(question.network) else question.device
+    inferer = SpatialPartitionInferer(axis=axis, device=device, **options)
     example = torch.empty(question.shape, dtype=question.dtype, device="meta")
     return inferer, inferer.prepare(example, question.network, program)
 

@@ -31,6 +31,13 @@ NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException, Unsuppor
 """What a dry run cannot follow: code that looks at values, shapes that depend on them, kernels without a shape rule."""
 
 
+OF_NUMBERS = ("arange", "linspace", "full", "zeros", "ones", "scalar_tensor")
+"""Operators that make a tensor of numbers alone."""
+
+FEW = 1024
+"""Elements up to which such a tensor keeps its values."""
+
+
 @dataclass(frozen=True)
 class DryRun:
     """What a dry run found.
@@ -49,9 +56,21 @@ class DryRun:
 
 
 class DryMode(FakeTensorMode):
-    """Tensors without memory; checks of values pass (:func:`monai_memeff.checks.has_values`)."""
+    """Tensors without memory; checks of values pass (:func:`monai_memeff.checks.has_values`).
+
+    A small tensor that is made of numbers alone keeps its values: ``torch.arange(2, x.dim()).tolist()`` in a loss asks
+    for nothing that depends on the input.
+    """
 
     is_dry_run = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation without memory."""
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.__name__.partition(".")[0] in OF_NUMBERS and result.device.type == "cpu" and result.numel() <= FEW:
+            real = func(*args, **(kwargs or {}))
+            return self.fake_tensor_converter.from_real_tensor(self, real, make_constant=True)
+        return result
 
 
 class MultiplicationCounter(TorchDispatchMode):
@@ -74,6 +93,8 @@ class MultiplicationCounter(TorchDispatchMode):
         count = flop_registry.get(getattr(func, "overloadpacket", None))
         if count is not None:
             self._operations += count(*args, **(kwargs or {}), out_val=result)
+        elif func.__name__.startswith("_linear_pointwise"):  # oneDNN's matrix product
+            self._operations += 2 * args[0].numel() * args[1].shape[0]
         return result
 
 

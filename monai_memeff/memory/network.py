@@ -16,7 +16,7 @@ from monai_memeff.memory.dry import NO_VALUES, DryRun, dry_run
 from monai_memeff.memory.forecast import NetworkEstimate, in_units
 from monai_memeff.memory.small import measured_at_small_sizes
 from monai_memeff.memory.step import Loss, optimizer_bytes, run_step, tensors_in
-from monai_memeff.memory.untouched import bare
+from monai_memeff.memory.untouched import bare, home
 
 SYSTEMS = {
     "halo": "monai_memeff.halo.estimate",
@@ -40,6 +40,7 @@ class Question:
         image: example (B, C, spatial...) for systems whose cost depends on values, None if not given.
         dense: the estimate of the dense network, None if the network is one of the system's own.
         dtype: Type of the input.
+        device: Device of the step.
     """
 
     network: nn.Module
@@ -50,6 +51,7 @@ class Question:
     image: Tensor | None
     dense: NetworkEstimate | None
     dtype: torch.dtype
+    device: torch.device
 
     @property
     def classes(self) -> int:
@@ -73,6 +75,7 @@ def estimate_network(
     optimizer: Callable[[list[nn.Parameter]], Any] | None = None,
     image: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> NetworkEstimate:
     """Predict peak memory, host and disk bytes, and multiplications of one step, before it is run.
 
@@ -93,6 +96,8 @@ def estimate_network(
         optimizer: parameters -> an optimizer, such as ``torch.optim.Adam``, whose state is then listed too.
         image: a volume (B, C, spatial...) whose active voxels count for "sparse"; without it every voxel is active.
         dtype: Type of the input; default that of the weights.
+        device: Device of the step; default the network's. It decides what is on the host, not how kernels
+            of a GPU differ.
 
     Returns:
         The estimate; see :class:`~monai_memeff.memory.NetworkEstimate` for what is counted.
@@ -109,7 +114,8 @@ def estimate_network(
     _check(network, input_shape, system, memory_budget)
     network, shape = bare(network), tuple(int(extent) for extent in input_shape)
     dtype = dtype or _dtype_of(network)
-    question = Question(network, shape, training, memory_budget, loss, image, None, dtype)
+    target = home(network) if device is None else torch.device(device)
+    question = Question(network, shape, training, memory_budget, loss, image, None, dtype, target)
     found = _within(_dense(question), memory_budget) if system == "dense" else _of_system(question, system)
     return replace(found, optimizer_bytes=optimizer_bytes(network, optimizer)) if training else found
 
