@@ -152,6 +152,7 @@ LIGHT = (
     ("bundle",),
     ("bundle", "list"),
     ("run", "--help"),
+    ("estimate", "--help"),
 )
 
 

@@ -21,7 +21,7 @@ from monai_memeff.memory.network import Question, described, step_of
 from monai_memeff.memory.step import stand_in_loss, tensors_in
 from monai_memeff.overlays import overlay_path
 
-SLABS = (16, 8, 4, 2, 1)
+SLABS = (16, 4, 1)
 """Slices of a slab, the overlay's first."""
 
 

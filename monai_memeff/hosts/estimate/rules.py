@@ -9,7 +9,10 @@ from typing import Any
 from torch import nn
 
 ACTIVE = 0.25
-"""Share of active voxels from which on a sparse network does not suit: neighbors and features then cost as much."""
+"""Share of active voxels up to which a sparse network suits: above it neighbors and features cost as much."""
+
+ACTIVE_BELOW_STEM = 0.1
+"""The same where the stem has a stride: the dense network computes little at full resolution either."""
 
 CLASSES = 16
 """Number of classes above which points do not suit: boundaries are everywhere, and every point answers all classes."""
@@ -72,11 +75,11 @@ def _halo(facts: Facts) -> Verdict:
 def _sparse(facts: Facts) -> Verdict:
     if facts.active is None:
         return Verdict(None, "depends on the share of active voxels: give --image")
-    if facts.active > ACTIVE:
-        return Verdict(False, f"{facts.active:.0%} of the voxels are active, above {ACTIVE:.0%}")
-    why = f"{facts.active:.1%} of the voxels are active, at most {ACTIVE:.0%}"
-    if facts.stem > 1:
-        return Verdict(False, f"{why}, but the stem's stride {facts.stem} leaves full resolution out already")
+    limit = ACTIVE if facts.stem == 1 else ACTIVE_BELOW_STEM
+    bound = f"{limit:.0%}" if facts.stem == 1 else f"{limit:.0%} (stem of stride {facts.stem})"
+    if facts.active > limit:
+        return Verdict(False, f"{facts.active:.0%} of the voxels are active, above {bound}")
+    why = f"{facts.active:.1%} of the voxels are active, at most {bound}"
     norms = [norm for norm in facts.norms if norm != "batch"]
     return Verdict(True, f"{why}; {' and '.join(norms)} norm sees active voxels alone: train it" if norms else why)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, argu
 from monai_memeff.halo.planning.rules.table import rule
 
 Rows = Callable[[int], int | None]  # output row -> input row, None for a constant
+Run = tuple[int | None, int, int]  # first input row, None for a constant; number of rows; step
 
 
 def refined(native: Layout) -> Layout:
@@ -73,28 +74,32 @@ class RowOrder(Step):
 
     def compute(self, tensors: Sequence[torch.Tensor], reads: Sequence[Read], box: Box, env: Env) -> torch.Tensor:
         """The runs put together."""
-        queue = iter(tensors)
-        axes = self._axis_runs(box)
+        return self.rest(self._joined((), self._axis_runs(box), iter(tensors), env))
 
-        def build(done: list[tuple[int | None, int, int]]) -> torch.Tensor:
-            axis = len(done)
-            if axis < len(axes):
-                parts = [build([*done, run]) for run in axes[axis]]
-                d = self.out.dim_of(axis)
-                return parts[0] if d is None or len(parts) == 1 else torch.cat(parts, d)
-            if any(first is None for first, _, _ in done):
-                shape = list(self.reads[0].shape)
-                for a, (_, n, _) in enumerate(done):
-                    d = self.reads[0].dim_of(a)
-                    if d is not None:
-                        shape[d] = n
-                return torch.full(shape, self.fill, dtype=self.value.dtype, device=env.device)
-            part = next(queue)
-            back = [self.reads[0].dim_of(a) for a, (_, n, step) in enumerate(done) if step < 0 and n > 1]
-            dims = [d for d in back if d is not None]
-            return part.flip(dims) if dims else part
+    def _joined(
+        self, done: tuple[Run, ...], axes: list[list[Run]], parts: Iterator[torch.Tensor], env: Env
+    ) -> torch.Tensor:
+        """The parts of all runs that begin so; no closure, for one that calls itself keeps its tensors."""
+        axis = len(done)
+        if axis == len(axes):
+            return self._part(done, parts, env)
+        joined = [self._joined((*done, run), axes, parts, env) for run in axes[axis]]
+        d = self.out.dim_of(axis)
+        return joined[0] if d is None or len(joined) == 1 else torch.cat(joined, d)
 
-        return self.rest(build([]))
+    def _part(self, runs: tuple[Run, ...], parts: Iterator[torch.Tensor], env: Env) -> torch.Tensor:
+        """One run along every axis: rows that were read, or rows of the fill."""
+        if any(first is None for first, _, _ in runs):
+            shape = list(self.reads[0].shape)
+            for a, (_, n, _) in enumerate(runs):
+                d = self.reads[0].dim_of(a)
+                if d is not None:
+                    shape[d] = n
+            return torch.full(shape, self.fill, dtype=self.value.dtype, device=env.device)
+        part = next(parts)
+        back = [self.reads[0].dim_of(a) for a, (_, n, step) in enumerate(runs) if step < 0 and n > 1]
+        dims = [d for d in back if d is not None]
+        return part.flip(dims) if dims else part
 
     def rest(self, x: torch.Tensor) -> torch.Tensor:
         """What happens along the dimensions that are not cut."""
