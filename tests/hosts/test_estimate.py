@@ -78,13 +78,13 @@ def test_the_overlay_of_a_budget_keeps_it(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_bundles_training_is_estimated_with_its_own_loss_and_optimizer() -> None:
-    data = run_estimate(str(STOCK), "1,1,32,32,32", training=True, overlays=["clstm"], device="cpu")[1]
+    data = run_estimate(str(STOCK), "1,1,32,32,32", training=True, overlays=["sparse_unet"], device="cpu")[1]
     dense = rows(data)["dense"]
     assert dense["basis"] == "a dry run of every operation"
     assert dense["gradient_bytes"] > 0
     assert data["loss"].startswith("the bundle's")
     assert not dense["notes"]
-    assert rows(data)["clstm"]["network"] == "CLSTMUNet"
+    assert rows(data)["sparse"]["network"] == "SparseUNet"
 
 
 def test_a_plan_is_built_by_the_class_that_it_names(tmp_path: Path) -> None:
