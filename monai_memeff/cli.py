@@ -198,44 +198,24 @@ def certify(
 
 @app.command()
 def estimate(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A bundle's folder or configuration, an nnU-Net plans file, or package.Class.", metavar="SOURCE"
-        ),
-    ],
-    shape: Annotated[
-        str | None, typer.Option(help="Batch, channels and extents: 1,1,128,128,128. Default: a plan's patch.")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Memory for everything, such as 8GiB: chooses a system, writes its overlay.")
-    ] = None,
+    source: Annotated[str, typer.Argument(help="Bundle, its configuration, nnU-Net plans file, or package.Class.")],
+    shape: Annotated[str | None, typer.Option(help="1,1,128,128,128: batch, channels, extents.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Such as 8GiB: choose a system, write its overlay.")] = None,
     image: Annotated[Path | None, typer.Option(help="Volume whose active voxels count for sparse.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Voxels above it are active. Default: those not 0.")] = None,
     training: Annotated[bool, typer.Option("--training", help="A step of training instead of inference.")] = False,
-    overlay: Annotated[
-        list[str] | None, typer.Option(help="Overlay to compare with alone, or a file to merge into the bundle.")
-    ] = None,
+    overlay: Annotated[list[str] | None, typer.Option(help="Overlay to compare alone, or a file to merge.")] = None,
     configuration: Annotated[str | None, typer.Option(help="Of a plans file. Default: 3d_fullres.")] = None,
     arguments: Annotated[str | None, typer.Option(help="Keyword arguments of package.Class, as JSON.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: the GPU if there is one.")] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="File for the overlay. Default: memeff_SYSTEM.json in this folder.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="For the overlay. Default: memeff_SYSTEM.json here.")] = None,
 ) -> None:
     """Predict the memory of a network before it runs, in every system; with a budget, choose one and its overlay."""
     from monai_memeff.hosts.estimate import run_estimate
 
-    lines, data = run_estimate(
-        source, shape, budget, image, threshold, training, overlay or (), configuration, arguments, device, output
-    )
-    if json:
-        from json import dumps
-
-        lines = [dumps(data, indent=2)]
-    for line in lines:
-        typer.echo(line)
+    options = (shape, budget, image, threshold, training, overlay or (), configuration, arguments, device, output)
+    typer.echo(run_estimate(source, *options).text(json))
 
 
 @app.command()

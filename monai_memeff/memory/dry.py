@@ -58,8 +58,8 @@ class DryRun:
 class DryMode(FakeTensorMode):
     """Tensors without memory; checks of values pass (:func:`monai_memeff.checks.has_values`).
 
-    A small tensor that is made of numbers alone keeps its values: ``torch.arange(2, x.dim()).tolist()`` in a loss asks
-    for nothing that depends on the input.
+    A small tensor that is made of numbers alone keeps its values: ``torch.arange(2, x.dim()).tolist()`` in a loss
+    depends on no value of the input.
     """
 
     is_dry_run = True

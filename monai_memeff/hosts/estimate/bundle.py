@@ -74,7 +74,7 @@ class BundleLoss:
     """A bundle's loss of an output and a label of zeros, or the usual one where it does not take them.
 
     Args:
-        loss: of MONAI's kinds: (output, label).
+        loss: Loss of MONAI's kinds: (output, label).
     """
 
     def __init__(self, loss: Any) -> None:

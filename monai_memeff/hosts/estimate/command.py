@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +23,22 @@ from monai_memeff.memory import NetworkEstimate
 from monai_memeff.memory.size import bytes_of
 
 
+class Answer(NamedTuple):
+    """The report.
+
+    Attributes:
+        lines: Lines for people.
+        data: The same for programs.
+    """
+
+    lines: list[str]
+    data: dict[str, Any]
+
+    def text(self, as_json: bool) -> str:
+        """Either of them as text."""
+        return json.dumps(self.data, indent=2) if as_json else "\n".join(self.lines)
+
+
 def run_estimate(
     given: str,
     shape: str | None = None,
@@ -34,25 +51,25 @@ def run_estimate(
     arguments: str | None = None,
     device: str | None = None,
     output: Path | None = None,
-) -> tuple[list[str], dict[str, Any]]:
+) -> Answer:
     """Estimate a network in every system, and choose one for a budget.
 
     Args:
         given: a bundle or its configuration, an nnU-Net plan, or the dotted name of a class or function.
-        shape: of the input; may be left out for a plan, whose patch it then is.
+        shape: Shape of the input; may be left out for a plan, whose patch it then is.
         budget: with its unit; everything on the device must fit.
         image: whose share of active voxels counts.
-        threshold: of active voxels.
+        threshold: Value above which voxels are active.
         training: a step of training instead of inference.
         overlays: names of overlays, whose systems alone are then compared with the dense network; or files, which are
             merged into a bundle's configuration.
-        configuration: of a plan.
-        arguments: of a class or function, as JSON.
+        configuration: Name of a plan's configuration.
+        arguments: Keyword arguments of a class or function, as JSON.
         device: ``cpu`` or ``cuda``; default the GPU if there is one.
         output: file for the overlay; default ``memeff_SYSTEM.json`` here.
 
     Returns:
-        Lines for people, and the same for programs.
+        The report.
 
     Raises:
         InputError: whatever is wrong, in one line.
@@ -78,7 +95,7 @@ def run_estimate(
         chosen = choose(rows, bound, target.type)
         more, data["chosen"] = _written(source, chosen, bound, wish, output)
         lines += more
-    return lines, data
+    return Answer(lines, data)
 
 
 def _device(name: str | None) -> torch.device:

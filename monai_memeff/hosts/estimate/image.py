@@ -17,7 +17,7 @@ def active_image(file: Path, shape: tuple[int, ...], threshold: float | None) ->
 
     Args:
         file: NIfTI, NRRD or a DICOM folder.
-        shape: of the input.
+        shape: Shape of the input.
         threshold: voxels above it are active; None: those that are not 0.
 
     Raises:

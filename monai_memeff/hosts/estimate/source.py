@@ -28,7 +28,7 @@ def find_source(
     Args:
         given: Folder of a bundle, a configuration or plan, or ``package.Class`` or ``module:function``.
         overlays: Files to be merged into a bundle's configuration.
-        configuration: of a plan.
+        configuration: Name of a plan's configuration.
         arguments: keyword arguments of the class or function, as JSON.
         training: whether a bundle's training configuration is meant.
 

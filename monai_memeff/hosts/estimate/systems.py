@@ -39,7 +39,7 @@ class Wish:
     """What is to be estimated.
 
     Attributes:
-        shape: of the input.
+        shape: Shape of the input.
         training: whether a step of training is meant.
         budget: bytes for everything on the device, None for any number.
         device: where it will run.

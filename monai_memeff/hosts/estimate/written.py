@@ -40,7 +40,7 @@ def write_overlay(found: NetworkEstimate, target: Path, *sources: Path) -> Path 
     """Write the overlay of an estimate; None where a bundle needs none.
 
     Args:
-        found: of the system that was chosen.
+        found: The estimate of the system that was chosen.
         target: a .json file.
         sources: files that it must not replace.
 
