@@ -21,9 +21,9 @@ from monai_memeff.arguments import numbers_checked
 from monai_memeff.checks import as_device
 from monai_memeff.halo.planning.capture import bare, home
 from monai_memeff.halo.planning.estimate import dry_peak
-from monai_memeff.halo.planning.fingerprint import call_key, fingerprint, mode_key
 from monai_memeff.halo.planning.plan import Plan, make_plan
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
+from monai_memeff.halo.planning.state.fingerprint import call_key, fingerprint, mode_key
 from monai_memeff.halo.run.stores import FolderStore, HostStore, Store, available_memory
 from monai_memeff.halo.run.stream import Stream
 

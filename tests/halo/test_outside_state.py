@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from monai_memeff.halo import NotPartitionableError, SpatialPartitionInferer, explain
-from monai_memeff.halo.planning.fingerprint import fingerprint
+from monai_memeff.halo.planning.state.fingerprint import fingerprint
 from tests.halo.kinds import small_conv
 from tests.halo.ordinary_code import Call
 from tests.halo.partitioned import difference, plain, try_settings

@@ -18,11 +18,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # read in torch 2.6 to 2.14
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
-from monai_memeff.halo.planning.constants import Constants
 from monai_memeff.halo.planning.errors import NotPartitionableError
-from monai_memeff.halo.planning.escapes import Escapes
 from monai_memeff.halo.planning.lower import lower
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
+from monai_memeff.halo.planning.state.constants import Constants
+from monai_memeff.halo.planning.state.escapes import Escapes
 from monai_memeff.memory.untouched import as_it_was, bare, home
 
 

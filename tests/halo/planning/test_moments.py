@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from monai_memeff.halo.planning.rules.norm import _channels, mean_var
+from monai_memeff.halo.planning.rules.moments import _channels, mean_var
 
 CASES = [
     ((2, 3, 5, 6, 7), (2, 3, 4), True),  # instance norm

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from monai_memeff.arguments import numbers_checked
 from monai_memeff.halo.planning.capture import capture
 from monai_memeff.halo.planning.errors import NotPartitionableError
-from monai_memeff.halo.planning.fingerprint import fingerprint, mode_key
+from monai_memeff.halo.planning.state.fingerprint import fingerprint, mode_key
 from monai_memeff.halo.run.ranks import calls
 from monai_memeff.halo.run.ranks.agreement import agree, digest
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh

@@ -13,8 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor  # read in torch 2.6 to 2.14
 from torch.overrides import TorchFunctionMode
 
-from monai_memeff.halo.planning.constants import tensors_in
 from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.planning.state.constants import tensors_in
 
 _NOT_THE_USERS = ("/torch/", "/monai_memeff/halo/", "<")
 _DEPTH = 4  # containers in containers

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from monai_memeff.halo.planning.constants import is_constant
+from monai_memeff.halo.planning.state.constants import is_constant
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 _LIBRARIES = frozenset(("torch", "monai", "numpy", "builtins"))  # whose globals nobody changes
