@@ -116,7 +116,7 @@ def dry_run(
 
     Raises:
         InputError: the network's parameters have no shapes yet.
-        Exception: whatever the step raises; one of ``NO_VALUES`` where it looks at values.
+        Exception: whatever the step raises; :func:`needs_values` tells whether a real step may succeed.
     """
     tracker, mode = StorageTracker("meta", count_older=False), DryMode(allow_non_fake_inputs=True)
     with (
@@ -150,9 +150,20 @@ def _stand_in(network: nn.Module) -> None:
             known[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
         return known[id(tensor)]
 
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise CompiledCodeError
     for module in network.modules():
         module.__dict__["_parameters"] = {name: one(value) for name, value in module._parameters.items()}
         module.__dict__["_buffers"] = {name: one(value) for name, value in module._buffers.items()}
+
+
+class CompiledCodeError(Exception):
+    """A module whose parameters belong to compiled code and cannot be stood in for."""
+
+
+def needs_values(error: Exception) -> bool:
+    """Whether a dry run failed because its tensors have no values, and a real one may succeed."""
+    return isinstance(error, (*NO_VALUES, CompiledCodeError)) or "tensor subclasses" in str(error)
 
 
 @contextmanager

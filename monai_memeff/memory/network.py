@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_memeff.errors import InputError
-from monai_memeff.memory.dry import NO_VALUES, DryRun, dry_run
+from monai_memeff.memory.dry import DryRun, dry_run, needs_values
 from monai_memeff.memory.forecast import NetworkEstimate, in_units
 from monai_memeff.memory.small import measured_at_small_sizes
 from monai_memeff.memory.step import Loss, optimizer_bytes, run_step, tensors_in
@@ -136,12 +136,12 @@ def _dense(question: Question) -> NetworkEstimate:
     try:
         found = dry_run(network, shape, question.dtype, step_of(question), training)
         basis = "a dry run of every operation"
-    except NO_VALUES:
-        found, basis = measured_at_small_sizes(network, shape, training, question.loss, question.dtype)
     except InputError:
         raise
     except Exception as error:  # of the network's own code, of any kind
-        raise InputError(_reason(network, shape, error)) from error
+        if not needs_values(error):
+            raise InputError(_reason(network, shape, error)) from error
+        found, basis = measured_at_small_sizes(network, shape, training, question.loss, question.dtype)
     return described(question, found, "dense", network, basis=basis, relative_time=1.0)
 
 

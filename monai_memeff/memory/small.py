@@ -57,7 +57,7 @@ def measured_at_small_sizes(
     if shapes == [shape]:
         return DryRun(peaks[0], 0, None), "measured on this size with random values"
     return DryRun(_extended(network, shapes, peaks, shape), 0, None), (
-        "a line through peaks measured on small volumes of random values, because the network looks at values"
+        "a line through peaks measured on small volumes of random values: the network needs values, or is compiled"
     )
 
 

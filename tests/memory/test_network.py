@@ -9,6 +9,7 @@ import pytest
 import torch
 from monai.networks.nets import SegResNet, SwinUNETR, UNet
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from monai_memeff.errors import InputError
 from monai_memeff.memory import checkpoint, estimate_network, measure_peak
@@ -25,6 +26,14 @@ class LooksAtValues(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = self.first(x)
         return self.second(features.relu() if features.mean() > 0 else features.tanh())
+
+
+class ThroughNumpy(LooksAtValues):
+    """Leaves torch in the middle."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.first(x)
+        return self.second(kept * float(kept.detach().numpy().shape[0]))
 
 
 class Spectrum(nn.Module):
@@ -67,6 +76,8 @@ NETWORKS = {
     "double precision": lambda: unet().double(),
     "compiled": lambda: torch.compile(unet()),
     "LooksAtValues": LooksAtValues,
+    "ThroughNumpy": ThroughNumpy,
+    "torch.jit": lambda: torch.jit.trace(unet().eval(), torch.rand(1, 1, 36, 24, 28)),
     "SwinUNETR": swin,
 }
 
@@ -79,6 +90,7 @@ def measured(network: nn.Module, volume: Tensor, training: bool) -> int:
     return meter.peak_bytes
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.jit
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", list(NETWORKS))
 @pytest.mark.slow
@@ -92,6 +104,7 @@ def test_a_step_is_predicted(name: str, training: bool) -> None:
     assert found.peak_bytes == pytest.approx(measured(network, volume, training), rel=0.02)
     assert found.gradient_bytes == (found.parameter_bytes if training and name == "UNet" else found.gradient_bytes)
     assert found.relative_time == 1
+    assert all(p.grad is None or not is_fake(p.grad) for p in network.parameters())
 
 
 @pytest.mark.slow
