@@ -42,9 +42,18 @@ def check_output_folder(
     above = next(p for p in (path, *path.parents) if p.exists())
     if not above.is_dir():
         raise InputError(f"output {path} needs a folder, but {above} is a file: give another --output")
-    if not os.access(above, os.W_OK | os.X_OK):
+    if not _takes_files(above):
         raise InputError(f"output {path} cannot be written, {above} allows no new files: give another --output")
     return path
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether a new folder can be made there; permissions alone do not say it of special and full file systems."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder):
+            return os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

@@ -46,3 +46,12 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(InputError, match="allows no new files"):
         check_output_folder(tmp_path / "a", NAMES)
+    monkeypatch.undo()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(InputError, match="allows no new files"):
+        check_output_folder(tmp_path / "a", NAMES)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

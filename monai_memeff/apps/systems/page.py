@@ -85,7 +85,7 @@ def sentences(scan: Scan, results: Sequence[SystemResult], seed: int) -> list[st
         f"halo gives {halo.different} labels that differ from those of the dense network, of {scan.target.numel()}, at"
         f" {halo.test_peak_bytes / max(1, dense.test_peak_bytes):.2f} of its peak ({megabytes(halo.test_peak_bytes)}"
         f" instead of {megabytes(dense.test_peak_bytes)} on the device).",
-        f"sparse computes {scan.occupancy:.1%} of the voxels, {_sparse_verdict(scan.occupancy)}; its training takes"
+        f"sparse computes {scan.occupancy:.1%} of the voxels ({_sparse_verdict(scan.occupancy)}); its training takes"
         f" {(by_name['sparse'].train_peak_bytes or 0) / max(1, dense.train_peak_bytes or 0):.2f} of dense's peak.",
         f"Seed {seed}. {_repeatable(results)}",
     ]
@@ -94,10 +94,10 @@ def sentences(scan: Scan, results: Sequence[SystemResult], seed: int) -> list[st
 
 def _sparse_verdict(occupancy: float) -> str:
     if occupancy <= 0.1:
-        return "few, which is what it is made for"
+        return "few: what it is made for"
     if occupancy <= 0.3:
-        return "of which some memory is saved"
-    return "too many to save much"
+        return "some: memory is saved"
+    return "many: little time is saved"
 
 
 def _repeatable(results: Sequence[SystemResult]) -> str:

@@ -19,6 +19,7 @@ CHANNELS = (8, 16, 32, 64)
 POINTS = 2**12
 SAMPLING = {"uniform": 0.4, "border": 0.3, "balanced": 0.3}
 PARTS = 8
+HEAD_SCALE = 10.0
 
 
 class SegmentationSystem(Protocol):
@@ -108,19 +109,23 @@ class OccupancySystem:
 
     def labels(self, scan: Scan) -> Tensor:
         """Labels queried where they change."""
-        return OctreeInferer(labels=True, stride=4)(scan.image, self.network)[0, 0].to(torch.uint8)
+        return OctreeInferer(POINTS, stride=4, labels=True)(scan.image, self.network)[0, 0].to(torch.uint8)
 
 
 class CLSTMSystem:
     """A 2D U-Net in a convolutional LSTM that walks along the slices, most activations recomputed in training."""
 
-    title, iterations, learning_rate = "clstm", 60, 1e-2
+    title, iterations, learning_rate = "clstm", 100, 1e-2
 
     def __init__(self, scan: Scan) -> None:
-        self.network: nn.Module = CLSTMUNet(
+        network = CLSTMUNet(
             3, scan.image.shape[1], scan.classes, CHANNELS, hidden_channels=8, checkpoint="sqrt",
             norm=("group", {"num_groups": 4}),
         )  # fmt: skip
+        assert network.head is not None
+        with torch.no_grad():  # the hidden state lies in (-1, 1): a head of torch's own scale reaches small logits only
+            network.head.weight.mul_(HEAD_SCALE)
+        self.network: nn.Module = network
         self.weights = class_weights(scan)
 
     def loss(self, scan: Scan) -> Tensor:

@@ -111,4 +111,4 @@ def _from_label(label: MetaTensor, names: Mapping[int, str]) -> Target:
         raise InputError(f"the label has {len(classes)} classes, and at most {MOST_CLASSES} are compared: merge some")
     labels = torch.bucketize(values, torch.tensor([c - 0.5 for c in classes])).to(torch.uint8)
     called = tuple(names.get(c, f"label {c}") for c in classes)
-    return Target(labels, called, f"The {len(classes)} classes of the label.")
+    return Target(labels, called, f"The label's classes: {len(classes)}.")

@@ -87,7 +87,7 @@ def run_demo(
     console.print(f"written to {target}", highlight=False)
 
 
-def training_seconds(seconds: float | None, size: int, networks: int = 1) -> float:
+def training_seconds(seconds: float | None, size: int, networks: float = 1) -> float:
     """Seconds of training, the given ones or 95 for each network at size 64 and as the volume grows."""
     if seconds is None:
         seconds = networks * SECONDS_AT_64 * (size / 64) ** 3

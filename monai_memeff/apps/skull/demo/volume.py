@@ -19,6 +19,7 @@ from monai_memeff.apps.skull.demo.pretrained import ModelGrid
 from monai_memeff.geometry import is_anisotropic, is_oblique, ras_affine, resize_affine, spacing
 
 MASK_HU = 1000.0
+NO_AIR_HU = -200.0
 MARGIN = 0.05  # air kept on each side of the skull, as a fraction of its extent
 FINEST = 256  # edge of the finest grid on which bone is thresholded before pooling
 GRID_FULL = 0.35  # a skull occupies a tenth of the grid, more or less
@@ -167,10 +168,12 @@ def prepare_head(
     check_size(size)
     check_ct(image, name)
     values = np.array(image[0].as_tensor().cpu().numpy(), dtype=np.float32)
-    masks: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     if _is_mask(values, threshold):
         values, threshold = (values > threshold).astype(np.float32) * MASK_HU, MASK_HU / 2
-        masks = (f"the image is a mask: bone counts as {MASK_HU:g} HU, the rest as 0",)
+        remarks = (f"the image is a mask: bone counts as {MASK_HU:g} HU, the rest as 0",)
+    elif values.min() > NO_AIR_HU:
+        remarks = (f"no voxel lies below {NO_AIR_HU:g}, where air is: the image may not be in Hounsfield units",)
     ct_affine = ras_affine(image).cpu().numpy()
     dense = check_bone(values, threshold, name)
     bone = get_largest_connected_component_mask(dense)
@@ -178,15 +181,13 @@ def prepare_head(
     headroom = edge * MARGIN / (1 + 2 * MARGIN)
     pool = _pool(edge / size, ct_affine, size)
     if model is not None and edge > size * model.cell_mm:
-        masks, model = (
-            (*masks, f"the head is larger than the shipped model's grid of {size * model.cell_mm:g} mm"),
-            None,
-        )
+        remarks = (*remarks, f"the head is larger than the shipped model's grid of {size * model.cell_mm:g} mm")
+        model = None
     if model is not None:
         top = corner[2] + edge - headroom
         edge, headroom, pool = size * model.cell_mm, model.headroom_mm, model.pool
         corner = np.array([*corner[:2], top + headroom - edge])
-    notes = (*image.meta.get("notes", ()), *masks, *_notes(bone, dense, ct_affine))
+    notes = (*image.meta.get("notes", ()), *remarks, *_notes(bone, dense, ct_affine))
     values[dense & ~bone] = min(threshold, 0.0)
     grid = onto_grid(
         MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(ct_affine)), float(corner[2]), grid=size,

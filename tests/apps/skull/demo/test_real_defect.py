@@ -100,6 +100,9 @@ def test_warnings_name_the_midline_the_field_of_view_and_further_holes(
     cut = replace(holed, bone=holed.bone[:, :, :low])
     assert real_defect.outside_share(cut, middle) > 0.5
     assert any("cut off by the field of view" in w for w in real_defect.find_warnings(cut, middle, plane))
+    assert real_defect.cap_share(head) < 0.4
+    low_vault = replace(holed, skull=holed.skull & (np.arange(64) < 50))
+    assert any("no image shows" in w for w in real_defect.find_warnings(low_vault, hole, plane))
     more = replace(hole, others_cm2=(5.0,))
     assert "further holes, of 5 cm2" in real_defect.find_warnings(holed, more, plane)[0]
 

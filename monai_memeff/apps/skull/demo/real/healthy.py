@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_memeff.apps.skull import RandSkullDefect
+from monai_memeff.apps.skull import RandSkullDefect, RandSkullVariation
 from monai_memeff.apps.skull.demo.real.holes import SkullHole
 from monai_memeff.apps.skull.demo.volume import HeadVolume
 
 UNKNOWN = 2
 """Value of cells in a target that teach nothing."""
 SHIFT = 2  # cells by which the hole's own shape is moved
-OWN_SHAPE = 0.4  # of the heads that are whole at the hole's place, this part gets a defect of its shape there
+MIRRORED = 0.6  # of the first heads of the batches; the others are the patient
+OWN_SHAPE = 0.7  # of the heads that are whole at the hole's place, this part gets a defect of its shape there
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,23 @@ class HealthyBoneSampler:
         self.random = np.random.RandomState(seed)
         self.defect = RandSkullDefect()
         self.defect.set_random_state(seed)
+        self.variation = RandSkullVariation(rotation=0.05, scale=0.05, shear=0.02, bend=0.01, cut=0.0)
+        self.variation.set_random_state(seed)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Defective heads, and what is to be learned of them: float (B, 1, S, S, S)."""
-        among = [2] + [len(self.heads)] * (self.batch_size - 1)
-        chosen = [self.heads[self.random.randint(count)] for count in among]
+        places = [int(self.random.random_sample() < MIRRORED)]
+        places += [self.random.randint(len(self.heads)) for _ in range(self.batch_size - 1)]
+        chosen = [self._varied(self.heads[place]) for place in places]
         return torch.stack([self._cut(head) for head in chosen]), torch.stack([head.target for head in chosen])
+
+    def _varied(self, head: TrainingHead) -> TrainingHead:
+        """A head that is not the patient, a little otherwise each time: what fills it must not be learned by heart."""
+        if not head.whole:
+            return head
+        skull = self.variation(head.skull)
+        unknown = self.variation((head.target == UNKNOWN).float(), randomize=False)
+        return TrainingHead(skull, torch.where(skull > 0, 1.0, unknown * UNKNOWN), True)
 
     def _cut(self, head: TrainingHead) -> Tensor:
         if head.whole and self.random.random_sample() < OWN_SHAPE:

@@ -40,6 +40,7 @@ GENERATED = 4  # heads
 LEARNING_RATE, FINE_TUNING_RATE = 4e-3, 1e-3
 OUTSIDE_MOST, OUTSIDE_WARNED, MIDLINE_WARNED = 0.5, 0.02, 0.02
 NEAR_MM = 6.0
+CAP_MM, CAP_WARNED = 6.0, 0.5
 RIM = 2  # cells beyond the zone that an implant may take
 
 
@@ -62,7 +63,7 @@ def run_defective(
         size: edge of the grid in voxels; None: 64.
         output: folder for ``report.txt``, ``report.json``, ``figure.png``, and the implants of the network and of the
             mirror as NIfTI and STL.
-        seconds: training time; None: 190 at size 64.
+        seconds: training time; None: 240 at size 64.
         threshold: bone is above this many Hounsfield units.
         defects: number of synthetic defects of healthy bone to test on; None: 6.
         seed: seed of defects and weights.
@@ -77,7 +78,7 @@ def run_defective(
         raise InputError("--defective fills the hole of a real head: give its CT with --image")
     target = check_output_folder(output, WRITTEN, image)
     size = check_size(64 if size is None else size)
-    seconds, defects = training_seconds(seconds, size, networks=2), check_defects(defects, size)
+    seconds, defects = training_seconds(seconds, size, networks=2.5), check_defects(defects, size)
     console, shipped = Console(), shipped_model()
     with console.status("reading the head"):
         head = load_head(image, size, threshold, seed, series, resample, model_grid(shipped, size))
@@ -151,10 +152,29 @@ def find_warnings(head: HeadVolume, hole: SkullHole, mirror: MirrorResult) -> tu
         warnings.append(f"the hole crosses the midline: for {middle:.0%} of it the other side is missing too")
     if outside > OUTSIDE_WARNED:
         warnings.append(f"the vault is cut off by the field of view: {outside:.0%} of the hole lies outside the image")
+    if cap_share(head) > CAP_WARNED:
+        warnings.append(
+            f"the highest bone is {cap_share(head):.0%} as wide as the head: the vault is cut off, and what looks like"
+            " a hole may be a part that no image shows"
+        )
     if hole.others_cm2:
         areas = " and ".join(f"{area:.0f} cm2" for area in hole.others_cm2)
         warnings.append(f"there are further holes, of {areas}, which are not filled: the largest one is")
     return tuple(warnings)
+
+
+def cap_share(head: HeadVolume) -> float:
+    """How wide and long the highest 6 mm of bone are, of the whole head; the smaller of the two fractions.
+
+    The cap of a round vault is narrow, a third or less; a plane that cuts it leaves a wide ring.
+    """
+    depth = max(1, round(CAP_MM / head.cell_mm))
+    top = int(head.skull.any(axis=(0, 1)).nonzero()[0].max()) + 1
+    wide = [
+        [np.ptp(np.flatnonzero(part.any(axis=(1 - axis, 2)))) + 1 for axis in (0, 1)]
+        for part in (head.skull[:, :, top - depth : top], head.skull)
+    ]
+    return float((np.array(wide[0]) / np.array(wide[1])).min())
 
 
 def side_of(hole: SkullHole, mirror: MirrorResult) -> str:
