@@ -179,6 +179,7 @@ def test_the_import_loads_no_optional_package(fresh_import: dict[str, Any]) -> N
     assert not foreign, "the import needs torch and MONAI alone"
 
 
+@pytest.mark.slow
 def test_points_are_loaded_when_they_are_used_and_without_their_hosts(fresh_import: dict[str, Any]) -> None:
     assert "monai_memeff.sparse.points" not in fresh_import["new"]
     assert "monai_memeff.sparse.points" in fresh_import["with points"]
@@ -249,6 +250,7 @@ def test_a_file_opens_with_a_sentence(path: Path) -> None:
     assert first.rstrip().endswith((".", ":", "?")), first
 
 
+@pytest.mark.slow
 def test_no_constructor_swallows_keywords() -> None:
     """A misspelt argument must not vanish in **kwargs."""
     guilty = [

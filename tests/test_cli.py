@@ -259,6 +259,7 @@ def test_merge_writes_one_file(tmp_path, monkeypatch, capsys):
     assert "none.json" in err
 
 
+@pytest.mark.slow
 def test_doctor_names_the_engines():
     output = CliRunner().invoke(cli.app, ["doctor"]).output
     assert "on cpu tensors:" in output

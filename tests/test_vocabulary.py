@@ -52,6 +52,7 @@ LINES = lines()
 
 
 @pytest.mark.parametrize("old", WORDS)
+@pytest.mark.slow
 def test_old_words_are_gone(old: str) -> None:
     found = [f"{name}:{number}: {text.strip()[:100]}" for name, number, text in LINES if re.search(old, text)]
     assert not found, f"say {WORDS[old]}"

@@ -174,6 +174,7 @@ def test_training_goes_on_from_the_last_state(trained: Path, organ_data: Path, t
     assert after["scheduler"]["last_epoch"] == before["scheduler"]["last_epoch"] + 1
 
 
+@pytest.mark.slow
 def test_two_stages_end_in_the_images_own_geometry(trained: Path, organ_data: Path, tmp_path: Path) -> None:
     """A CT goes in, a mask on its grid comes out, and it is the organ: the phantom knows where that is."""
     found = inferred(trained, organ_data, tmp_path, **CELLS, **FINE_NET, **DENSE_NET)
@@ -226,6 +227,7 @@ def dice_of(found: np.ndarray) -> float:
     return 2 * float((liver & found).sum()) / float(liver.sum() + found.sum())
 
 
+@pytest.mark.slow
 def test_two_stages_on_a_grid_of_512_x_512_x_20(trained: Path, tmp_path: Path) -> None:
     """The published workflow in size: a dense network on a coarse grid, a sparse one on the CT's own."""
     image = np.full((512, 512, 20), -100, dtype=np.int16)

@@ -61,6 +61,7 @@ def test_the_wheel_holds_the_overlays(tmp_path: Path) -> None:
 # Training
 
 
+@pytest.mark.slow
 def test_the_stock_bundle_trains_sparse(stock: Path, organ_data: Path, dense_weights: Path, tmp_path: Path) -> None:
     files = f"['configs/train.json', '{overlay_path('sparse_unet')}']"
     folders = ["--dataset_dir", str(organ_data), "--ckpt_dir", str(tmp_path)]

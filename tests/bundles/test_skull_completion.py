@@ -67,6 +67,7 @@ def test_an_empty_folder_ends_in_one_line(tmp_path: Path) -> None:
     ],
     ids=["no bone", "all bone", "NaN", "4D"],
 )
+@pytest.mark.slow
 def test_a_volume_it_cannot_use_ends_in_one_line(
     file: Path, kind: str, change: str | None, threshold: int, message: str, tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def test_the_frozen_unet_keeps_stage_ones_weights(pretrained: Path, heads: Path,
     assert "cell.conv.weight" not in same
 
 
+@pytest.mark.slow
 def test_after_the_frozen_iterations_everything_learns(trained: Path) -> None:
     before, after = (weights(trained / "models" / f"{n}.pt") for n in ("pretrained", "last_checkpoint_epoch=2"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -121,6 +121,7 @@ def test_no_pass_of_an_occupancy_network_answers_more_points_than_allowed(
         assert sum(asked) == batch * shape[0] * shape[1] * shape[2]
 
 
+@pytest.mark.slow
 def test_the_folder_of_kernel_maps_does_not_outgrow_its_bound(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(map_cache, "MIN_VOXELS", 1)
     bound = 60_000

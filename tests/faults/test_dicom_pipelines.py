@@ -102,6 +102,7 @@ def case(head: Path, folder: Path, kind: str) -> Path:
         ("mr", "it is MR, and CT is needed"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_the_demo_refuses_each_in_one_line(
     kind: str,
     said: str,

@@ -119,6 +119,7 @@ def test_folders_in_folders_and_single_slices(tmp_path: Path) -> None:
 
 @settings(derandomize=True, max_examples=40, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_a_random_choice_of_slices_is_read_exactly_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -225,6 +225,7 @@ def test_sparse_unet(
     training=st.booleans(), batch=st.integers(1, 2), recompute=st.booleans(),
     max_active=st.sampled_from([0.001, 0.3, 1]),
 )  # fmt: skip
+@pytest.mark.slow
 def test_coarse_to_sparse(
     shape: tuple[int, ...], factor: tuple[int, ...], norm: str | tuple, units: int, training: bool, batch: int,
     recompute: bool, max_active: float,

@@ -44,6 +44,7 @@ FORMATS = {
 @pytest.mark.parametrize("endian", ["<", ">"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
 @pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.slow
 def test_labels_of_every_format_can_be_read(name: str, dtype: Any, endian: str, net: CLSTMUNet, tmp_path: Path) -> None:
     kind, ending = FORMATS[name]
     data = values(dtype)
@@ -175,6 +176,7 @@ def test_other_formats_and_broken_files_are_refused_by_name(tmp_path: Path) -> N
 
 @settings(derandomize=True, max_examples=60, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+@pytest.mark.slow
 def test_a_packed_file_with_a_wrong_bit_or_cut_short_is_never_taken(
     tmp_path_factory: pytest.TempPathFactory, place: float, bit: int, cut: bool
 ) -> None:

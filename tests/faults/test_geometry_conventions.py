@@ -149,6 +149,7 @@ def test_slabs_of_both_spaces_follow_each_other() -> None:
         list(check_that_slabs_continue([first, off], 2))
 
 
+@pytest.mark.slow
 def test_a_head_is_the_same_head_in_both_spaces() -> None:
     x = np.linspace(-1, 1, 70)
     r = np.sqrt(x[:, None, None] ** 2 + x[None, :, None] ** 2 + 1.2 * x[None, None, :] ** 2)

@@ -36,6 +36,7 @@ def test_equal_to_the_whole_volume(name: str, partitions: int) -> None:
     assert 0.9 * report.planned_peak_bytes <= report.device_peak_bytes <= report.planned_peak_bytes
 
 
+@pytest.mark.slow
 def test_float32_and_uneven_parts_along_another_axis() -> None:
     network, x = NETWORKS["PlainConvUNet"]().eval(), torch.randn(2, 1, 8, 12, 44)
     got = SpatialPartitionInferer(5, axis=2)(x, network)
@@ -121,11 +122,13 @@ def test_auto_takes_as_few_parts_as_fit() -> None:
         SpatialPartitionInferer("auto", memory_budget=1000)(x, network)
 
 
+@pytest.mark.slow
 def test_networks_that_keep_tensors_on_themselves_stay_apart() -> None:
     network, x = NETWORKS["DynUNet"]().train().double(), torch.randn(1, 1, 16, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(SpatialPartitionInferer(2)(x, network), whole(network, x), atol=1e-11, rtol=0)
 
 
+@pytest.mark.slow
 def test_metatensors_progress_and_refusals(capfd: pytest.CaptureFixture[str]) -> None:
     network, x = unet().eval(), torch.randn(1, 1, 16, 8, 8)
     got = SpatialPartitionInferer(2, progress=True)(MetaTensor(x), network)

@@ -120,6 +120,7 @@ FOUND: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("name", FOUND)
+@pytest.mark.slow
 def test_what_random_networks_found(name: str) -> None:
     network = nn.Sequential(nn.Conv3d(2, 2, 3, padding=1), Call(name, FOUND[name]), nn.Conv3d(2, 2, 3, padding=1))
     x = torch.randn(1, 2, 11, 6, 5, dtype=torch.float64)

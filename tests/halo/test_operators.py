@@ -127,6 +127,7 @@ def test_operators_that_nobody_listed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEPEND_ON_DATA)
+@pytest.mark.slow
 def test_what_depends_on_the_data_is_refused(name: str) -> None:
     with pytest.raises(NotPartitionableError) as refusal:
         SpatialPartitionInferer(3)(x_of(), nn.Sequential(small_conv(3), Call(name, DEPEND_ON_DATA[name])).double())

@@ -60,6 +60,7 @@ CHANGES: dict[str, Callable[[Configured, pytest.MonkeyPatch], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.slow
 def test_a_plan_is_made_again_when_what_code_sees_has_changed(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network, x, inferer = Configured().double().eval(), volume(), SpatialPartitionInferer(3)
     before = inferer(x, network)
@@ -113,6 +114,7 @@ class Caching(nn.Module):
 
 
 @pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.slow
 def test_caches_of_constants_work_before_and_after(filled: bool) -> None:
     GRIDS.clear()
     line.cache_clear()
@@ -129,6 +131,7 @@ def test_caches_of_constants_work_before_and_after(filled: bool) -> None:
 
 
 @pytest.mark.parametrize("keep", ["list", "dictionary", "cell"])
+@pytest.mark.slow
 def test_a_hook_that_keeps_activations_is_refused(keep: str) -> None:
     network, kept, found = nn.Sequential(small_conv(3), nn.ReLU()).double(), [], {}
     cell = None
@@ -159,6 +162,7 @@ class Adds(nn.Module):
         return x + y
 
 
+@pytest.mark.slow
 def test_arguments_that_share_memory() -> None:
     x = volume(1, 3, 11, 6, 5)
     for args in ((x, x), (x[:, :2], x[:, 1:])):
@@ -184,6 +188,7 @@ def test_writes_into_windows_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.slow
 def test_strides_read_memory(name: str) -> None:
     exact, fn = MEMORY[name]
     network = nn.Sequential(small_conv(3), Call(name, fn)).double()
@@ -270,6 +275,7 @@ class Passes(nn.Module):
         return self._orig_mod(x) * 2 - x.mean()
 
 
+@pytest.mark.slow
 def test_wrappers_are_taken_off_only_where_nothing_is_lost() -> None:
     assert try_settings(Passes().double(), (volume(),), [(0, 3)]).exact == 1
     compiled = torch.compile(small_conv(3).double(), backend="eager")

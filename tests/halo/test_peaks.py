@@ -43,6 +43,7 @@ def test_the_planned_peak_bounds_the_measured_one(name: str, partitions: int | s
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_remembered_forms_count_the_same_bytes(name: str) -> None:
     schedule = known(name)[2].schedule
     found = []

@@ -61,5 +61,6 @@ def test_reasons_name_module_and_line() -> None:
         plan(Looks(), (1, 1, 16, 16, 16))
 
 
+@pytest.mark.slow
 def test_verify_takes_the_inferers_path() -> None:
     assert verify(net(), (1, 1, 24, 12, 12), axis=1) < 1e-10

@@ -48,6 +48,7 @@ def test_a_full_disk_is_refused_before_the_run(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of file sizes")
+@pytest.mark.slow
 def test_a_disk_that_fills_up_during_the_run_is_an_error(tmp_path: Path) -> None:
     """The system itself refuses the blocks of a file, as on a full disk."""
     network, x, inferer = net(), torch.randn(1, 2, 24, 16, 16), SpatialPartitionInferer(3, store=tmp_path)

@@ -139,6 +139,7 @@ def test_what_stands_between_layers_and_their_code(name: str) -> None:
     assert kept.keys() == {k for k in network.__dict__ if k == "grid"}
 
 
+@pytest.mark.slow
 def test_a_cached_grid_of_another_size_is_not_used() -> None:
     network = Cached().double()
     for shape in ((1, 2, 13, 7, 6), (1, 2, 10, 7, 6), (1, 2, 13, 7, 6)):
@@ -209,6 +210,7 @@ def test_arguments_are_changed_as_the_network_changes_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_autocast_and_half_networks(dtype: torch.dtype) -> None:
     x, network = x_of().float(), net()
     with torch.autocast("cpu", dtype), torch.no_grad():

@@ -58,6 +58,7 @@ def rows(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["system"]: row for row in data["systems"]}
 
 
+@pytest.mark.slow
 def test_the_overlay_of_a_budget_keeps_it(bundle: Path, tmp_path: Path) -> None:
     whole = run_estimate(str(bundle), SHAPE, overlays=["halo_inference"], device="cpu")[1]
     dense = rows(whole)["dense"]
@@ -77,6 +78,7 @@ def test_the_overlay_of_a_budget_keeps_it(bundle: Path, tmp_path: Path) -> None:
         assert meter.peak_bytes + weights + volume.nbytes <= budget
 
 
+@pytest.mark.slow
 def test_a_bundles_training_is_estimated_with_its_own_loss_and_optimizer() -> None:
     data = run_estimate(str(STOCK), "1,1,32,32,32", training=True, overlays=["sparse_unet"], device="cpu")[1]
     dense = rows(data)["dense"]
@@ -87,6 +89,7 @@ def test_a_bundles_training_is_estimated_with_its_own_loss_and_optimizer() -> No
     assert rows(data)["sparse"]["network"] == "SparseUNet"
 
 
+@pytest.mark.slow
 def test_a_plan_is_built_by_the_class_that_it_names(tmp_path: Path) -> None:
     file = plans(tmp_path)
     lines, data = run_estimate(str(file), overlays=["halo"], budget="1GB", device="cpu", training=True)
@@ -100,6 +103,7 @@ def test_a_plan_is_built_by_the_class_that_it_names(tmp_path: Path) -> None:
     assert rows(run_estimate(str(regions), overlays=["halo"], device="cpu")[1])["dense"]["output_shape"][1] == 2
 
 
+@pytest.mark.slow
 def test_the_active_voxels_of_an_image_count(tmp_path: Path) -> None:
     values = np.full((40, 30, 20), -1000, dtype=np.int16)
     values[10:20, 10:20, 5:15] = 200
@@ -139,6 +143,7 @@ def test_the_rules_say_what_suits(system: str, facts: Facts, suits: bool | None)
     assert found.why
 
 
+@pytest.mark.slow
 def test_json_is_one_object(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("estimate", bundle, "--shape", "1,1,16,16,16", "--overlay", "halo_inference", "--json", "--device", "cpu")
     status, out, err = run(monkeypatch, capsys, *words)

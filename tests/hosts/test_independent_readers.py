@@ -69,6 +69,7 @@ def test_labels_lie_on_the_volume_that_dcm2niix_makes_of_the_series(
     assert np.array_equal(on_grid_of(theirs, their_affine, affine), image(seed=1))
 
 
+@pytest.mark.slow
 def test_dcmqi_reads_the_labels_of_the_seg_where_the_nifti_has_them(
     studies: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:

@@ -147,6 +147,7 @@ def test_the_same_labels_as_monais_own_command(stock: Path, tmp_path: Path) -> N
     assert found[0].dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_the_segments_are_coded(stock: Path, ct: Path, tmp_path: Path) -> None:
     names = {"0": "background", "1": "right kidney", "2": "liver tumor", "3": "vertebrae_L5", "4": "something else"}
     bundle = small_bundle(
@@ -174,6 +175,7 @@ def test_the_segments_are_coded(stock: Path, ct: Path, tmp_path: Path) -> None:
 # One bad study, and going on
 
 
+@pytest.mark.slow
 def test_one_bad_study_does_not_stop_the_others(stock: Path, tmp_path: Path, memeff: Memeff) -> None:
     inputs, output = tmp_path / "in", tmp_path / "out"
     for number, name in enumerate(("a", "b", "c"), 1):

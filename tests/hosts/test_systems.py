@@ -46,6 +46,7 @@ def peak_of(call: Any) -> int:
     return meter.peak_bytes
 
 
+@pytest.mark.slow
 def test_halos_plan_is_the_one_that_is_executed() -> None:
     network = unet()
     found = estimate_network(network, SHAPE, system="halo")
@@ -184,6 +185,7 @@ class Squares(nn.Module):
         (Squares(), {"system": "occupancy"}, "number of classes is not known"),
     ],
 )
+@pytest.mark.slow
 def test_what_does_not_suit_is_refused_in_one_line(network: nn.Module, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         estimate_network(network, SHAPE, **arguments)

@@ -71,6 +71,7 @@ HOSTS = [label, deploy, bundle, bundle_not_strict, bundle_any_shape, bundle_noth
 
 @pytest.mark.parametrize(("own", "other"), PAIRS)
 @pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.slow
 def test_a_foreign_checkpoint_never_gives_labels(
     host: Callable[..., None], own: str, other: str, tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def test_one_process_trains_as_stock(kind: str, folder: Path) -> None:
     assert max(abs(gradient).max() for gradient in stock["gradients"].values()) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_travels_from_stock_to_halo_and_back(folder: Path) -> None:
     kind = "labels"
     first = trainer_of(kind, nnUNetTrainer, folder)

@@ -245,6 +245,7 @@ def test_parts_continuing_and_the_fold_of_all_cases(tmp_path: Path) -> None:
     assert_same(tmp_path, set(lean))
 
 
+@pytest.mark.slow
 def test_results_that_are_returned(tmp_path: Path) -> None:
     predictor = predictor_of(TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3)).write(tmp_path / "model"))
     (tmp_path / "images").mkdir()

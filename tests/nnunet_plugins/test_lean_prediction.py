@@ -134,6 +134,7 @@ def test_every_voxel_is_stocks(tmp_path_factory) -> None:
 
 
 @pytest.mark.parametrize("classes", [255, 256, 300])
+@pytest.mark.slow
 def test_many_classes(tmp_path: Path, classes: int) -> None:
     model = TrialModel(exclusive(classes), patch=(4, 6, 4), features=(2, 3), folds=2)
     labels = compare(predictor_of(model.write(tmp_path)), noise((7, 8, 6)), (1.0, 2.0, 1.0))
@@ -373,6 +374,7 @@ def test_what_others_put_in_meanwhile_stays() -> None:
 
 
 @pytest.mark.parametrize("wrapped_first", [True, False])
+@pytest.mark.slow
 def test_networks_that_see_whole_volumes_still_do(tmp_path: Path, wrapped_first: bool, monkeypatch) -> None:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 

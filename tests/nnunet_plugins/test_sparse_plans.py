@@ -204,6 +204,7 @@ def test_what_cannot_work_is_refused_in_one_line():
 # --- the network and the trainer
 
 
+@pytest.mark.slow
 def test_nnunet_builds_the_network_from_the_edited_plans():
     manager = PlansManager({**stock_plans(), "configurations": {"3d_fullres": edited()}}).get_configuration(
         "3d_fullres"

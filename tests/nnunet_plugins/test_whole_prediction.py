@@ -56,6 +56,7 @@ def test_labels_are_those_of_the_network_on_the_whole_image(tmp_path: Path, sett
 
 
 @pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.slow
 def test_logits_are_the_networks(tmp_path: Path, parts: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     predictor = predictor_of(TrialModel(LABELS, patch=(8, 8, 8), features=(4, 6, 6)).write(tmp_path))
     predictor.network.load_state_dict(predictor.list_of_parameters[0])

@@ -52,6 +52,7 @@ def test_a_sphere(name: str) -> None:
     assert (np.einsum("ij,ij->i", middle, normal) > 0).all()
 
 
+@pytest.mark.slow
 def test_logits_give_sub_voxel_precision() -> None:
     volume = torch.zeros(1, 1, *EXTENTS)
     true = 4 / 3 * math.pi * 15.3**3

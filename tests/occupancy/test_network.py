@@ -108,6 +108,7 @@ def test_feature_statistics_in_a_published_variant() -> None:
 
 
 @pytest.mark.parametrize("variant", ["d", "interpolated"])
+@pytest.mark.slow
 def test_passes_give_what_one_pass_gives(variant: str) -> None:
     network = shaken(small(variant)).eval()
 

@@ -55,6 +55,7 @@ def outcome(case: Case) -> str:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.slow
 def test_no_traceback_no_hang_no_wrong_result(kind: str, tmp_path: Path) -> None:
     cases = list(KINDS[kind](tmp_path / "cases"))
     found = {case.name: outcome(case) for case in cases}

@@ -60,6 +60,7 @@ def test_dice_counts_hidden_slices_only(scan: Scan) -> None:
     assert all(value in (None, 0.0) for value in hidden_dice(scan.target * 0, scan))
 
 
+@pytest.mark.slow
 def test_time_that_is_up_ends_a_training_and_is_told(scan: Scan, results: list[SystemResult]) -> None:
     done, _ = train(DenseSystem(scan), scan, 50, 1e-9, lambda *_: None)
     assert done == 1
@@ -93,6 +94,7 @@ def test_pictures_are_radiological_and_true_to_scale(scan: Scan, results: list[S
     np.testing.assert_allclose(picture[2, -2], class_colors(7)[1, :3] * 0.6, atol=0.01)
 
 
+@pytest.mark.slow
 def test_a_run_writes_three_files_or_none(
     tmp_path: Path, scan: Scan, results: list[SystemResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:

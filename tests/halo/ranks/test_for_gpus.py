@@ -19,6 +19,7 @@ from tests.halo.ranks.threads import run_ranks
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.slow
 def test_autograd_may_recompute_in_a_thread_of_its_own(elsewhere: bool) -> None:
     torch.manual_seed(0)
     convs = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 4, 3, stride=2, padding=1), nn.Conv3d(4, 2, 1)
@@ -63,6 +64,7 @@ class CUDAsBatchNorm(TorchDispatchMode):
     ids=["instance", "affine instance", "batch", "group"],
 )
 @pytest.mark.parametrize("low", [False, True])
+@pytest.mark.slow
 def test_normalizations_ask_for_what_cuda_computes(layer: Callable[[], nn.Module], low: bool) -> None:
     network = spatial_partition(nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), layer()), init_mesh(spatial=(1,)))
     with torch.autocast("cpu", torch.bfloat16, enabled=low), CUDAsBatchNorm() as mode:

@@ -93,6 +93,7 @@ def test_squeeze_and_excitation_by_global_pooling(maximum: bool) -> None:
     assert error(network, (1, 1, 12, 6, 5), (3,)) < 1e-10
 
 
+@pytest.mark.slow
 def test_a_kernel_wider_than_the_neighbor_is_served_by_the_one_behind() -> None:
     assert (
         error(nn.Sequential(nn.Conv3d(1, 2, 9, padding=4), nn.Conv3d(2, 1, 7, padding=3)), (1, 1, 8, 6, 6), (4,))

@@ -189,6 +189,7 @@ def test_layers_whose_cuts_do_not_align(name: str, parts: int) -> None:
 
 
 @pytest.mark.parametrize("ndim", [1, 2])
+@pytest.mark.slow
 def test_fewer_dimensions(ndim: int) -> None:
     network = nets.UNet(ndim, 1, 2, (2, 4, 8), (2, 2), num_res_units=1)
     assert worst(copy.deepcopy(network).double(), [volume(2, 1, *(20, 12)[:ndim])]) < 1e-10

@@ -159,6 +159,7 @@ def test_unmarked_parts_of_a_first_volume_may_have_any_size() -> None:
         run_ranks(lambda mesh: spatial_partition(copy.deepcopy(network), mesh)(x[..., : 3 + mesh.comm.rank]))
 
 
+@pytest.mark.slow
 def test_a_setting_that_changes_is_noticed() -> None:
     class Switched(nn.Module):
         def __init__(self) -> None:
@@ -222,6 +223,7 @@ def test_layers_shared_and_parametrized() -> None:
     assert worst(network, [volume(1, 1, 9, 5, 5)], (2,)) < 1e-10
 
 
+@pytest.mark.slow
 def test_an_output_that_is_not_spread_is_the_same_on_every_rank() -> None:
     network = nets.DenseNet(3, 1, 3, init_features=4, growth_rate=2, block_config=(1, 1), norm="instance").double()
     x = volume(2, 1, 20, 16, 16)
@@ -247,6 +249,7 @@ class WithTerm(nn.Module):
 
 
 @pytest.mark.parametrize("averaged", [True, False])
+@pytest.mark.slow
 def test_a_term_that_every_rank_has_counts_once(averaged: bool) -> None:
     torch.manual_seed(0)
     network, x, target = WithTerm().double(), volume(1, 1, 7, 4, 4), volume(1, 2, 7, 4, 4)

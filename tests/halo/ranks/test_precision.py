@@ -69,6 +69,7 @@ def test_training_in_parts(name: str) -> None:
         assert distance(spread, single.detach()) < 1e-4 * float(single.detach().square().mean().sqrt())
 
 
+@pytest.mark.slow
 def test_a_scaler_steps_like_the_whole() -> None:
     torch.manual_seed(2)
     network, x, y = NETWORKS["UNet instance"](), torch.randn(1, 1, 16, 8, 8), torch.randn(1, 2, 16, 8, 8)

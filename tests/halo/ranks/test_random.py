@@ -61,6 +61,7 @@ def test_any_cut_draws_the_same_mask_and_every_node_and_step_another(layer: str)
     assert not torch.equal(whole[0], whole[1])
 
 
+@pytest.mark.slow
 def test_voxels_and_channels_are_dropped_at_their_rate() -> None:
     ones = torch.ones(4, 64, 8, 4, 4)
     for name, layer in LAYERS.items():

@@ -39,6 +39,7 @@ def certified(output: Path) -> dict[str, Any]:
     return json.loads((output / "certificate.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_sliding_windows_labels_are_those_of_memeff_run(stock: Path, ct: Path, tmp_path: Path) -> None:
     assert run_studies(stock, [ct], tmp_path / "run") == 0
     label = tmp_path / "run" / "ct" / "segmentation.nii.gz"
@@ -81,6 +82,7 @@ def test_several_images_for_one_are_refused(stock: Path, ct: Path, tmp_path: Pat
         certify(str(stock), [ct, ct], tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_bundle_without_a_window_gets_one(ct: Path, tmp_path: Path) -> None:
     simple = {"inferer": {"_target_": "monai.inferers.SimpleInferer"}}
     bundle = small_bundle(tmp_path / "bundle", **simple)

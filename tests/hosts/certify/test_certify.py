@@ -54,6 +54,7 @@ def logits(network: torch.nn.Module, values: np.ndarray) -> np.ndarray:
         return network(torch.from_numpy(values)[None, None])[0].numpy()
 
 
+@pytest.mark.slow
 def test_a_streamed_network_is_exact_and_the_window_is_counted(image: Path, values: np.ndarray, tmp_path: Path) -> None:
     label = save(tmp_path / "label.nii.gz", (values > 0.7).astype(np.uint8))
     status = certify(f"{HERE}:above_mean", [image], tmp_path / "out", [label], repeats=3, partitions=4, options=WINDOW)
@@ -85,6 +86,7 @@ def test_a_streamed_network_is_exact_and_the_window_is_counted(image: Path, valu
     assert hashlib.sha256((tmp_path / "out" / "certificate.json").read_bytes()).hexdigest() in page
 
 
+@pytest.mark.slow
 def test_extents_that_the_network_does_not_take_are_padded_and_said(
     image: Path, values: np.ndarray, tmp_path: Path
 ) -> None:
@@ -102,6 +104,7 @@ def test_extents_that_the_network_does_not_take_are_padded_and_said(
     assert found["runs"]["whole"]["predicted_bytes"] == pytest.approx(found["runs"]["whole"]["peak_bytes"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_partitioned_is_refused_on_the_page(image: Path, tmp_path: Path) -> None:
     assert certify(f"{HERE}:branching", [image], tmp_path / "out", repeats=2, options=WINDOW) == command.NOT_EXACT
     found = certified(tmp_path / "out")
@@ -112,6 +115,7 @@ def test_a_network_that_cannot_be_partitioned_is_refused_on_the_page(image: Path
     assert "networks.py" in page  # the line of the user's own file
 
 
+@pytest.mark.slow
 def test_without_the_whole_network_nothing_is_proven(image: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert certify(f"{HERE}:sign", [image], output, repeats=2, whole=False, options=WINDOW) == command.NOT_EXACT
@@ -122,6 +126,7 @@ def test_without_the_whole_network_nothing_is_proven(image: Path, tmp_path: Path
     assert "streamed" not in found["differences"]
 
 
+@pytest.mark.slow
 def test_a_budget_makes_the_parts(image: Path, tmp_path: Path) -> None:
     output, one = tmp_path / "out", plan(networks.unet(), (1, 1, 20, 12, 16), partitions=1).peak_bytes
     assert certify(f"{HERE}:unet", [image], output, repeats=1, budget=f"{one // 2} B", options=WINDOW) == 0
@@ -130,12 +135,14 @@ def test_a_budget_makes_the_parts(image: Path, tmp_path: Path) -> None:
     assert details["measured_device_bytes"] <= details["planned_device_bytes"] <= one // 2
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_fits_is_refused_on_the_page(image: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert certify(f"{HERE}:unet", [image], output, repeats=1, budget="1kB", options=WINDOW) == command.NOT_EXACT
     assert "Refused" in certified(output)["verdict"]["sentence"]
 
 
+@pytest.mark.slow
 def test_one_channel_needs_a_threshold(image: Path, values: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--threshold 0"):
         certify(f"{HERE}:convolution", [image], tmp_path / "out", options=WINDOW)
@@ -158,6 +165,7 @@ def test_one_channel_needs_a_threshold(image: Path, values: np.ndarray, tmp_path
         ("absent", "no function 'absent'"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_no_network_ends_in_one_line(network: str, said: str, image: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=said) as refused:
         certify(f"{HERE}:{network}", [image], tmp_path / "out", repeats=2, options=Options(threshold=0.0))
@@ -193,6 +201,7 @@ def damaged(image: Path, folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_ends_in_one_line(image: Path, tmp_path: Path) -> None:
     for name, (changed, said) in damaged(image, tmp_path).items():
         arguments: dict[str, Any] = {"model": f"{HERE}:sign", "images": [image], "output": tmp_path / "out"}
@@ -208,6 +217,7 @@ def test_a_window_that_is_none(text: str) -> None:
         window_of(text)
 
 
+@pytest.mark.slow
 def test_a_certificate_is_not_overwritten_and_other_files_stay(image: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert certify(f"{HERE}:sign", [image], tmp_path, repeats=1, options=WINDOW) == 0
@@ -219,6 +229,7 @@ def test_a_certificate_is_not_overwritten_and_other_files_stay(image: Path, tmp_
 
 
 @pytest.mark.parametrize("place", ["monai_memeff.hosts.certify.work.Work._repeat", "pathlib.Path.write_text"])
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing(
     place: str, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +243,7 @@ def test_an_interrupted_run_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_runs_that_differ_are_not_exact(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from monai_memeff.hosts.certify import streamer
 
@@ -248,6 +260,7 @@ def test_runs_that_differ_are_not_exact(image: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(("change", "said"), [(-5.0, "Not exact in labels: "), (0.2, "more than rounding explains")])
+@pytest.mark.slow
 def test_a_wrong_stream_is_told(
     change: float, said: str, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def test_gradients_of_what_is_asked_for_only(engine: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("engine", OTHERS, indirect=True)
+@pytest.mark.slow
 def test_features_and_weights_of_any_strides(engine: ModuleType) -> None:
     geometry = convolution(3)
     features, weight, bias, cotangent = random_tensors(geometry, 4, 6)

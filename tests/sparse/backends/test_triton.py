@@ -135,6 +135,7 @@ def test_the_splits_of_the_weight_gradient_are_added(monkeypatch: pytest.MonkeyP
     assert_equals_native(engine, geometry)
 
 
+@pytest.mark.slow
 def test_64_bit_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INT32_ELEMENTS", 10)
     for geometry in (convolution(3), back(2)):

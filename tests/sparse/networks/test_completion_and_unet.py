@@ -64,6 +64,7 @@ def positive(level: SparseTensor) -> set[Voxel]:
     return set_of(level.prune(level.features[:, 0] > 0))
 
 
+@pytest.mark.slow
 def test_candidates_in_training() -> None:
     complete, defective = shell(ODD, 2), shell(ODD, 2, bite=True)
     defective[:, :, :5] = 0

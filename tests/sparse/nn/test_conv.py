@@ -60,6 +60,7 @@ def check_masks(threads: Threads, check: Callable[[Tensor], None]) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), GEOMETRIES)
+@pytest.mark.slow
 def test_convolution(kernel: Size, stride: Size, dilation: Size, threads: Threads) -> None:
     sparse = SparseConv3d(3, 4, kernel, stride, dilation).double()
     dense = DenseConv(3, 4, kernel, stride, dilation)
@@ -67,6 +68,7 @@ def test_convolution(kernel: Size, stride: Size, dilation: Size, threads: Thread
 
 
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), GEOMETRIES)
+@pytest.mark.slow
 def test_transposed_onto_the_finer_voxels(kernel: Size, stride: Size, dilation: Size, threads: Threads) -> None:
     sparse = SparseConvTranspose3d(3, 4, kernel, stride, dilation).double()
     dense = DenseConvTranspose(3, 4, kernel, stride, dilation)
@@ -129,6 +131,7 @@ def test_adjoint(layer: torch.nn.Module) -> None:
     assert_adjoint(in_weights, None, torch.randn_like(layer.weight), torch.randn(shape).double())
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_threads(threads: Threads) -> None:
     """Forward and backward, on a set that is large enough for many blocks."""
     mask = random_mask(1, (48, 40, 44), 0.3)

@@ -100,6 +100,7 @@ def test_through_monais_compose() -> None:
     assert first.ones.shape == (5, 1)
 
 
+@pytest.mark.slow
 def test_torch_geometrics_class_comes_back() -> None:
     geometric = pytest.importorskip("torch_geometric.data", reason="torch_geometric is optional")
     data = geometric.Data(pos=torch.randn(9, 3), y=torch.arange(9))

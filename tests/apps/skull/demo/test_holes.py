@@ -22,6 +22,7 @@ def test_a_complete_head_has_no_hole(head: HeadVolume) -> None:
 
 
 @pytest.mark.parametrize("middle", [(-55, -10, 45), (60, 0, 40), (0, -80, 30), (3, 5, 75)])
+@pytest.mark.slow
 def test_a_hole_is_found_where_it_is(head: HeadVolume, middle: tuple[float, float, float]) -> None:
     removed = head.skull & ball(head, middle, 28)
     hole = find_hole(head.skull & ~removed, head.affine)
@@ -45,6 +46,7 @@ def test_the_largest_hole_is_filled_and_no_other_is_taught(head: HeadVolume) -> 
     assert not (hole.core & small).any()
 
 
+@pytest.mark.slow
 def test_the_zone_turns_with_the_head(case: Case) -> None:
     hole = find_hole(case.defective, case.head.affine)
     turned = find_hole(case.defective[::-1], case.head.affine)

@@ -114,6 +114,7 @@ def test_grids_that_the_network_cannot_use(size: int) -> None:
     assert check_size(64) == 64
 
 
+@pytest.mark.slow
 def test_a_dicom_folder_is_read_and_a_broken_one_refused(data_dir: Path) -> None:
     pytest.importorskip("pydicom", reason="DICOM needs the extra [dicom]")
     pytest.importorskip("openjpeg", reason="this series is JPEG 2000, which needs the extra [dicom]")

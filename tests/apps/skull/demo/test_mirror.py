@@ -43,6 +43,7 @@ def test_a_turned_and_shifted_head_is_registered(case: Case) -> None:
     assert _dice(result.implant, truth & ~defective) > 0.7
 
 
+@pytest.mark.slow
 def test_a_defect_across_the_middle_is_filled_in_part(case: Case) -> None:
     cells = np.stack(np.meshgrid(*(np.arange(64),) * 3, indexing="ij"), axis=-1)
     world = cells @ case.head.affine[:3, :3].T + case.head.affine[:3, 3]
@@ -64,6 +65,7 @@ def test_bone_around_the_defect_is_registered_by_itself(case: Case) -> None:
     assert _dice(mirror_implant(skull & ~truth, affine).implant, truth) > 0.65  # 0.46 without
 
 
+@pytest.mark.slow
 def test_a_symmetric_skull_lacks_nothing(case: Case) -> None:
     whole = case.head.skull | case.head.skull[::-1]
     result = mirror_implant(whole, case.head.affine)

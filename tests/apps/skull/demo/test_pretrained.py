@@ -52,6 +52,7 @@ def test_a_damaged_model_is_refused(tmp_path: Path, text: str) -> None:
         shipped_model(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_head_comes_onto_the_grid_of_the_model(ct: MetaTensor) -> None:
     head = prepare_head(ct, 64, model=ModelGrid(64, 4.0, 24.0, 2))
     assert head.cell_mm == pytest.approx(4.0)
@@ -63,6 +64,7 @@ def test_a_head_comes_onto_the_grid_of_the_model(ct: MetaTensor) -> None:
     assert any("larger than the shipped model's grid" in note for note in small.notes)
 
 
+@pytest.mark.slow
 def test_a_mask_is_shown_as_bone(ct: MetaTensor) -> None:
     mask = MetaTensor((ct.as_tensor() > 300).float(), affine=ct.affine)
     head, same = prepare_head(mask, 64, threshold=0.5), prepare_head(ct, 64)

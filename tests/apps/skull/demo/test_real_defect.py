@@ -66,6 +66,7 @@ def test_the_hole_is_never_taught_as_complete(
         assert (defective.flatten(1).sum(1) < (target == 1).flatten(1).sum(1)).all()
 
 
+@pytest.mark.slow
 def test_unknown_cells_do_not_change_the_loss(case: Case, hole: SkullHole) -> None:
     """Whatever stands in the zone, the loss is the same once it is marked as unknown; without the mark it is not."""
     torch.manual_seed(0)

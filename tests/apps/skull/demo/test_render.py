@@ -52,6 +52,7 @@ def test_the_figure_shows_truth_and_prediction(case: Case, tmp_path: Path, predi
         assert _colored(part, render.TRUE) > 50
 
 
+@pytest.mark.slow
 def test_slices_are_radiological(case: Case) -> None:
     """A defect on the patient's left is on the right of axial and coronal pictures; the nose is on the left."""
     from matplotlib.figure import Figure
