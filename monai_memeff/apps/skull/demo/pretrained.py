@@ -51,7 +51,7 @@ class ShippedModel:
 def shipped_model(folder: Path | None = None) -> ShippedModel | None:
     """The model in ``models/model.pt`` of the bundle ``skull_completion_sparse``; None where it has none.
 
-    The grid is read from ``models/model.json`` (``{"grid": 64, "cell_mm": 4.0, "headroom_mm": 24, "pool": 4}``) or from
+    The grid is read from ``models/model.json`` (``{"settings": {"grid": 64, "cell_mm": 4.0, ...}}``, or flat) or from
     the same keys beside ``"model"`` in the weights' file. Nothing is guessed.
 
     Args:
@@ -72,6 +72,7 @@ def shipped_model(folder: Path | None = None) -> ShippedModel | None:
     said = content if content is not weights else {}
     if (folder / GRID).is_file():
         said = _read_json(folder / GRID)
+        said = said.get("settings", said)  # as `WeightsRecord` writes it
     return ShippedModel(weights, _grid(said, file))
 
 

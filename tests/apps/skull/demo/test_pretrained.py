@@ -72,3 +72,9 @@ def test_a_mask_is_shown_as_bone(ct: MetaTensor) -> None:
     assert head.gray.max() > 900
     assert any("the image is a mask" in note for note in head.notes)
     assert (head.skull != same.skull).mean() < 0.05
+
+
+def test_the_model_that_ships_is_used_on_its_grid() -> None:
+    model = shipped_model()
+    assert model is not None
+    assert model.grid == ModelGrid(64, 4.0, 24.0, 4)
