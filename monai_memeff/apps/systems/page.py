@@ -78,26 +78,23 @@ def row(result: SystemResult) -> tuple[str, ...]:
 def sentences(scan: Scan, results: Sequence[SystemResult], seed: int) -> list[str]:
     """What the tables do not say, one sentence each."""
     by_name = {result.name: result for result in results}
-    dense, halo = by_name["dense"], by_name["halo"]
+    dense, sparse, halo = by_name["dense"], by_name["sparse"], by_name["halo"]
     shape, step = " x ".join(map(str, scan.target.shape)), " x ".join(f"{mm:.2f}" for mm in scan.step_mm)
     lines = [
         f"{scan.name}: the box around the body on {shape} voxels of {step} mm. {scan.task}",
         f"halo gives {halo.different} labels that differ from those of the dense network, of {scan.target.numel()}, at"
         f" {halo.test_peak_bytes / max(1, dense.test_peak_bytes):.2f} of its peak ({megabytes(halo.test_peak_bytes)}"
         f" instead of {megabytes(dense.test_peak_bytes)} on the device).",
-        f"sparse computes {scan.occupancy:.1%} of the voxels ({_sparse_verdict(scan.occupancy)}); its training takes"
-        f" {(by_name['sparse'].train_peak_bytes or 0) / max(1, dense.train_peak_bytes or 0):.2f} of dense's peak.",
+        f"sparse computes {scan.occupancy:.1%} of the voxels: its training step takes"
+        f" {(sparse.train_peak_bytes or 0) / max(1, dense.train_peak_bytes or 0):.2f} of dense's peak and"
+        f" {_step_seconds(sparse) / max(1e-9, _step_seconds(dense)):.2f} of its time.",
         f"Seed {seed}. {_repeatable(results)}",
     ]
     return lines + [f"Note: {note}." for note in scan.notes]
 
 
-def _sparse_verdict(occupancy: float) -> str:
-    if occupancy <= 0.1:
-        return "few: what it is made for"
-    if occupancy <= 0.3:
-        return "some: memory is saved"
-    return "many: little time is saved"
+def _step_seconds(result: SystemResult) -> float:
+    return result.train_seconds / max(1, result.iterations)
 
 
 def _repeatable(results: Sequence[SystemResult]) -> str:
