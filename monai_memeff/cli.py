@@ -52,18 +52,29 @@ def demo(
     seconds: Annotated[
         float | None,
         typer.Option(
-            help="Training time of each network. Default: 95 at size 64, 8 times that at 128; --systems: at most 75."
+            help="Training of each network. Default: 95 (--defective: 240) at size 64, 8 times that at 128;"
+            " --systems: at most 75."
         ),
     ] = None,
-    threshold: Annotated[float, typer.Option(help="Bone is above this many Hounsfield units.")] = 300.0,
-    defects: Annotated[int | None, typer.Option(help="Unseen defects to test on. Default: 6.")] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Bone is above this value. Default: 300, of a CT in Hounsfield units; --systems, MRI: Otsu's."
+        ),
+    ] = None,
+    defects: Annotated[
+        int | None, typer.Option(help="Defects to test on, cut into the head's bone. Default: 6.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of defects and weights.", min=0, max=2**32 - 1)] = 0,
     series: Annotated[str | None, typer.Option(help="SeriesInstanceUID, where a DICOM folder holds several.")] = None,
     resample: Annotated[
         bool, typer.Option("--resample", help="Interpolate DICOM slices that are uneven, missing or tilted.")
     ] = False,
 ) -> None:
-    """Complete a skull: train a sparse network on random defects of one head, then fill defects it has not seen."""
+    """Complete a skull: train a sparse network on random defects of one head, then fill defects it has not seen.
+
+    --defective fills the hole of a head that has one; --systems compares dense, sparse, occupancy, clstm and halo.
+    """
     if systems:
         refuse_together("--systems", {"--defective": defective, "--size": size, "--defects": defects})
         from monai_memeff.apps.systems.run import run_systems

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Engine
 
 from monai_memeff.bundles import WeightsRecord, bundle_path
+from monai_memeff.bundles.record import recorded_settings
 from tests.bundles.conftest import run_here
 
 
@@ -50,3 +52,33 @@ def test_the_shipped_record_is_of_the_shipped_weights() -> None:
     assert (models / "model.pt").stat().st_size < 2_000_000
     state = torch.load(models / "model.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_settings_are_compared_as_the_file_holds_them(tmp_path: Path) -> None:
+    weights = tmp_path / "model.pt"
+    weights.write_bytes(b"one")
+    record = WeightsRecord(weights, {"roi": (96, 96, 64), "cell_mm": 4.0})
+    record.write()
+    record.check()
+    assert recorded_settings(weights) == {"roi": [96, 96, 64], "cell_mm": 4.0}
+    WeightsRecord(weights, {"cell_mm": 4}).check()
+    with pytest.raises(SystemExit, match=r"no record can keep .*give finite numbers and words"):
+        WeightsRecord(weights, {"cell_mm": float("nan")})
+    with pytest.raises(SystemExit, match="no record can keep"):
+        WeightsRecord(weights, {"cell_mm": torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"settings": {}}', b'{"sha256": "a", "settings": 1}', b"[" * 9999],
+)
+def test_what_is_no_record_ends_in_one_line_before_a_training(tmp_path: Path, content: bytes) -> None:
+    weights = tmp_path / "model.pt"
+    weights.write_bytes(b"one")
+    (tmp_path / "model.json").write_bytes(content)
+    ours = WeightsRecord(weights, {"grid": 64})
+    for call in (ours.check, ours.write, lambda: ours.attach(Engine(lambda *_: None))):
+        with pytest.raises(SystemExit, match="must be the record of model.pt") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert (tmp_path / "model.json").read_bytes() == content

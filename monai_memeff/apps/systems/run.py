@@ -27,7 +27,7 @@ def run_systems(
     label: Path | None,
     output: Path,
     seconds: float | None = None,
-    threshold: float = 300.0,
+    threshold: float | None = None,
     seed: int = 0,
     series: str | None = None,
     resample: bool = False,
@@ -41,7 +41,8 @@ def run_systems(
         label: whole numbers on the image's grid; None: bone of a CT, foreground of an MRI.
         output: folder.
         seconds: most seconds of training for each network; None: 75.
-        threshold: bone of a CT without a label is above this many Hounsfield units.
+        threshold: what is to be found in an image without a label is above this value; None: 300 Hounsfield units in
+            a CT, Otsu's threshold in an MRI.
         seed: seed of the generated head, weights and drawn points.
         series: ``SeriesInstanceUID`` of a DICOM folder with several series.
         resample: interpolate uneven or tilted DICOM slices onto an even grid.
@@ -73,7 +74,7 @@ def run_systems(
 def load_scan(
     image: Path | None,
     label: Path | None,
-    threshold: float = 300.0,
+    threshold: float | None = None,
     seed: int = 0,
     series: str | None = None,
     resample: bool = False,
@@ -84,6 +85,8 @@ def load_scan(
     Raises:
         InputError: on every bad input.
     """
+    if threshold is not None and (image is None or label is not None):
+        raise InputError("labels say what is to be found: leave out --threshold, or give --image without --label")
     if image is None:
         if label is not None or series is not None or resample:
             raise InputError("a generated head has its own labels: give --image, or leave --label and --series out")

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from torch import Tensor
 
-from monai_memeff.apps.systems.target import Target, body_threshold, is_ct, make_target
+from monai_memeff.apps.skull.demo.io import is_ct
+from monai_memeff.apps.systems.target import Target, body_threshold, make_target
 from monai_memeff.errors import InputError
 from monai_memeff.geometry import ras_affine, spacing
 
@@ -96,7 +97,7 @@ def prepare_scan(
     image: MetaTensor,
     label: MetaTensor | None,
     name: str,
-    threshold: float = 300.0,
+    threshold: float | None = None,
     voxels: int = VOXELS,
     names: Mapping[int, str] | None = None,
     notes: Sequence[str] = (),
@@ -107,7 +108,7 @@ def prepare_scan(
         image: (1, H, W, D), CT in Hounsfield units or MRI in any.
         label: (1, H, W, D) whole numbers on the same grid; None: bone of a CT, foreground of an MRI.
         name: what to call the scan.
-        threshold: bone of a CT without a label is above this many Hounsfield units.
+        threshold: what is to be found in an image without a label is above this value, see :func:`make_target`.
         voxels: most voxels of the grid.
         names: names of the label's values, where they are known.
         notes: sentences about the image for the report.

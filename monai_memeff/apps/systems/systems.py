@@ -50,9 +50,7 @@ class DenseSystem:
     title, iterations, learning_rate = "dense", 110, 1e-2
 
     def __init__(self, scan: Scan) -> None:
-        self.network: nn.Module = UNet(
-            3, scan.image.shape[1], scan.classes, CHANNELS, (2, 2, 2), num_res_units=1, norm="instance"
-        )
+        self.network = _unet(UNet, scan)
         self.weights = class_weights(scan)
 
     def loss(self, scan: Scan) -> Tensor:
@@ -70,9 +68,7 @@ class SparseSystem:
     title, iterations, learning_rate = "sparse", 110, 1e-2
 
     def __init__(self, scan: Scan) -> None:
-        self.network: nn.Module = SparseUNet(
-            3, scan.image.shape[1], scan.classes, CHANNELS, (2, 2, 2), num_res_units=1, norm="instance"
-        )
+        self.network = _unet(SparseUNet, scan)
         self.weights = class_weights(scan)
 
     def _active(self, scan: Scan) -> SparseTensor:
@@ -154,6 +150,11 @@ class HaloSystem:
     def labels(self, scan: Scan) -> Tensor:
         """Labels of the network, a part at a time."""
         return self.inferer(scan.image, self.network)[0, 0].to(torch.uint8)
+
+
+def _unet(kind: type[UNet] | type[SparseUNet], scan: Scan) -> nn.Module:
+    """The U-Net of the comparison, on all voxels or on the active ones."""
+    return kind(3, scan.image.shape[1], scan.classes, CHANNELS, (2, 2, 2), num_res_units=1, norm="instance")
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

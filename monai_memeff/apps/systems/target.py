@@ -9,10 +9,11 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
+from monai_memeff.apps.skull.demo.io import BONE_HU, is_ct
 from monai_memeff.errors import InputError
 
 MOST_CLASSES = 64
-CT_AIR, CT_BODY = -200.0, -400.0
+CT_BODY = -400.0
 FULL = 0.9
 EASY = (
     "A threshold is an easy target: it shows that every system learns and what each costs, and says nothing about how"
@@ -41,11 +42,6 @@ class Target:
     notes: tuple[str, ...] = ()
 
 
-def is_ct(image: Tensor) -> bool:
-    """Whether the values are Hounsfield units: one voxel in 200 or more lies below -200, where air and lungs are."""
-    return float((image < CT_AIR).float().mean()) > 0.005
-
-
 def body_threshold(image: Tensor) -> float:
     """The value above which a voxel belongs to the body: -400 HU in a CT, half of Otsu's threshold in an MRI."""
     return CT_BODY if is_ct(image) else _otsu(image, 0.5)
@@ -59,13 +55,16 @@ def _otsu(image: Tensor, part: float = 1.0) -> float:
     return low + part * (float(threshold_otsu(image.numpy())) - low)
 
 
-def make_target(image: MetaTensor, label: MetaTensor | None, threshold: float, names: Mapping[int, str]) -> Target:
+def make_target(
+    image: MetaTensor, label: MetaTensor | None, threshold: float | None, names: Mapping[int, str]
+) -> Target:
     """What is to be found.
 
     Args:
         image: (1, H, W, D).
         label: (1, H, W, D) on the same grid, or None.
-        threshold: Hounsfield units above which a voxel of a CT is bone.
+        threshold: value above which a voxel of an image without a label is to be found; None: 300 Hounsfield units in
+            a CT, Otsu's threshold in any other image.
         names: names of the label's values, where they are known.
 
     Raises:
@@ -76,12 +75,13 @@ def make_target(image: MetaTensor, label: MetaTensor | None, threshold: float, n
         return _from_label(label, names)
     values = image.as_tensor()[0]
     if is_ct(values):
+        threshold = BONE_HU if threshold is None else threshold
         return _thresholded(
             values, threshold, "bone", f"Bone: voxels above {threshold:g} HU (the image is a CT without a label).",
             threshold - 200,
         )  # fmt: skip
-    cut = _otsu(values)
-    task = f"Foreground: voxels above {cut:.4g}, Otsu's threshold (the image is no CT in Hounsfield units, no label)."
+    cut, chosen = (_otsu(values), ", Otsu's threshold") if threshold is None else (threshold, "")
+    task = f"Foreground: voxels above {cut:.4g}{chosen} (the image is no CT in Hounsfield units, no label)."
     return _thresholded(values, cut, "foreground", task, float(values.min()) + 0.5 * (cut - float(values.min())))
 
 

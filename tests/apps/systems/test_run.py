@@ -121,4 +121,7 @@ def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
             run.run_systems(None, None, tmp_path / "out", seconds)
     with pytest.raises(InputError, match="a generated head has its own labels"):
         run.run_systems(None, tmp_path / "label.nii", tmp_path / "out")
+    for image, label in ((None, None), (tmp_path / "ct.nii", tmp_path / "label.nii")):
+        with pytest.raises(InputError, match="labels say what is to be found: leave out --threshold"):
+            run.run_systems(image, label, tmp_path / "out", threshold=300.0)
     assert list(tmp_path.iterdir()) == []

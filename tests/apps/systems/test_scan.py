@@ -40,6 +40,14 @@ def test_without_a_label_a_ct_gives_bone_and_an_mri_its_foreground(ct: MetaTenso
     assert ball.target[0, 0, 0] == 0
 
 
+def test_a_threshold_holds_for_any_image_without_a_label(ct: MetaTensor, mr: MetaTensor) -> None:
+    dense = prepare_scan(ct, None, "ct", threshold=700.0, voxels=20_000)
+    assert "voxels above 700 HU" in dense.task
+    ball = prepare_scan(mr, None, "mr", threshold=160.0, voxels=20_000)
+    assert "voxels above 160 (the image is no CT" in ball.task
+    assert 0 < int(ball.target.sum()) < 0.7 * int(prepare_scan(mr, None, "mr", voxels=20_000).target.sum())
+
+
 def test_labels_with_gaps_and_other_orientations_stay_in_place(ct: MetaTensor, label: MetaTensor) -> None:
     flip = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0], dtype=torch.float64))
     flip[0, 3] = ct.shape[1] - 1

@@ -20,6 +20,8 @@ from monai_memeff.errors import InputError
 STRIDE = 64  # the completion network halves the grid six times
 MAX_SPACING_MM = 8.0
 FULL = 0.5  # less than this share of the voxels may be bone
+BONE_HU = 300.0
+AIR_HU, AIR_SHARE = -200.0, 0.005
 
 
 def check_size(size: int) -> int:
@@ -144,6 +146,20 @@ def _check_affine(affine: np.ndarray, name: str) -> None:
 
 def millimeters(spacing: np.ndarray) -> str:
     return " x ".join(f"{s:.4g}" for s in spacing) + " mm"
+
+
+def is_ct(image: torch.Tensor) -> bool:
+    """Whether the values are Hounsfield units: one voxel in 200 or more lies below -200, where air and lungs are."""
+    return float((image < AIR_HU).float().mean()) > AIR_SHARE
+
+
+def check_units(image: torch.Tensor, name: str) -> None:
+    """Refuse an image whose values are not Hounsfield units (:func:`is_ct`), where the threshold of bone is in them."""
+    if not is_ct(image):
+        raise InputError(
+            f"{name} is no CT in Hounsfield units: in one, at least {AIR_SHARE:.1%} of the voxels are air, below"
+            f" {AIR_HU:g}; give a CT, or say with --threshold above which value bone lies"
+        )
 
 
 def check_bone(image: np.ndarray, threshold: float, name: str = "the image") -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from monai_memeff.bundles import bundle_path
+from monai_memeff.bundles.record import recorded_settings
 from monai_memeff.errors import InputError
-
-WEIGHTS, GRID = "model.pt", "model.json"
+from monai_memeff.sparse import SparseCompletionNet
 
 
 @dataclass(frozen=True)
@@ -41,59 +41,50 @@ class ShippedModel:
 
     Attributes:
         weights: state dict.
-        grid: the grid; None where nothing beside the weights says it, and then they are not used.
+        grid: the grid.
     """
 
     weights: Mapping[str, Tensor]
-    grid: ModelGrid | None
+    grid: ModelGrid
 
 
 def shipped_model(folder: Path | None = None) -> ShippedModel | None:
     """The model in ``models/model.pt`` of the bundle ``skull_completion_sparse``; None where it has none.
 
-    The grid is read from ``models/model.json`` (``{"settings": {"grid": 64, "cell_mm": 4.0, ...}}``, or flat) or from
-    the same keys beside ``"model"`` in the weights' file. Nothing is guessed.
+    The grid is that of its record (:class:`~monai_memeff.bundles.WeightsRecord`, ``model.json``). Nothing is guessed:
+    weights without a record, or with the record of other weights, are not used.
 
     Args:
         folder: folder of the weights; None: the bundle's.
 
     Raises:
-        InputError: a file that is damaged, or whose numbers make no grid.
+        InputError: a file that is damaged, weights of another network, or a record whose numbers make no grid.
     """
     folder = bundle_path("skull_completion_sparse") / "models" if folder is None else folder
-    file = folder / WEIGHTS
+    file = folder / "model.pt"
     if not file.is_file():
         return None
+    weights = _read_weights(file)
+    settings = recorded_settings(file)
+    return None if settings is None else ShippedModel(weights, _grid(settings, file))
+
+
+def _read_weights(file: Path) -> Mapping[str, Tensor]:
     try:
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise InputError(f"cannot read the shipped model {file}: {str(error).splitlines()[0]}") from error
-    weights = content.get("model", content)
-    said = content if content is not weights else {}
-    if (folder / GRID).is_file():
-        said = _read_json(folder / GRID)
-        said = said.get("settings", said)  # as `WeightsRecord` writes it
-    return ShippedModel(weights, _grid(said, file))
+        weights: Any = torch.load(file, map_location="cpu", weights_only=True)
+        SparseCompletionNet().load_state_dict(weights)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
+        line = " ".join(str(error).split())
+        raise InputError(f"cannot read the shipped model {file}: {line:.200}; bring the file that shipped") from error
+    return dict(weights)
 
 
-def _read_json(file: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"cannot read {file}: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{file} must hold one JSON object, got {type(found).__name__}")
-    return found
-
-
-def _grid(said: Mapping[str, Any], file: Path) -> ModelGrid | None:
-    if "grid" not in said or "cell_mm" not in said:
-        return None
-    kinds = {"grid": int, "cell_mm": float, "headroom_mm": float, "pool": int}
-    try:
-        numbers = {name: kind(said[name]) for name, kind in kinds.items() if name in said}
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the grid of the shipped model {file} is no number: {error}") from error
-    if min(numbers.values()) <= 0:
-        raise InputError(f"the grid of the shipped model {file} must be of positive numbers, got {numbers}")
-    return ModelGrid(**numbers)
+def _grid(said: Mapping[str, Any], file: Path) -> ModelGrid:
+    kinds = {"grid": (int,), "cell_mm": (int, float), "headroom_mm": (int, float), "pool": (int,)}
+    numbers = {name: said.get(name) for name in kinds}
+    if not all(type(n) in kinds[name] and 0 < n < math.inf for name, n in numbers.items()):  # type: ignore[operator]
+        raise InputError(
+            f"the record of the shipped model {file} must give grid and pool as whole numbers, cell_mm and headroom_mm"
+            f" as numbers, all above 0, got {numbers}: bring the file that shipped"
+        )
+    return ModelGrid(**numbers)  # type: ignore[arg-type]

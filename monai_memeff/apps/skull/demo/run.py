@@ -46,7 +46,7 @@ def run_demo(
     size: int | None,
     output: Path,
     seconds: float | None,
-    threshold: float,
+    threshold: float | None,
     defects: int | None,
     seed: int,
     series: str | None = None,
@@ -59,7 +59,7 @@ def run_demo(
         size: edge of the grid in voxels; None: 64.
         output: folder for ``report.txt``, ``report.json``, ``figure.png``, the implant as NIfTI and STL.
         seconds: training time of each network; None: 95 at size 64, growing with the volume.
-        threshold: bone is above this many Hounsfield units.
+        threshold: bone is above this value; None: 300 Hounsfield units, and an image in other units is refused.
         defects: number of unseen defects; None: 6.
         seed: Seed of defects and weights.
         series: ``SeriesInstanceUID`` of a DICOM folder with several series.
@@ -108,7 +108,7 @@ def check_defects(defects: int | None, size: int) -> int:
 
 def model_grid(shipped: ShippedModel | None, size: int) -> ModelGrid | None:
     """The shipped model's grid, when it is of this size."""
-    return shipped.grid if shipped is not None and shipped.grid is not None and shipped.grid.grid == size else None
+    return shipped.grid if shipped is not None and shipped.grid.grid == size else None
 
 
 def _compare(

@@ -14,12 +14,21 @@ from nibabel.affines import apply_affine
 from nibabel.processing import resample_from_to
 
 from monai_memeff.apps.skull.demo.grid import AIR, onto_grid
-from monai_memeff.apps.skull.demo.io import InputError, check_bone, check_ct, check_size, millimeters, read_ct
+from monai_memeff.apps.skull.demo.io import (
+    BONE_HU,
+    InputError,
+    check_bone,
+    check_ct,
+    check_size,
+    check_units,
+    is_ct,
+    millimeters,
+    read_ct,
+)
 from monai_memeff.apps.skull.demo.pretrained import ModelGrid
 from monai_memeff.geometry import is_anisotropic, is_oblique, ras_affine, resize_affine, spacing
 
 MASK_HU = 1000.0
-NO_AIR_HU = -200.0
 MARGIN = 0.05  # air kept on each side of the skull, as a fraction of its extent
 FINEST = 256  # edge of the finest grid on which bone is thresholded before pooling
 GRID_FULL = 0.35  # a skull occupies a tenth of the grid, more or less
@@ -141,7 +150,7 @@ def resample_to_grid(
 def prepare_head(
     image: MetaTensor,
     size: int = 64,
-    threshold: float = 300.0,
+    threshold: float | None = None,
     name: str = "head",
     model: ModelGrid | None = None,
 ) -> HeadVolume:
@@ -154,7 +163,8 @@ def prepare_head(
     Args:
         image: (1, H, W, D) in Hounsfield units, affine in RAS+ or LPS millimeters, any orientation and spacing.
         size: edge of the grid in cells.
-        threshold: Hounsfield units above which a voxel counts as bone.
+        threshold: value above which a voxel counts as bone; None: 300 Hounsfield units, and an image in other units
+            is refused.
         name: what to call the head.
         model: the grid of a trained model, whose cells are then used; None: cells that fit the head.
 
@@ -162,18 +172,13 @@ def prepare_head(
         The head on the grid.
 
     Raises:
-        InputError: on every input that :func:`check_size`, :func:`check_ct`, :func:`check_bone` or :func:`skull_cube`
-            refuse, and when more than a third of the pooled grid is bone.
+        InputError: on every input that :func:`check_size`, :func:`check_ct`, :func:`check_bone`, :func:`check_units` or
+            :func:`skull_cube` refuse, and when more than a third of the pooled grid is bone.
     """
     check_size(size)
     check_ct(image, name)
     values = np.array(image[0].as_tensor().cpu().numpy(), dtype=np.float32)
-    remarks: tuple[str, ...] = ()
-    if _is_mask(values, threshold):
-        values, threshold = (values > threshold).astype(np.float32) * MASK_HU, MASK_HU / 2
-        remarks = (f"the image is a mask: bone counts as {MASK_HU:g} HU, the rest as 0",)
-    elif values.min() > NO_AIR_HU:
-        remarks = (f"no voxel lies below {NO_AIR_HU:g}, where air is: the image may not be in Hounsfield units",)
+    values, threshold, remarks = _in_units(values, threshold, name)
     ct_affine = ras_affine(image).cpu().numpy()
     dense = check_bone(values, threshold, name)
     bone = get_largest_connected_component_mask(dense)
@@ -213,6 +218,20 @@ def _pool(cell: float, affine: np.ndarray, size: int) -> int:
     return min(max(round(cell / min(spacing(affine))), 2), max(1, FINEST // size))
 
 
+def _in_units(values: np.ndarray, given: float | None, name: str) -> tuple[np.ndarray, float, tuple[str, ...]]:
+    """Values and the threshold of bone in the same units, and what is to be said of them."""
+    threshold = BONE_HU if given is None else given
+    if _is_mask(values, threshold):
+        said = f"the image is a mask: bone counts as {MASK_HU:g} HU, the rest as 0"
+        return (values > threshold).astype(np.float32) * MASK_HU, MASK_HU / 2, (said,)
+    image = torch.from_numpy(values)
+    if given is None:
+        check_bone(values, threshold, name)
+        check_units(image, name)
+    said = "hardly any voxel is air of a CT: the image may not be in Hounsfield units, but --threshold was given"
+    return values, threshold, () if is_ct(image) else (said,)
+
+
 def _is_mask(values: np.ndarray, threshold: float) -> bool:
     """Whether there are two values only, with the threshold between them."""
     low, high = float(values.min()), float(values.max())
@@ -239,7 +258,7 @@ def _notes(bone: np.ndarray, dense: np.ndarray, affine: np.ndarray) -> tuple[str
 def load_head(
     path: str | Path | None = None,
     size: int = 64,
-    threshold: float = 300.0,
+    threshold: float | None = None,
     seed: int = 0,
     series: str | None = None,
     resample: bool = False,
@@ -250,7 +269,7 @@ def load_head(
     Args:
         path: see :func:`read_ct`; None generates a head (:func:`monai_memeff.apps.skull.phantom.head_phantom`).
         size: edge of the grid in cells.
-        threshold: Hounsfield units above which a voxel counts as bone.
+        threshold: see :func:`prepare_head`.
         seed: seed of the generated head.
         series: see :func:`read_ct`.
         resample: see :func:`read_ct`.

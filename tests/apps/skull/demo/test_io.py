@@ -96,6 +96,24 @@ def test_bone_that_is_nowhere_or_everywhere(tmp_path: Path) -> None:
     assert check_bone(values, 300.0).sum() == (values > 300).sum()
 
 
+def test_an_image_that_is_no_ct_needs_a_threshold(tmp_path: Path) -> None:
+    values, affine = _shell()
+    mri = _save(tmp_path / "mr.nii", np.where(values > 0, 900.0, 20.0 + values / 100).astype(np.float32), affine)
+    said = _refusal(load_head, mri)
+    assert "mr.nii is no CT in Hounsfield units" in said
+    assert "--threshold" in said
+    head = load_head(mri, 64, 300.0)
+    assert any("may not be in Hounsfield units, but --threshold was given" in note for note in head.notes)
+    shifted = _save(tmp_path / "shifted.nii", values + 1024, affine)  # a CT without its intercept: bone is not at 300
+    assert "no CT in Hounsfield units" in _refusal(load_head, shifted)
+
+
+@pytest.mark.parametrize("threshold", [np.nan, np.inf, -np.inf])
+def test_a_threshold_that_is_no_number(tmp_path: Path, threshold: float) -> None:
+    values, affine = _shell()
+    assert "--threshold" in _refusal(load_head, _save(tmp_path / "a.nii", values, affine), 64, threshold)
+
+
 def test_bone_of_the_wrong_size(tmp_path: Path) -> None:
     values, _ = _shell()
     assert "check the spacing" in _refusal(load_head, _save(tmp_path / "a.nii", values, np.diag([0.5, 0.5, 0.5, 1])))

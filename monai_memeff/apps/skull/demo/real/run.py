@@ -49,7 +49,7 @@ def run_defective(
     size: int | None,
     output: Path,
     seconds: float | None,
-    threshold: float,
+    threshold: float | None,
     defects: int | None,
     seed: int,
     series: str | None = None,
@@ -64,7 +64,7 @@ def run_defective(
         output: folder for ``report.txt``, ``report.json``, ``figure.png``, and the implants of the network and of the
             mirror as NIfTI and STL.
         seconds: training time; None: 240 at size 64.
-        threshold: bone is above this many Hounsfield units.
+        threshold: bone is above this value; None: 300 Hounsfield units, and an image in other units is refused.
         defects: number of synthetic defects of healthy bone to test on; None: 6.
         seed: seed of defects and weights.
         series: ``SeriesInstanceUID`` of a DICOM folder with several series.
