@@ -78,7 +78,7 @@ def test_what_is_no_record_ends_in_one_line_before_a_training(tmp_path: Path, co
     (tmp_path / "model.json").write_bytes(content)
     ours = WeightsRecord(weights, {"grid": 64})
     for call in (ours.check, ours.write, lambda: ours.attach(Engine(lambda *_: None))):
-        with pytest.raises(SystemExit, match="must be the record of model.pt") as caught:
+        with pytest.raises(SystemExit, match=r"must be the record of model\.pt") as caught:
             call()
         assert "\n" not in str(caught.value)
     assert (tmp_path / "model.json").read_bytes() == content

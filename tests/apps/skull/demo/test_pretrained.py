@@ -70,7 +70,7 @@ def test_a_record_that_makes_no_grid_is_refused(weights: Path, tmp_path: Path, c
 @pytest.mark.parametrize("text", ["{", "[1]", '{"grid": 64, "cell_mm": 4}', '{"sha256": 1, "settings": {}}', "\xff"])
 def test_what_is_no_record_is_refused(weights: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "model.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match="must be the record of model.pt"):
+    with pytest.raises(InputError, match=r"must be the record of model\.pt"):
         shipped_model(tmp_path)
 
 
