@@ -75,8 +75,10 @@ def dense_unet() -> torch.nn.Module:
     return UNet(3, 1, 1, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2, norm="batch")
 
 
-def train_dense(heads: list[Path], grid: int, seconds: float, batch_size: int, workers: int, output: Path) -> None:
-    """Train the dense U-Net on varied heads with random defects for a given time, and write its weights."""
+def train_dense(
+    heads: list[Path], grid: int, seconds: float, batch_size: int, start: Path | None, output: Path
+) -> None:
+    """Train the dense U-Net on varied heads with random defects for given CPU-seconds, and write its weights."""
     from monai.data import DataLoader, Dataset
     from monai.transforms import Compose, RandFlipd, RandSpatialCropd, SpatialPadd
 
@@ -95,11 +97,13 @@ def train_dense(heads: list[Path], grid: int, seconds: float, batch_size: int, w
             RandSkullDefectd("skull", size=(0.08, 0.16)),
         ]
     )
-    loader = DataLoader(Dataset(items, draw), batch_size=batch_size, shuffle=True, num_workers=workers)
+    loader = DataLoader(Dataset(items, draw), batch_size=batch_size, shuffle=True)
     network = dense_unet().to(device).train()
+    if start is not None:
+        network.load_state_dict(torch.load(start, weights_only=True, map_location=device)["model"])
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
-    start, steps = time.monotonic(), 0
-    while (spent := time.monotonic() - start) < seconds:
+    began, steps = time.process_time(), 0
+    while (spent := time.process_time() - began) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * max(0.02, 0.5 * (1 + math.cos(math.pi * spent / seconds)))
         for batch in loader:
@@ -109,9 +113,9 @@ def train_dense(heads: list[Path], grid: int, seconds: float, batch_size: int, w
             loss.backward()
             optimizer.step()
             steps += 1
-            if time.monotonic() - start > seconds:
+            if time.process_time() - began > seconds:
                 break
-        print(f"step {steps}, {time.monotonic() - start:.0f} s, loss {loss.item():.4f}", flush=True)
+        print(f"step {steps}, {time.process_time() - began:.0f} s, loss {loss.item():.4f}", flush=True)
     torch.save({"model": network.state_dict(), "steps": steps, "seconds": seconds}, output)
 
 
@@ -199,9 +203,9 @@ def main() -> None:
     dense.add_argument("--heads", type=Path, required=True)
     dense.add_argument("--without", default="none", help="leave out heads with this in their name")
     dense.add_argument("--grid", type=int, default=64, choices=POOL)
-    dense.add_argument("--seconds", type=float, required=True)
+    dense.add_argument("--seconds", type=float, required=True, help="of the CPU, on one thread")
     dense.add_argument("--batch-size", type=int, default=16)
-    dense.add_argument("--workers", type=int, default=0)
+    dense.add_argument("--start", type=Path, help="weights to go on from")
     dense.add_argument("--output", type=Path, required=True)
     scores = commands.add_parser("score")
     scores.add_argument("--heads", type=Path, required=True)
@@ -226,7 +230,7 @@ def main() -> None:
         return
     if options.command == "dense":
         files = [path for path in sorted(options.heads.glob("*.nii.gz")) if options.without not in path.name]
-        train_dense(files, options.grid, options.seconds, options.batch_size, options.workers, options.output)
+        train_dense(files, options.grid, options.seconds, options.batch_size, options.start, options.output)
         return
     head = on_grid(options.heads / f"{options.head}.nii.gz", options.grid)
     if options.command == "figure":
