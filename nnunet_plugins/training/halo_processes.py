@@ -16,12 +16,15 @@ from monai_memeff.halo.run.ranks.comm import process_group as processes
 def mesh_of_launch(device: torch.device, axis: int) -> HaloMesh:
     """The mesh of all processes of a torchrun launch (or of nnU-Net's ``-num_gpus``), each with a part along ``axis``.
 
-    Without such a launch it is a mesh of one, and nothing is started.
+    Without such a launch it is a mesh of one, and nothing is started. On the CPU nnU-Net gives every process all cores;
+    processes of one machine then wait for each other's threads, so that each takes its share here.
     """
     world = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if not processes.is_started() and world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(local_device(device))
+        else:
+            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
         processes.start("nccl" if device.type == "cuda" else "gloo")
     return init_mesh(data=1, spatial=(processes.world_size(),), axes=(axis,))
 

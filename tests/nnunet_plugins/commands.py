@@ -2,7 +2,7 @@
 
 The JSON is a list of commands, each a list of words. Those with ``-device cuda`` get a fake CUDA device. A word
 ``env:NAME=VALUE`` sets a variable from then on; the word ``fails`` says that the command must raise an error, which is
-printed; ``python FILE`` runs a script. The switch of lean prediction is heeded as when Python starts. nnU-Net's worker
+printed; ``python FILE`` runs a script. Our start-up file runs as when Python starts. nnU-Net's worker
 processes are forked, unless there is a GPU, so that they need not import everything again; and a fingerprint draws ten
 thousand intensities, not a hundred million whatever the size of the images.
 """
@@ -58,7 +58,7 @@ def draw_few_intensities() -> None:
 
 
 if __name__ == "__main__":
-    import_module("nnunet_plugins._startup._monai_memeff_nnunet").watch()
+    import_module("nnunet_plugins._startup._monai_memeff_nnunet").register()
     draw_few_intensities()
     torch.set_num_interop_threads = lambda _: None  # can be set once in a process
     if not torch.cuda.is_available():

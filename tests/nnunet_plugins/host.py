@@ -114,12 +114,19 @@ class Host:
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         return {**os.environ, **few_workers, **folders, VARIABLE: own, "PYTHONPATH": paths, **extra}
 
-    def run(self, command: str, *arguments: object, **extra: str) -> str:
-        """Run one of nnU-Net's console scripts as a user does; returns what it printed, and fails with it."""
+    def run(self, command: str, *arguments: object, seconds: float = 600, **extra: str) -> str:
+        """Run a console script as a user does; returns what it printed, and fails with it or after some seconds."""
         script = shutil.which(command, path=os.path.dirname(sys.executable)) or command
-        command = [script, *map(str, arguments)]
-        options = {"env": self.environment(**extra), "cwd": self.folder, "capture_output": True, "text": True}
-        return self._checked(subprocess.run(command, **options))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        words = [script, *map(str, arguments)]
+        process = subprocess.Popen(words, env=self.environment(**extra), cwd=self.folder, **pipes)
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its processes
+            printed, _ = process.communicate(timeout=60)
+            raise AssertionError(f"{words} hung for {seconds} s\n{printed[-5000:]}") from None
+        return self._checked(subprocess.CompletedProcess(words, process.returncode, printed, ""))
 
     def run_in_one_process(self, *commands: list[object], **extra: str) -> str:
         """Run several commands one after the other in one forked process; see :mod:`tests.nnunet_plugins.commands`."""

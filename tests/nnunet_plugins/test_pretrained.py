@@ -110,17 +110,18 @@ DATASETS = {
         "regions_class_order": [1, 2, 1],
     },
     "Dataset923_Two": {"labels": {"background": 0, "large": 1}},
+    "Dataset924_Same": {"labels": SIX},
 }
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    """One preprocessed dataset under three names, with six labels, three regions, and two labels."""
+    """One preprocessed dataset under four names, with six labels, three regions, two labels, and six again."""
     host = Host(tmp_path_factory.mktemp("nnunet"))
     (host.folder / "own_trainers" / "short_named.py").write_text(SHORT)
     names = list(DATASETS)
     dataset = write_dataset(host.raw, names[0], 2, (16, 20, 18), **DATASETS[names[0]])
-    for file in (dataset / "labelsTr").iterdir():  # labels that every one of the three knows
+    for file in (dataset / "labelsTr").iterdir():  # labels that every one of the four knows
         image = nibabel.load(file)
         nibabel.save(nibabel.Nifti1Image(np.minimum(np.asarray(image.dataobj), 1), image.affine), file)
     host.prepare(dataset, 921, "-gpu_memory_target", 0.02)
@@ -136,14 +137,14 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     return host
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_other_labels_changed_settings_and_receivers_by_commands(host: Host, tmp_path: Path) -> None:
     commands: list[list[object]] = []
     for name in ("SparseTrainer", "CLSTMTrainer", "OccupancyTrainer"):
         folder = host.results / "Dataset921_Six" / f"{name}__nnUNetPlans__3d_fullres" / "fold_0"
         train = ["nnUNetv2_train", "3d_fullres", 0, "-tr", name, "-device", "cpu"]
         commands.append([train[0], 921, *train[1:]])
-        for number in (922, 923) if name == "SparseTrainer" else (923,):
+        for number in (922, 923, 924) if name == "SparseTrainer" else (923,):
             weights = ["-pretrained_weights", folder / "checkpoint_final.pth"]
             commands.append([train[0], number, *train[1:], *weights])
     predict = ["nnUNetv2_predict", "-i", host.raw / "Dataset921_Six" / "imagesTs", "-o", tmp_path / "out", "-d", 921]
@@ -157,7 +158,7 @@ def test_other_labels_changed_settings_and_receivers_by_commands(host: Host, tmp
     plans["plans_name"] = "nnUNetPlans"
     later.write_text(json.dumps(plans))
     printed = host.run_in_one_process(*commands)
-    assert printed.count("Loading pretrained weights from file") == 4
+    assert printed.count("Loading pretrained weights from file") == 5
     assert re.search(r"-step_size 0.7 has no effect: CLSTMPlansUNet predicts whole images", printed)
     assert re.search(r"SparseTrainer: patch size (\[.*\]), as in the stock plan: .*covers the median image", printed)
 
