@@ -74,10 +74,11 @@ def _small(shape: tuple[int, ...], first: int) -> list[tuple[int, ...]]:
 
 def _measured(network: nn.Module, shape: tuple[int, ...], training: bool, loss: Loss | None, dtype: torch.dtype) -> int:
     device = home(network)
-    volume = torch.rand(shape, dtype=dtype).to(device)
     network.zero_grad(set_to_none=True)
-    with measure_peak(device) as meter:
-        run_step(network, volume, training, loss)
+    with torch.random.fork_rng(devices=[]):
+        volume = torch.rand(shape, dtype=dtype).to(device)
+        with measure_peak(device) as meter:
+            run_step(network, volume, training, loss)
     return meter.peak_bytes
 
 

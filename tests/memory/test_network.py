@@ -134,7 +134,9 @@ def test_nothing_changes() -> None:
 def test_a_network_that_looks_at_values_is_measured_on_small_volumes() -> None:
     torch.manual_seed(0)
     network, shape = LooksAtValues(), (1, 1, 97, 70, 101)
+    before = torch.get_rng_state()
     found = estimate_network(network, shape)
+    assert torch.equal(torch.get_rng_state(), before)
     assert "small volumes" in found.basis
     assert found.peak_bytes == pytest.approx(measured(network, torch.rand(shape), False), rel=0.1)
 

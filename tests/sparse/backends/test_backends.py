@@ -137,6 +137,13 @@ def test_the_self_test_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_trial_of_onednn_draws_no_random_numbers() -> None:
+    """It comes with the first step of a process; a training in two processes sees what one process sees."""
+    before = torch.get_rng_state()
+    product.has_onednn.__wrapped__()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_chosen_engine_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = add_engine(monkeypatch, "good")
     layer, x = example()
