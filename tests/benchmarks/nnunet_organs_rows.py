@@ -25,7 +25,7 @@ RECIPES = {
     "ResEncM": Recipe("nnUNetTrainer", "nnUNetResEncUNetMPlans"),
     "SparseTrainer": Recipe("SparseTrainer"),
     "OccupancyTrainer": Recipe(
-        "OccupancyTrainer", settings={"occupancy_trainer": {"patch_size": [64, 96, 64], "points": 6144}}
+        "OccupancyTrainer", settings={"occupancy_trainer": {"patch_size": [64, 96, 64], "points": 6000}}
     ),
     "CLSTMTrainer": Recipe("CLSTMTrainer", settings={"clstm_trainer": {"channels": [16, 32, 64, 128, 256]}}),
     "HaloTrainer": Recipe("HaloTrainer", settings={"patch_size": [48, 64, 32]}),
