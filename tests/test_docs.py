@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import monai_memeff
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -32,6 +34,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), flags=re.MULTILINE))
     assert listed == {page.relative_to(DOCS).as_posix() for page in PAGES}
+
+
+def test_every_subpackage_that_configurations_name_has_a_page_of_the_api() -> None:
+    shown = {name for page in DOCS.glob("api/*.md") for name in re.findall("::: (.+)", page.read_text("utf-8"))}
+    doors = {name for name in monai_memeff.__all__ if name not in ("__version__", "apps")} | {"apps.liver", "apps.skull"}
+    assert shown >= {f"monai_memeff.{name}" for name in doors}
 
 
 def test_included_files_exist() -> None:

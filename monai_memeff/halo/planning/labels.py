@@ -41,7 +41,7 @@ def add_labels(program: Program, dims: int, regions: bool) -> None:
     Args:
         program: changed in place.
         dims: number of spatial dimensions.
-        regions: whether channels are regions that may overlap, each labelled by itself.
+        regions: whether channels are regions that may overlap, each labeled by itself.
     """
     for i, leaf in enumerate(program.outputs):
         if not isinstance(leaf, Ref):

@@ -41,8 +41,8 @@ def test_a_random_ball_lies_around_a_point() -> None:
         assert float(reach) <= 8.0
         counts.add(len(result.pos))
     assert len(counts) > 1
-    centerd = RandomSphere(4.0).set_random_state(1)(data)
-    assert bool((centerd.pos == 0).all(dim=1).any()), "the center is a point, moved to the origin"
+    centered = RandomSphere(4.0).set_random_state(1)(data)
+    assert bool((centered.pos == 0).all(dim=1).any()), "the center is a point, moved to the origin"
 
 
 def test_rare_classes_are_chosen_more_often() -> None:
