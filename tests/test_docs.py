@@ -38,7 +38,10 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_every_subpackage_that_configurations_name_has_a_page_of_the_api() -> None:
     shown = {name for page in DOCS.glob("api/*.md") for name in re.findall("::: (.+)", page.read_text("utf-8"))}
-    doors = {name for name in monai_memeff.__all__ if name not in ("__version__", "apps")} | {"apps.liver", "apps.skull"}
+    doors = {name for name in monai_memeff.__all__ if name not in ("__version__", "apps")} | {
+        "apps.liver",
+        "apps.skull",
+    }
     assert shown >= {f"monai_memeff.{name}" for name in doors}
 
 

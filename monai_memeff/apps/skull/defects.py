@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask
 
 __all__ = ["RandSkullDefect", "RandSkullDefectD", "RandSkullDefectDict", "RandSkullDefectd", "vault_mask"]
 
-KINDS = ("sphere", "cube", "freeform")
 REGIONS = ("vault", "anywhere")
 VAULT = 0.45  # depth of the vault below the vertex, as a fraction of the skull's horizontal extent
 INSIDE = 0.8  # fraction of the removed bone that must come from the region
@@ -64,6 +63,38 @@ def _up(skull: torch.Tensor) -> tuple[int, bool, list[float]]:
     cosines = affine[2] / spacing
     axis = int(np.abs(cosines).argmax())
     return axis, bool(cosines[axis] > 0), spacing.tolist()
+
+
+def _sphere(x: np.ndarray, y: np.ndarray, z: np.ndarray, radius: float, random: np.random.RandomState) -> np.ndarray:
+    return x**2 + y**2 + z**2 <= radius**2
+
+
+def _cube(x: np.ndarray, y: np.ndarray, z: np.ndarray, radius: float, random: np.random.RandomState) -> np.ndarray:
+    return (np.abs(x) <= radius) & (np.abs(y) <= radius) & (np.abs(z) <= radius)
+
+
+def _freeform(x: np.ndarray, y: np.ndarray, z: np.ndarray, radius: float, random: np.random.RandomState) -> np.ndarray:
+    """A union of a middle ball and two to four smaller ones on its surface, its outline bent by plane waves."""
+    waves = random.normal(size=(4, 3)) * (2.0 / radius)
+    phases = random.uniform(0, 2 * np.pi, size=4)
+    bend = sum(np.sin(w[0] * x + w[1] * y + w[2] * z + p) for w, p in zip(waves, phases, strict=True))
+    depth = 0.85 * radius - np.sqrt(x**2 + y**2 + z**2)
+    for _ in range(random.randint(2, 5)):
+        direction = random.normal(size=3)
+        at = direction / np.linalg.norm(direction) * radius * random.uniform(0.5, 0.9)
+        small = radius * random.uniform(0.4, 0.6)
+        depth = np.maximum(depth, small - np.sqrt((x - at[0]) ** 2 + (y - at[1]) ** 2 + (z - at[2]) ** 2))
+    return depth + 0.04 * radius * bend > 0
+
+
+SHAPES: dict[str, tuple[Callable[..., np.ndarray], float]] = {
+    "sphere": (_sphere, 1.0),
+    "cube": (_cube, 1.0),
+    "freeform": (_freeform, 1.6),
+}
+"""Kind -> which voxels, given from the center, belong to the defect, and how far it reaches, in radii."""
+
+KINDS = tuple(SHAPES)
 
 
 @dataclass(frozen=True)
@@ -148,32 +179,15 @@ class RandSkullDefect(RandomizableTransform):
         )
 
     def _draw(self, kind: str, radius: float, center: np.ndarray, shape: tuple[int, ...]) -> _Cut:
-        reach = radius if kind != "freeform" else 1.6 * radius
+        shape_of, reach = SHAPES[kind]
+        reach *= radius
         low = np.maximum(np.ceil(center - reach), 0).astype(int)
         high = np.minimum(np.floor(center + reach) + 1, shape).astype(int)
         axes = [np.arange(a, b, dtype=np.float64) - c for a, b, c in zip(low, high, center, strict=True)]
         x, y, z = np.meshgrid(*axes, indexing="ij", sparse=True)
-        if kind == "sphere":
-            hit = x**2 + y**2 + z**2 <= radius**2
-        elif kind == "cube":
-            hit = (np.abs(x) <= radius) & (np.abs(y) <= radius) & (np.abs(z) <= radius)
-        else:
-            hit = self._freeform(x, y, z, radius)
+        hit = shape_of(x, y, z, radius, self.R)
         box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
         return _Cut((box[0], box[1], box[2]), torch.from_numpy(np.ascontiguousarray(hit)))
-
-    def _freeform(self, x: np.ndarray, y: np.ndarray, z: np.ndarray, radius: float) -> np.ndarray:
-        """A union of a middle ball and two to four smaller ones on its surface, its outline bent by plane waves."""
-        waves = self.R.normal(size=(4, 3)) * (2.0 / radius)
-        phases = self.R.uniform(0, 2 * np.pi, size=4)
-        bend = sum(np.sin(w[0] * x + w[1] * y + w[2] * z + p) for w, p in zip(waves, phases, strict=True))
-        depth = 0.85 * radius - np.sqrt(x**2 + y**2 + z**2)
-        for _ in range(self.R.randint(2, 5)):
-            way = self.R.normal(size=3)
-            at = way / np.linalg.norm(way) * radius * self.R.uniform(0.5, 0.9)
-            small = radius * self.R.uniform(0.4, 0.6)
-            depth = np.maximum(depth, small - np.sqrt((x - at[0]) ** 2 + (y - at[1]) ** 2 + (z - at[2]) ** 2))
-        return depth + 0.04 * radius * bend > 0
 
     def __call__(self, img: torch.Tensor, randomize: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Cut a defect.

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from monai_memeff.errors import InputError
-from monai_memeff.hosts.estimate.systems import Row
+from monai_memeff.hosts.estimate.systems import SYSTEMS, Row
 from monai_memeff.memory import NetworkEstimate
 from monai_memeff.memory.forecast import in_units
-
-ORDER = ("dense", "halo", "sparse", "occupancy", "clstm")
-"""What keeps the weights goes first, then what suits."""
 
 
 def choose(rows: Sequence[Row], budget: int, device: str) -> NetworkEstimate:
@@ -20,8 +17,8 @@ def choose(rows: Sequence[Row], budget: int, device: str) -> NetworkEstimate:
         InputError: nothing fits; the line says what each would need, as far as it is known.
     """
     fitting = {row.system: row for row in rows if row.found is not None and row.refusal is None}
-    suited = [fitting[name] for name in ORDER if name in fitting and fitting[name].verdict.suits]
-    others = [fitting[name] for name in ORDER if name in fitting]
+    suited = [fitting[name] for name in SYSTEMS if name in fitting and fitting[name].verdict.suits]
+    others = [fitting[name] for name in SYSTEMS if name in fitting]
     for row in [*suited, *others]:
         assert row.found is not None
         if on_device(row.found, device) <= budget:

@@ -13,8 +13,10 @@ from monai_memeff.errors import InputError
 from monai_memeff.hosts.estimate.origin import Source
 from monai_memeff.hosts.estimate.rules import Verdict, facts_of, verdict
 from monai_memeff.memory import NetworkEstimate, estimate_network
+from monai_memeff.memory.network import SYSTEMS as ESTIMATED
 
-SYSTEMS = ("dense", "halo", "sparse", "occupancy", "clstm")
+SYSTEMS = ("dense", *ESTIMATED)
+"""In the order of choice: what keeps the weights goes first."""
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ from monai.transforms import Compose
 from scipy import ndimage
 
 from monai_memeff.apps.skull.defects import (
+    KINDS,
     RandSkullDefect,
     RandSkullDefectD,
     RandSkullDefectd,
     RandSkullDefectDict,
     vault_mask,
 )
-
-KINDS = ("sphere", "cube", "freeform")
 
 
 def _shell(shape: tuple[int, int, int] = (40, 48, 44)) -> torch.Tensor:
