@@ -1,9 +1,11 @@
 """Stock nnU-Net's prediction against lean prediction: memory of all processes, time, and voxels that differ.
 
-    python tests/benchmarks/nnunet_lean.py --classes 3 16 61 --folds 1 5 --output 256 256 256 > lean.jsonl
+    python tests/benchmarks/nnunet_lean.py --classes 3 16 61 --folds 1 5 --output 256 256 256 --record lean.jsonl
+    python tests/benchmarks/nnunet_lean.py --record lean.jsonl --table
 
-One line of JSON per cell. Models have random weights and nnU-Net's own plans; the image is smooth noise. Memory is the
-peak of the proportional set sizes of the process tree, seen up to ten times a second; CPU seconds are of all processes.
+One line of JSON per cell; cells that the record has are not run again, and the table is made of the record. Models
+have random weights and nnU-Net's own plans; the image is smooth noise. Memory is the peak of the proportional set
+sizes of the process tree, seen up to ten times a second; CPU seconds are of all processes.
 With ``--lean-only`` stock is not run; its memory is then computed by the rule in :func:`stock_rule`.
 """
 
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -43,6 +46,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes to preprocess, and to export; 0: none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lean-only", action="store_true")
+    parser.add_argument("--record", type=Path, help="file that lines are added to")
+    parser.add_argument("--table", action="store_true", help="print the record as a table, and run nothing")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)  # what one process does: way, model, images
     return parser.parse_args()
 
@@ -119,7 +124,15 @@ def stock_rule(classes: int, folds: int, voxels: int, output: int) -> float:
     return max((7.1 if folds > 1 else 5.1) * classes * voxels, 4.1 * classes * output) / GIB
 
 
-def cell(classes: int, folds: int, options: argparse.Namespace) -> dict[str, object]:
+def described(classes: int, folds: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What a cell is, without what is measured."""
+    settings = ("scale", "patch", "features", "mirroring", "workers", "device")
+    network = [round(extent / options.scale) for extent in options.output]
+    sizes = {"classes": classes, "folds": folds, "network": network, "output": options.output}
+    return sizes | {name: getattr(options, name) for name in settings}
+
+
+def cell(classes: int, folds: int, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one model and image both ways."""
     labels = {"background": 0, **{f"label{number}": number for number in range(1, classes)}}
     model = TrialModel(
@@ -130,40 +143,65 @@ def cell(classes: int, folds: int, options: argparse.Namespace) -> dict[str, obj
         features=options.features,
         mirroring=(0, 1, 2) if options.mirroring else None,
     )
-    network = [round(extent / options.scale) for extent in options.output]
-    described = {
-        "classes": classes,
-        "folds": folds,
-        "network": network,
-        "output": options.output,
-        "patch": options.patch,
-    }
-    described |= {"mirroring": options.mirroring, "workers": options.workers, "device": options.device}
-    described["rule_gib"] = round(stock_rule(classes, folds, math.prod(network), math.prod(options.output)), 1)
+    found = described(classes, folds, options)
+    voxels = math.prod(found["network"])
+    found["rule_gib"] = round(stock_rule(classes, folds, voxels, math.prod(options.output)), 2)
     with tempfile.TemporaryDirectory(dir=os.environ.get("MEMEFF_NNUNET_TMP")) as name:
         folder = Path(name)
         model.write(folder / "model")
         write_image(folder / "images" / "a_0000.nii.gz", options.output)
         run = [__file__, *sys.argv[1:], "--run"]
         paths = [str(folder / "model"), str(folder / "images")]
-        described["lean"] = measured([*run, "lean", *paths])
+        found["lean"] = measured([*run, "lean", *paths])
         if not options.lean_only:
-            described["stock"] = measured([*run, "stock", *paths])
+            found["stock"] = measured([*run, "stock", *paths])
             stock, lean = (np.asarray(nibabel.load(folder / way / "a.nii.gz").dataobj) for way in ("stock", "lean"))
-            described["voxels_that_differ"] = int((stock != lean).sum())
-            described["labels_seen"] = len(np.unique(stock))
-    return described
+            found["voxels_that_differ"] = int((stock != lean).sum())
+            found["labels_seen"] = len(np.unique(stock))
+    return found
+
+
+def recorded(file: Path | None) -> list[dict[str, Any]]:
+    """The cells of a record."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file and file.exists() else []
+
+
+def row(found: dict[str, Any]) -> str:
+    """A cell as a row of the table."""
+    size = " x ".join(map(str, found["network"])) + " to " + " x ".join(map(str, found["output"]))
+    folds = f"{found['folds']}{', mirrored' if found['mirroring'] else ''}"
+    lean, stock = found["lean"], found.get("stock")
+    if stock is None:
+        return f"| {found['classes']} | {size} | {folds} | {found['rule_gib']} by the rule | {lean['gib']} | - | - |"
+    seconds = f"{stock['cpu']}, {lean['cpu']}"
+    return (
+        f"| {found['classes']} | {size} | {folds} | {stock['gib']} | {lean['gib']} | {seconds} "
+        f"| {found['voxels_that_differ']} |"
+    )
 
 
 def main() -> None:
-    """Measure every cell."""
+    """Measure every cell, or print the table."""
     options = parsed()
     if options.run:
         predict(*options.run, options)
         return
+    if options.table:
+        print(
+            "| classes | voxels | folds | stock, GiB | lean, GiB | CPU-seconds, stock and lean | voxels that differ |"
+        )
+        print("|---|---|---|---|---|---|---|", *map(row, recorded(options.record)), sep="\n")
+        return
     for folds in options.folds:
         for classes in options.classes:
-            print(json.dumps(cell(classes, folds, options)), flush=True)
+            known = described(classes, folds, options)
+            if any(known.items() <= old.items() for old in recorded(options.record)):
+                continue
+            line = json.dumps(cell(classes, folds, options))
+            print(line, flush=True)
+            if options.record:
+                with options.record.open("a") as file:
+                    file.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
 from typing import Any
 
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -14,6 +16,18 @@ Job = tuple[Callable[..., Any], tuple[Any, ...]]
 
 class WorkerDiedError(RuntimeError):
     """A worker process ended in the middle of a job, twice."""
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is killed; an idle worker would wait for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 class Workers:
@@ -32,7 +46,8 @@ class Workers:
 
     @staticmethod
     def _new(count: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(count, mp_context=context, initializer=end_with_parent)
 
     def __enter__(self) -> Workers:
         return self
