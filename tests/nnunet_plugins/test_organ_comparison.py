@@ -18,7 +18,6 @@ from tests.benchmarks.nnunet_organs_rows import RECIPES, folder_of, is_done, key
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests/benchmarks/nnunet_organs.py"
-ROWS = ROOT / "tests/benchmarks/rows/nnunet_organs.jsonl"
 
 
 def test_every_patient_is_in_one_part() -> None:
