@@ -144,6 +144,24 @@ class Host:
         self.run_in_one_process(["nnUNetv2_plan_and_preprocess", *arguments], nnUNet_n_proc_DA="1")
         return self.preprocessed / dataset.name
 
+    def adopt(self, other: Host, dataset: str, name: str, **changes: object) -> Path:
+        """Copy a preprocessed dataset of another host under a name; returns its raw folder.
+
+        Args:
+            other: who has it.
+            dataset: its name there.
+            name: its name here.
+            changes: entries of dataset.json.
+        """
+        for part in ("raw", "preprocessed"):
+            folder = self.folder / part / name
+            shutil.copytree(other.folder / part / dataset, folder)
+            for file in (folder / "nnUNetPlans.json", folder / "dataset.json"):
+                if file.exists():
+                    described = json.loads(file.read_text().replace(dataset, name))
+                    file.write_text(json.dumps(described | (changes if file.name == "dataset.json" else {})))
+        return self.raw / name
+
     def split(self, dataset: str, train: list[str], val: list[str]) -> None:
         """Write the only fold."""
         (self.preprocessed / dataset / "splits_final.json").write_text(json.dumps([{"train": train, "val": val}]))

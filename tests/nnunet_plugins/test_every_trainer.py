@@ -12,9 +12,10 @@ import pytest
 
 pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 
-from tests.nnunet_plugins.host import Host, labels_of, write_dataset
+from tests.nnunet_plugins.conftest import SMALL
+from tests.nnunet_plugins.host import Host, labels_of
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = pytest.mark.slow
 
 NAME, NUMBER = "Dataset941_Every", 941
 
@@ -69,12 +70,11 @@ for name in names:
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+def host(tmp_path_factory: pytest.TempPathFactory, small_host: Host) -> Host:
     """A preprocessed dataset of three images."""
     host = Host(tmp_path_factory.mktemp("nnunet"))
     (host.folder / "own_trainers" / "short_others.py").write_text(SHORT)
-    dataset = write_dataset(host.raw, NAME, 3, (16, 20, 18))
-    host.prepare(dataset, NUMBER, "-gpu_memory_target", 0.02)
+    host.adopt(small_host, SMALL, NAME)
     host.split(NAME, ["c_000", "c_001"], ["c_002"])
     return host
 

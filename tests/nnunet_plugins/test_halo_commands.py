@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 
-from tests.nnunet_plugins.host import Host, labels_of, write_dataset
+from tests.nnunet_plugins.conftest import SMALL
+from tests.nnunet_plugins.host import Host, labels_of
 
 pytestmark = pytest.mark.slow
 
@@ -31,12 +32,11 @@ TORCHRUN = ["--standalone", "--nproc_per_node", 2, "--no-python"]
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    """Two preprocessed images, one of them to train; trained and validated by two processes of torchrun."""
+def host(tmp_path_factory: pytest.TempPathFactory, small_host: Host) -> Host:
+    """Preprocessed images, one of them to train; trained and validated by two processes of torchrun."""
     host = Host(tmp_path_factory.mktemp("nnunet"))
     (host.folder / "own_trainers" / "short_halo.py").write_text(SHORT)
-    dataset = write_dataset(host.raw, NAME, 2, (16, 20, 18))
-    host.prepare(dataset, 931, "-gpu_memory_target", 0.02)
+    host.adopt(small_host, SMALL, NAME)
     host.split(NAME, ["c_000"], ["c_001"])
     command, *options = train(HALO)
     script = shutil.which(str(command), path=str(Path(sys.executable).parent))
@@ -93,4 +93,4 @@ def test_stock_goes_on_then_halo_and_stock_predicts(host: Host, tmp_path: Path) 
     folders = ["-i", host.raw / NAME / "imagesTs", "-o", tmp_path / "out", "-m", stock]
     predict = ["nnUNetv2_predict_from_modelfolder", *folders, "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1]
     host.run_in_one_process(predict, MEMEFF_NO_NNUNET="1", nnUNet_extTrainer="")
-    assert list(labels_of(tmp_path / "out")) == ["c_002.nii.gz"]
+    assert list(labels_of(tmp_path / "out")) == ["c_003.nii.gz"]

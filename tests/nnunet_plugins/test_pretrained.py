@@ -7,12 +7,13 @@ import re
 import shutil
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
+
+import blosc2
 
 from nnunet_plugins import TRAINERS
 from nnunet_plugins.clstm_network import CLSTMPlansUNet
@@ -21,7 +22,8 @@ from nnunet_plugins.occupancy_network import OccupancyPlansNet
 from nnunet_plugins.plans_network import CoarseToSparsePlansUNet
 from nnunet_plugins.sparse_plans import why_not_larger
 from nnunet_plugins.training.trainer_mixin import HINT
-from tests.nnunet_plugins.host import Host, write_dataset
+from tests.nnunet_plugins.conftest import SMALL
+from tests.nnunet_plugins.host import Host
 
 NETWORKS = {
     "CLSTMTrainer": lambda classes: CLSTMPlansUNet(2, classes, (2, 3), 2, True),
@@ -115,25 +117,16 @@ DATASETS = {
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+def host(tmp_path_factory: pytest.TempPathFactory, small_host: Host) -> Host:
     """One preprocessed dataset under four names, with six labels, three regions, two labels, and six again."""
     host = Host(tmp_path_factory.mktemp("nnunet"))
     (host.folder / "own_trainers" / "short_named.py").write_text(SHORT)
-    names = list(DATASETS)
-    dataset = write_dataset(host.raw, names[0], 2, (16, 20, 18), **DATASETS[names[0]])
-    for file in (dataset / "labelsTr").iterdir():  # labels that every one of the four knows
-        image = nibabel.load(file)
-        nibabel.save(nibabel.Nifti1Image(np.minimum(np.asarray(image.dataobj), 1), image.affine), file)
-    host.prepare(dataset, 921, "-gpu_memory_target", 0.02)
-    host.split(names[0], ["c_000"], ["c_001"])
-    for name in names[1:]:
-        for parent in (host.raw, host.preprocessed):
-            shutil.copytree(parent / names[0], parent / name)
-            file = parent / name / "dataset.json"
-            if file.exists():
-                file.write_text(json.dumps(json.loads(file.read_text()) | DATASETS[name]))
-        plans = host.preprocessed / name / "nnUNetPlans.json"
-        plans.write_text(plans.read_text().replace(names[0], name))
+    for name, changes in DATASETS.items():
+        host.adopt(small_host, SMALL, name, **changes)
+        host.split(name, ["c_000"], ["c_001"])
+    for file in (host.preprocessed / "Dataset923_Two").rglob("*_seg.b2nd"):  # there is no label 2
+        labels = blosc2.open(str(file), mode="a")
+        labels[:] = np.minimum(labels[:], 1)
     return host
 
 
