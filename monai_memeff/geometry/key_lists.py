@@ -17,6 +17,9 @@ MAX_ROWS = {"cpu": 2**14, "cuda": 2**18}
 MIN_ROWS = 2**9
 """Fewer at a time would cost more calls than a search."""
 
+SMALL_GRID = 2**14
+"""Up to this many times TABLE_SPAN cells a grid is small whatever it holds."""
+
 
 def is_strictly_increasing(keys: Tensor) -> bool:
     """Whether (N,) keys are sorted and unique."""
@@ -30,14 +33,16 @@ def look_up(
     slots: Tensor | None = None,
     absent: int | None = None,
     window: int = 1,
+    cells: int | None = None,
 ) -> Tensor:
     """Where the windows that begin at ``first + step`` start; a window is ``window`` consecutive keys of the grid.
 
     Of a window that holds a key of the list, the start is that key's slot minus the key's place in the window; the
     slots must agree on it, which they do where they differ as the keys do, or by at least ``window``.
 
-    A few rows at a time go through a table of the part of the grid that they reach, which is written and cleared at
-    the keys only: several times faster than a search. Parts that are too large for it are searched.
+    On a small grid all rows go through one table of it. Else a few rows at a time go through a table of the part of the
+    grid that they reach, which is written and cleared at the keys only: several times faster than a search. Parts that
+    are too large for it are searched.
 
     Args:
         keys: (N,) int64, strictly increasing.
@@ -46,12 +51,15 @@ def look_up(
         slots: (N,) int32, increasing; None: the rows 0 ... N - 1.
         absent: what is found for a window without a key; default N.
         window: see above; 1 looks up single keys.
+        cells: of the grid, if every key that is looked up lies in 0 ... cells - 1; None: nothing is known of it.
 
     Returns:
         (M, S) int32.
     """
     device = keys.device
     absent = keys.numel() if absent is None else absent
+    if cells is not None and is_small(cells, max(keys.numel(), first.numel())):
+        return _look_up_in_small_grid(keys, first, steps, slots, absent, window, cells)
     found = torch.full((first.numel(), len(steps)), absent, dtype=torch.int32, device=device)
     if found.numel() == 0 or keys.numel() == 0:
         return found
@@ -71,6 +79,23 @@ def look_up(
         elif stop > start:
             table.look_up(near, theirs, queries, out)
     return found
+
+
+def is_small(cells: int, keys: int) -> bool:
+    """Whether a table of all cells of a grid costs less than the calls that it saves for that many keys."""
+    return cells <= TABLE_SPAN * max(keys, SMALL_GRID)
+
+
+def _look_up_in_small_grid(
+    keys: Tensor, first: Tensor, steps: list[int], slots: Tensor | None, absent: int, window: int, cells: int
+) -> Tensor:
+    starts = keys.new_full((cells + window - 1,), absent, dtype=torch.int32)
+    slots = torch.arange(keys.numel(), dtype=torch.int32, device=keys.device) if slots is None else slots
+    for ahead in range(window):
+        behind = window - 1 - ahead
+        starts.index_copy_(0, keys + ahead if ahead else keys, slots - behind if behind else slots)
+    offsets = torch.tensor([step + window - 1 for step in steps], device=keys.device)
+    return starts.index_select(0, (first[:, None] + offsets).view(-1)).view(-1, len(steps))
 
 
 def _table_and_rows(span: int, rows: int, steps: int, device: torch.device) -> tuple[int, int]:
@@ -103,35 +128,42 @@ def _search(keys: Tensor, slots: Tensor, queries: Tensor, absent: int, window: i
     return torch.where((ahead >= 0) & (ahead < window), slot - ahead, absent)
 
 
-def find(keys: Tensor, queries: Tensor) -> Tensor:
-    """Rows of one sorted list (M,) in another (N,): (M,) int32, N where a query is not among the keys."""
-    return look_up(keys, queries, [0])[:, 0]
+def find(keys: Tensor, queries: Tensor, cells: int | None = None) -> Tensor:
+    """Rows of one sorted list (M,) in another (N,): (M,) int32, N where a query is not among the keys.
+
+    Args:
+        keys: (N,) int64, strictly increasing.
+        queries: (M,) int64, strictly increasing.
+        cells: of the grid, if both lists are numbers of its cells.
+    """
+    return look_up(keys, queries, [0], cells=cells)[:, 0]
 
 
-def contains(keys: Tensor, queries: Tensor) -> Tensor:
-    """Which of (M,) sorted queries are among (N,) sorted keys: (M,) boolean."""
+def contains(keys: Tensor, queries: Tensor, cells: int | None = None) -> Tensor:
+    """Which of (M,) sorted queries are among (N,) sorted keys: (M,) boolean; ``cells`` as in :func:`find`."""
+    if cells is not None and is_small(cells, max(keys.numel(), queries.numel())):
+        return _marked(cells, keys).index_select(0, queries)
     return find(keys, queries) < keys.numel()
 
 
 def sorted_unique(keys: Tensor, cells: int) -> Tensor:
     """Sorted unique values of keys in 0 ... cells - 1, through a bitmap of the grid while that is small."""
-    if cells > TABLE_SPAN * max(keys.numel(), 2**14):
-        return torch.unique(keys)
-    present = torch.zeros(cells, dtype=torch.bool, device=keys.device)
-    present[keys] = True
-    return present.nonzero()[:, 0]
+    return _marked(cells, keys).nonzero().view(-1) if is_small(cells, keys.numel()) else torch.unique(keys)
 
 
-def unite(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def unite(first: Tensor, second: Tensor, cells: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Unite two sorted key lists.
 
     Args:
         first: (N,) int64, strictly increasing.
         second: (M,) int64, strictly increasing.
+        cells: of the grid, as in :func:`find`.
 
     Returns:
         The sorted union and the int32 rows of the first and of the second list in it.
     """
+    if cells is not None and is_small(cells, max(first.numel(), second.numel())):
+        return _unite_in_small_grid(first, second, cells)
     in_first = find(first, second)
     missing = (in_first == first.numel()).nonzero()[:, 0]
     extra = second[missing]
@@ -144,6 +176,18 @@ def unite(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     second_rows = torch.cat((first_rows, shift[-1:])).index_select(0, in_first)
     second_rows[missing] = extra_rows
     return union, first_rows.to(torch.int32), second_rows.to(torch.int32)
+
+
+def _unite_in_small_grid(first: Tensor, second: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
+    union = _marked(cells, first).index_fill_(0, second, True).nonzero().view(-1)
+    rows = first.new_empty(cells, dtype=torch.int32)  # read at the union's cells only
+    rows.index_copy_(0, union, torch.arange(union.numel(), dtype=torch.int32, device=union.device))
+    return union, rows.index_select(0, first), rows.index_select(0, second)
+
+
+def _marked(cells: int, keys: Tensor) -> Tensor:
+    """(cells,) boolean, True at the keys."""
+    return keys.new_zeros(cells, dtype=torch.bool).index_fill_(0, keys, True)
 
 
 def _numbers(keys: Tensor) -> Tensor:

@@ -59,9 +59,9 @@ def coordinates_to_keys(coordinates: Tensor, spatial_shape: Sequence[int]) -> Te
 def keys_to_coordinates(keys: Tensor, spatial_shape: Sequence[int]) -> Tensor:
     """Invert :func:`coordinates_to_keys`: (N,) keys to (N, 4) int64 [batch, i, j, k]."""
     height, width, depth = spatial_shape
-    line = keys.div(depth, rounding_mode="floor")
-    plane = line.div(width, rounding_mode="floor")
-    batch = plane.div(height, rounding_mode="floor")
+    line = _floor_divided(keys, depth)
+    plane = _floor_divided(line, width)
+    batch = _floor_divided(plane, height)
     return torch.stack((batch, plane - batch * height, line - plane * width, keys - line * depth), dim=1)
 
 
@@ -84,10 +84,13 @@ def regrid(
         shrink: divide instead of multiplying.
 
     Returns:
-        (N,) int64 keys, in the order of the old ones.
+        (N,) int64 keys, in the order of the old ones; on an unchanged grid the old ones themselves.
     """
     if not shrink:
-        return _scaled(keys, spatial_shape, new_shape, scale, shift)
+        same = tuple(spatial_shape) == tuple(new_shape) and tuple(scale) == (1, 1, 1) and not any(shift)
+        return keys if same else _scaled(keys, spatial_shape, new_shape, scale, shift)
+    if not any(shift) and all(n == m * s for n, m, s in zip(spatial_shape, new_shape, scale, strict=True)):
+        return _shrunk(keys, new_shape, scale)
     rest, pitch, new_keys = keys, 1, torch.zeros_like(keys)
     for axis in (2, 1, 0):
         higher = rest.div(spatial_shape[axis], rounding_mode="floor")
@@ -102,10 +105,31 @@ def _scaled(keys: Tensor, old: Sequence[int], new: Sequence[int], scale: Sequenc
     pitches = (new[1] * new[2], new[2], 1)
     steps = [s * pitch for s, pitch in zip(scale, pitches, strict=True)]
     result = keys * steps[2]
-    result += sum(offset * pitch for offset, pitch in zip(shift, pitches, strict=True))
+    moved = sum(offset * pitch for offset, pitch in zip(shift, pitches, strict=True))
+    if moved:
+        result += moved
     higher_step = (steps[1], steps[0], new[0] * pitches[0])
     number = keys
     for axis, step, above in zip((2, 1, 0), (steps[2], steps[1], steps[0]), higher_step, strict=True):
-        number = number.div(old[axis], rounding_mode="floor")
+        number = _floor_divided(number, old[axis])
         result.add_(number, alpha=above - step * old[axis])
     return result
+
+
+def _shrunk(keys: Tensor, new: Sequence[int], scale: Sequence[int]) -> Tensor:
+    """Shrinking where the new grid times the scale is the old one: whole lines and planes shrink by one division."""
+    _, width, depth = new
+    along_k = _floor_divided(keys, scale[2])  # old line * depth + new k
+    line = _floor_divided(along_k, depth)
+    along_j = _floor_divided(line, scale[1])  # old plane * width + new j
+    plane = _floor_divided(along_j, width)
+    along_i = _floor_divided(plane, scale[0])  # batch * height + new i
+    rows = torch.add(along_j - line, along_i - plane, alpha=width)
+    return torch.add(along_k, rows, alpha=depth)
+
+
+def _floor_divided(keys: Tensor, by: int) -> Tensor:
+    """Keys, none of which is negative, divided; by a power of two several times faster."""
+    if by & (by - 1):
+        return keys.div(by, rounding_mode="floor")
+    return keys >> (by.bit_length() - 1) if by > 1 else keys

@@ -73,10 +73,10 @@ class SparseCompletionLoss(nn.Module):
                 f"(batch_size, spatial_shape) must be {(logits.batch_size, logits.spatial_shape)}, "
                 f"got {(cells.batch_size, cells.spatial_shape)}."
             )
-        truth = key_lists.contains(cells.keys, logits.voxels.keys)
+        truth = key_lists.contains(cells.keys, logits.voxels.keys, cells.cells)
         if ignored is not None and len(ignored):
             doubtful = ignored.coarsened(_ratio(logits.stride, ignored.stride))
-            counted = truth | ~key_lists.contains(doubtful.keys, logits.voxels.keys)
+            counted = truth | ~key_lists.contains(doubtful.keys, logits.voxels.keys, doubtful.cells)
             values, truth = values[counted], truth[counted]
         if len(values) == 0:
             return values.sum()

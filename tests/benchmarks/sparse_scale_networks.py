@@ -73,10 +73,15 @@ class Perfect(nn.Module):
         self.head = head
         self.keys, self.shape = case.cells(stride)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the head that is replaced, whose dtype the network reads."""
+        return self.head.weight
+
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Convolve, then correct the signs."""
         logits = self.head(x)
-        return logits.replace(signed(logits.features, key_lists.contains(self.keys, x.voxels.keys)))
+        return logits.replace(signed(logits.features, key_lists.contains(self.keys, x.voxels.keys, x.voxels.cells)))
 
 
 def signed(logits: Tensor, wanted: Tensor) -> Tensor:

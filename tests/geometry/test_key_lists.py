@@ -23,36 +23,39 @@ def limits(monkeypatch: pytest.MonkeyPatch, span: int, most: int, rows: int) -> 
 
 
 ROUTES = pytest.mark.parametrize(("span", "most"), [(0, 2**21), (16, 2**21), (16, 50)], ids=["search", "table", "both"])
+GRIDS = pytest.mark.parametrize("cells", [None, 1301], ids=["parts", "whole grid"])
 ROWS = pytest.mark.parametrize("rows", [1, 3, 2**14])
 
 
 @ROUTES
 @ROWS
+@GRIDS
 @pytest.mark.parametrize("steps", [[0], [0, 1, 2, 7], [0, 300, 301]])
 def test_look_up_single_keys(
-    span: int, most: int, rows: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
+    span: int, most: int, rows: int, cells: int | None, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits(monkeypatch, span, most, rows)
     keys, first = (torch.cat((torch.randint(900, (n,)), torch.tensor([999]))).unique() for n in (80, 200))
     for mine, theirs in ((keys, first), (keys[:0], first), (keys, first[:0]), (keys[30:], first[:60])):
         row = {key: number for number, key in enumerate(mine.tolist())}
-        found = key_lists.look_up(mine, theirs, steps)
+        found = key_lists.look_up(mine, theirs, steps, cells=cells)
         assert found.dtype == torch.int32
         assert found.shape == (len(theirs), len(steps))
         assert found.tolist() == [[row.get(key + step, len(mine)) for step in steps] for key in theirs.tolist()]
         if steps == [0]:
-            assert torch.equal(key_lists.find(mine, theirs), found[:, 0])
-            assert torch.equal(key_lists.contains(mine, theirs), found[:, 0] < len(mine))
+            assert torch.equal(key_lists.find(mine, theirs, cells), found[:, 0])
+            assert torch.equal(key_lists.contains(mine, theirs, cells), found[:, 0] < len(mine))
 
 
 @ROUTES
 @ROWS
-def test_windows(span: int, most: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@GRIDS
+def test_windows(span: int, most: int, rows: int, cells: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     limits(monkeypatch, span, most, rows)
     keys = torch.tensor([2, 3, 6, 40, 42, 700])
     slots = torch.tensor([2, 3, 6, 9, 11, 14], dtype=torch.int32)  # keys further apart than 3 stand 3 apart
     slot = dict(zip(keys.tolist(), slots.tolist(), strict=True))
-    found = key_lists.look_up(keys, torch.arange(695), [0, 5], slots, absent=17, window=3)
+    found = key_lists.look_up(keys, torch.arange(695), [0, 5], slots, absent=17, window=3, cells=cells)
     for start, pair in enumerate(found.tolist()):
         for begin, window in zip((start, start + 5), pair, strict=True):
             expected = {slot[key] - (key - begin) for key in range(begin, begin + 3) if key in slot} or {17}
@@ -73,12 +76,13 @@ def test_unique(span: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert key_lists.sorted_unique(mixed[:0], 99).tolist() == []
 
 
-def test_union() -> None:
+@pytest.mark.parametrize("cells", [None, 99], ids=["search", "whole grid"])
+def test_union(cells: int | None) -> None:
     lists = [torch.tensor([1, 4, 7, 50]), torch.tensor([0, 4, 50, 98]), torch.tensor([2, 3, 5, 6]), torch.arange(99)]
     lists = [*lists, lists[0][:0], torch.randint(99, (40,)).unique()]
     for one in lists:
         for other in lists:
-            union, rows_one, rows_other = key_lists.unite(one, other)
+            union, rows_one, rows_other = key_lists.unite(one, other, cells)
             assert torch.equal(union, torch.cat((one, other)).unique())
             assert torch.equal(union[rows_one.long()], one)
             assert torch.equal(union[rows_other.long()], other)

@@ -63,12 +63,14 @@ def test_regrid_scales_and_shifts(scale: tuple[int, int, int], shift: tuple[int,
     assert torch.equal(voxels.keys_to_coordinates(keys, shape), moved)
 
 
-@pytest.mark.parametrize("scale", [(1, 1, 1), (2, 2, 2), (1, 3, 2)])
-def test_regrid_shrinks_by_the_floor(scale: tuple[int, int, int]) -> None:
-    coordinates = every_voxel(ODD, 2)
-    before = voxels.coordinates_to_keys(coordinates, ODD)
-    keys, shape = before.clone(), tuple(-(-n // f) for n, f in zip(ODD, scale, strict=True))
-    coarse = voxels.keys_to_coordinates(voxels.regrid(keys, ODD, shape, scale, shrink=True), shape)
+@pytest.mark.parametrize("scale", [(1, 1, 1), (2, 2, 2), (1, 3, 2), (4, 1, 5)])
+@pytest.mark.parametrize("whole", [False, True], ids=["cells cut off", "whole cells"])
+def test_regrid_shrinks_by_the_floor(scale: tuple[int, int, int], whole: bool) -> None:
+    extents = tuple(n * f for n, f in zip((2, 3, 4), scale, strict=True)) if whole else ODD
+    coordinates = every_voxel(extents, 2)
+    before = voxels.coordinates_to_keys(coordinates, extents)
+    keys, shape = before.clone(), tuple(-(-n // f) for n, f in zip(extents, scale, strict=True))
+    coarse = voxels.keys_to_coordinates(voxels.regrid(keys, extents, shape, scale, shrink=True), shape)
     expected = [[b, *(c // f for c, f in zip(place, scale, strict=True))] for b, *place in coordinates.tolist()]
     assert coarse.tolist() == expected
     assert torch.equal(keys, before), "the keys that came in stay as they are"

@@ -93,17 +93,20 @@ class _NormAct(torch.autograd.Function):
             assert running_var is not None
             mean, inverse = running_mean.clone(), (running_var + eps).rsqrt()
         ctx.save_for_backward(features, weight, bias, learned, mean, inverse)
-        ctx.training, ctx.eps, ctx.fixed, ctx.kept = training, eps, fixed, None
+        ctx.training, ctx.eps, ctx.fixed, ctx.kept, ctx.found = training, eps, fixed, None, None
         return _activate(result, fixed if learned is None else learned)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, bias, learned, mean, inverse = _kept_by(ctx)
-        ctx.kept = None
-        affine, slope = _affine(mean, inverse, weight, bias), ctx.fixed if learned is None else learned
+        result, ctx.kept, ctx.found = ctx.found, None, None
+        slope = ctx.fixed if learned is None else learned
         if torch.is_grad_enabled() or features.is_cuda or features.numel() <= BLOCK_ELEMENTS:
-            found = _gradients(grad, features, weight, affine, (mean, inverse), slope, ctx.training, ctx.eps)
+            before = _normalized(features, *_affine(mean, inverse, weight, bias)) if result is None else result
+            bent = _activation_gradient(grad, before.to(grad.dtype), slope)
+            found = _gradients(bent, features, weight, (mean, inverse), ctx.training, ctx.eps)
         else:
+            affine = _affine(mean, inverse, weight, bias)
             found = _gradients_in_blocks(grad, features, affine, (mean, inverse), slope, ctx.training)
         given = (g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False))
         return *given, None, None, None, None, None, None
@@ -115,18 +118,15 @@ Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _gradients(
-    grad: Tensor,
+    bent: tuple[Tensor, Tensor | None],
     features: Tensor,
     weight: Tensor | None,
-    affine: Pair,
     moments: Pair,
-    slope: float | Tensor,
     training: bool,
     eps: float,
 ) -> Gradients:
-    """By torch's own operations, which can be differentiated once more."""
-    scale, shift = affine
-    grad, of_slope = _activation_gradient(grad, torch.addcmul(shift, features, scale).to(grad.dtype), slope)
+    """By torch's own operations, which can be differentiated once more; ``bent`` is the activation's gradient."""
+    grad, of_slope = bent
     running = (None, None) if training else (moments[0], moments[1] ** -2 - eps)
     learns = weight is not None
     of_norm = torch.ops.aten.native_batch_norm_backward(
@@ -183,16 +183,27 @@ def _activation_gradient(grad: Tensor, before: Tensor, slope: float | Tensor) ->
 
 def _affine(mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> Pair:
     scale = inverse if weight is None else inverse * weight.detach()
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias.detach()
+    if bias is None:
+        return scale, -mean * scale
+    return scale, torch.addcmul(bias.detach(), mean, scale, value=-1)
+
+
+def _normalized(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.addcmul(shift, features, scale)
 
 
 def _result_of(node: Any) -> Tensor:
-    """What a :class:`_NormAct` returned, from what it kept."""
+    """What a :class:`_NormAct` returned, from what it kept.
+
+    Of small features the node keeps the result until its own backward pass, which follows: where it is above zero, so
+    was what ReLU saw.
+    """
     features, weight, bias, learned, mean, inverse = node.kept = _kept_by(node)
-    scale, shift = _affine(mean, inverse, weight, bias)
-    before = torch.addcmul(shift, features.detach(), scale)
-    return _activate(before, node.fixed if learned is None else learned.detach()).to(features.dtype)
+    before = _normalized(features.detach(), *_affine(mean, inverse, weight, bias))
+    result = _activate(before, node.fixed if learned is None else learned.detach()).to(features.dtype)
+    if learned is None and node.fixed == 0 and features.numel() <= BLOCK_ELEMENTS:
+        node.found = result
+    return result
 
 
 def _kept_by(node: Any) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from monai_memeff.errors import InputError
 from monai_memeff.geometry import key_lists, voxels
-from monai_memeff.sparse.core.neighbors import KernelShape, Triple
+from monai_memeff.sparse.core.neighbors import KernelShape, Triple, line_steps
 from monai_memeff.sparse.core.voxel_set import VoxelSet
 
 
@@ -29,6 +29,10 @@ def generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
 
 def _generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
     grid = _finer_grid(coarse, shape.stride)
+    if _fills_whole_cells(coarse, shape, grid):
+        first = voxels.regrid(coarse.keys, coarse.spatial_shape, grid.spatial_shape, shape.stride)
+        keys = first[:, None] + torch.tensor(line_steps(shape, 1, grid.spatial_shape), device=first.device)
+        return grid.with_keys(key_lists.sorted_unique(keys.view(-1), grid.cells))
     batch, *axes = coarse.coordinates.unbind(1)
     (i, in_i), (j, in_j), (k, in_k) = (_reached_along(c, axis, shape, grid) for axis, c in enumerate(axes))
     # A key is ((batch * H + i) * W + j) * D + k, built by broadcasting over the kernel's three axes. What falls outside
@@ -39,6 +43,12 @@ def _generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
     keys = lines[..., None] * depth + k[:, None, None]
     inside = in_i[:, :, None, None] & in_j[:, None, :, None] & in_k[:, None, None]
     return grid.with_keys(key_lists.sorted_unique(keys[inside], grid.cells))
+
+
+def _fills_whole_cells(coarse: VoxelSet, shape: KernelShape, grid: VoxelSet) -> bool:
+    """Whether the kernel reaches from a voxel over its own cell at most, and no cell is cut off by the border."""
+    sizes = zip(coarse.spatial_shape, shape.stride, grid.spatial_shape, strict=True)
+    return shape.reads_once and not any(shape.padding) and all(cells * step == extent for cells, step, extent in sizes)
 
 
 def _reached_along(coordinate: Tensor, axis: int, shape: KernelShape, grid: VoxelSet) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ for ``t = 0 ... kernel_size - 1`` along each axis, and kernel offsets are number
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import torch
@@ -20,6 +21,12 @@ Triple = tuple[int, int, int]
 MAX_SLOTS = 2**31 - 2**8
 """Slots are numbered by 32-bit integers."""
 
+FULL_SPAN = 4
+"""A grid of at most this many cells for each input voxel is filled up: every cell is a slot, nothing is looked up."""
+
+FULL_CELLS = 2**9
+"""So is one of no more cells than these."""
+
 
 @dataclass(frozen=True)
 class KernelShape:
@@ -30,23 +37,23 @@ class KernelShape:
     dilation: Triple = (1, 1, 1)
     padding: Triple = (0, 0, 0)
 
-    @property
+    @cached_property
     def volume(self) -> int:
         """Number of kernel offsets."""
         return self.kernel_size[0] * self.kernel_size[1] * self.kernel_size[2]
 
-    @property
+    @cached_property
     def is_symmetric(self) -> bool:
         """Whether offset t mirrors offset volume - 1 - t, so that the map is its own transpose with flipped weights."""
         reach = ((d * (k - 1), 2 * p) for k, d, p in zip(self.kernel_size, self.dilation, self.padding, strict=True))
         return self.stride == (1, 1, 1) and all(span == twice_padding for span, twice_padding in reach)
 
-    @property
+    @cached_property
     def is_pointwise(self) -> bool:
         """Whether the kernel is a single weight at offset zero and stride one."""
         return self.volume == 1 and self.stride == (1, 1, 1) and self.padding == (0, 0, 0)
 
-    @property
+    @cached_property
     def reads_once(self) -> bool:
         """Whether no input voxel is read by two outputs, nor twice by one."""
         return all(d * (k - 1) < s for k, d, s in zip(self.kernel_size, self.dilation, self.stride, strict=True))
@@ -75,15 +82,30 @@ class NeighborTable:
 
     def windows(self, features: Tensor) -> Tensor:
         """Every window of the rows: (num_in, C) -> (absent + 1, window * C), overlapping views of one buffer."""
-        buffer = features.new_empty(self.absent + self.window, features.shape[1])
         if self.slots is None:
-            buffer[: self.absent] = features
-            buffer[self.absent :] = 0
+            buffer = torch.cat((features, features.new_zeros(self.window, features.shape[1])))
         else:
-            buffer.zero_().index_copy_(0, self.slots.long(), features)
+            buffer = features.new_zeros(self.absent + self.window, features.shape[1])
+            buffer.index_copy_(0, self.slots.long(), features)
         # Window n is the rows n ... n + window - 1 of the buffer, which are one piece of memory: a view whose step is
         # one row overlaps its neighbors and copies nothing.
         return buffer.as_strided((self.absent + 1, self.window * features.shape[1]), (features.shape[1], 1))
+
+    def summed(self, parts: Tensor, num_in: int) -> Tensor:
+        """The adjoint of reading every window: (num_out * num_offsets, C) -> (num_in, C), each part added to its row.
+
+        Args:
+            parts: for every output row the offsets in the order of the weights; what belongs to absent rows is dropped.
+            num_in: rows of the input.
+        """
+        places = self.entries if self.window == 1 else self._places()
+        # Slots without a row, and the absent window at the end, take what has no place.
+        total = parts.new_zeros(self.absent + self.window, parts.shape[1]).index_add_(0, places.view(-1), parts)
+        return total[:num_in] if self.slots is None else total.index_select(0, self.slots)
+
+    def _places(self) -> Tensor:
+        """(num_out, lines, window) int32 slots that the windows reach."""
+        return self.entries[:, :, None] + torch.arange(self.window, dtype=torch.int32, device=self.entries.device)
 
     def rows(self, num_in: int) -> Tensor:
         """(num_offsets, num_out) int32 input rows, ``num_in`` where there is none."""
@@ -93,10 +115,8 @@ class NeighborTable:
         # read from here names its rows, absent ones included.
         row_at = self.entries.new_full((self.absent + self.window,), num_in)
         row_at[self.slots.long()] = torch.arange(num_in, dtype=torch.int32, device=row_at.device)
-        steps = torch.arange(self.window, dtype=torch.int32, device=row_at.device)
-        starts = self.entries.t().unsqueeze(1) + steps[:, None]
-        offsets = self.entries.shape[1] * self.window
-        return row_at.index_select(0, starts.flatten()).view(offsets, len(self.entries))
+        places = self._places().flatten(1).t()
+        return row_at.index_select(0, places.flatten()).view(places.shape)
 
 
 def plan_neighbors(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> NeighborTable:
@@ -125,16 +145,20 @@ def plan_neighbors(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> N
     grown = voxels.regrid(inputs.keys, inputs.spatial_shape, extents, shift=margins)
     # On the grown grid a key plus a fixed step is the key of the neighbor, even across a border: the margin holds no
     # voxels. So one search per line of the kernel and output is enough.
-    slots, absent = _slots(grown, window)
     if inputs is outputs:  # the kernel begins a fixed step before the voxel itself
         first = grown - ((margins[0] * extents[1] + margins[1]) * extents[2] + margins[2])
     else:
         first = voxels.regrid(outputs.keys, outputs.spatial_shape, extents, shape.stride)
-    entries = key_lists.look_up(grown, first, _line_steps(shape, window, extents), slots, absent, window)
+    steps = line_steps(shape, window, extents)
+    if window > 1 and cells <= max(FULL_SPAN * len(inputs), FULL_CELLS):  # cells are slots: windows start at their keys
+        entries = first[:, None] + torch.tensor(steps, device=first.device)
+        return NeighborTable(entries.to(torch.int32), window, grown.to(torch.int32), cells)
+    slots, absent = _slots(grown, window)
+    entries = key_lists.look_up(grown, first, steps, slots, absent, window, cells)
     return NeighborTable(entries, window, slots, absent)
 
 
-def _line_steps(shape: KernelShape, window: int, extents: Triple) -> list[int]:
+def line_steps(shape: KernelShape, window: int, extents: Triple) -> list[int]:
     """What is added to the key of an output's first offset for each of the kernel's lines, in the weights' order."""
     sizes = (*shape.kernel_size[:2], shape.kernel_size[2] // window)
     pitches = (extents[1] * extents[2], extents[2], 1)

@@ -134,7 +134,8 @@ class SparseTensor:
                 f"keep must be boolean of shape ({len(self)},), got {keep.dtype} of {tuple(keep.shape)}; "
                 "give one value per voxel, as in x.features[:, 0] > 0."
             )
-        return SparseTensor.on(self.voxels.select(keep), self.features[keep])
+        rows = keep.nonzero().view(-1)
+        return SparseTensor.on(self.voxels.select(rows), self.features.index_select(0, rows))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SparseTensor:
         """Features and voxels on another device, or features in another dtype."""
@@ -290,7 +291,7 @@ def _same_voxels(first: SparseTensor, second: SparseTensor) -> bool:
 
 
 def _unite(first: SparseTensor, second: SparseTensor) -> tuple[VoxelSet, Tensor, Tensor]:
-    keys, first_rows, second_rows = key_lists.unite(first.voxels.keys, second.voxels.keys)
+    keys, first_rows, second_rows = key_lists.unite(first.voxels.keys, second.voxels.keys, first.voxels.cells)
     return first.voxels.with_keys(keys), first_rows, second_rows
 
 

@@ -101,9 +101,9 @@ class VoxelSet:
         moved.keys, moved.finer = self.keys.to(device), None
         return moved
 
-    def select(self, keep: Tensor) -> VoxelSet:
-        """The subset marked by an (N,) boolean mask."""
-        return VoxelSet(self.keys[keep], self.spatial_shape, self.batch_size, self.stride, self.finer)
+    def select(self, rows: Tensor) -> VoxelSet:
+        """The subset in increasing rows (M,), or marked by an (N,) boolean mask."""
+        return VoxelSet(self.keys[rows], self.spatial_shape, self.batch_size, self.stride, self.finer)
 
     def with_keys(self, keys: Tensor) -> VoxelSet:
         """Another set of voxels on the same grid; ``keys`` must be strictly increasing."""

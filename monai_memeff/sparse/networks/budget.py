@@ -49,7 +49,7 @@ def check_candidates(grown: VoxelSet, present: VoxelSet, max_voxels: int | None)
     """
     if max_voxels is None:
         return
-    level = grown.with_keys(key_lists.unite(grown.keys, present.keys)[0])
+    level = grown.with_keys(key_lists.unite(grown.keys, present.keys, grown.cells)[0])
     largest = max(stop - start for start, stop in pairwise(level.batch_bounds()))
     if largest > max_voxels:
         raise InputError(

@@ -155,7 +155,7 @@ class SparseCompletionNet(nn.Module):
         values = logits.features.detach()[:, 0]
         keep = values > 0
         if wanted is not None:
-            in_target = key_lists.contains(wanted, logits.voxels.keys)
+            in_target = key_lists.contains(wanted, logits.voxels.keys, logits.voxels.cells)
             keep |= in_target
             values = values.masked_fill(in_target, torch.inf)
         return prune_to_budget(keep, values, logits.voxels, present, self.max_voxels)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -148,12 +150,12 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
 def _apply(x: SparseTensor, weight: Tensor, bias: Tensor | None, geometry: ConvolutionGeometry) -> SparseTensor:
     """Run the engine in use, in autocast's dtype where autocast is on; 1^3 kernels are a plain matrix product."""
     device = x.device.type
-    features = x.features
-    if torch.is_autocast_enabled(device):
+    features, casts = x.features, torch.is_autocast_enabled(device)
+    if casts:
         features = features.to(torch.get_autocast_dtype(device))
     weight = weight.to(features.dtype)
     bias = None if bias is None else bias.to(features.dtype)
-    with torch.autocast(device, enabled=False), saved_for_recompute(features, x.recompute):
+    with torch.autocast(device, enabled=False) if casts else nullcontext(), saved_for_recompute(features, x.recompute):
         if geometry.shape.is_pointwise and geometry.inputs is geometry.outputs:
             result = nn.functional.linear(features, weight[0].t(), bias)
         else:
@@ -162,10 +164,19 @@ def _apply(x: SparseTensor, weight: Tensor, bias: Tensor | None, geometry: Convo
 
 
 def _shape_of(layer: nn.Conv3d | nn.ConvTranspose3d) -> KernelShape:
-    padding = layer.padding
+    return _kernel_shape(layer.kernel_size, layer.stride, layer.dilation, layer.padding)
+
+
+@functools.lru_cache(maxsize=1024)  # asked for at every call of every layer
+def _kernel_shape(
+    kernel_size: int | tuple[int, ...],
+    stride: int | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+    padding: int | str | tuple[int, ...],
+) -> KernelShape:
     if isinstance(padding, str):  # "same" or "valid", as torch allows
-        padding = _default_padding(_triple(layer.kernel_size), _triple(layer.dilation)) if padding == "same" else 0
-    return KernelShape(_triple(layer.kernel_size), _triple(layer.stride), _triple(layer.dilation), _triple(padding))
+        padding = _default_padding(_triple(kernel_size), _triple(dilation)) if padding == "same" else 0
+    return KernelShape(_triple(kernel_size), _triple(stride), _triple(dilation), _triple(padding))
 
 
 def _default_padding(kernel_size: Triple, dilation: Triple) -> Triple:

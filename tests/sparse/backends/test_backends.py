@@ -12,7 +12,7 @@ from torch import Tensor
 
 from monai_memeff.sparse import SparseConv3d, SparseTensor, backends
 from monai_memeff.sparse.backends import native, registry
-from monai_memeff.sparse.backends.native import product
+from monai_memeff.sparse.backends.native import gather, product
 from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry
 from tests.sparse.reference import random_mask
 
@@ -229,14 +229,17 @@ def test_block_size_does_not_change_the_result(elements: int, monkeypatch: pytes
 
 @pytest.mark.skipif(not product.has_onednn(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("occupancy", [0.3, 1.0])
+@pytest.mark.parametrize("few", [0, 2**18], ids=["blocks", "at once"])
 @pytest.mark.slow
-def test_onednn_and_torch_multiply_alike(occupancy: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_and_torch_multiply_alike(occupancy: float, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = torch.nn.Sequential(SparseConv3d(2, 5), SparseConv3d(5, 4, 3, 2), SparseConv3d(4, 3))
     shape = (11, 9, 8)
     x = SparseTensor.from_dense(torch.randn(2, 2, *shape), random_mask(2, shape, occupancy))
     monkeypatch.setattr(product, "MIN_BLOCK_ROWS", 50)
     monkeypatch.setattr(product, "PLANNED_ROWS", 4)
     monkeypatch.setitem(product.BLOCK_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(product, "PLANNED_WORK", 0)
+    monkeypatch.setattr(gather, "FEW_ELEMENTS", few)
     asked = []
 
     def run() -> list[Tensor]:
@@ -250,3 +253,50 @@ def test_onednn_and_torch_multiply_alike(occupancy: float, monkeypatch: pytest.M
     monkeypatch.setattr(product, "has_onednn", lambda: False)
     for ours, reference in zip(found, run(), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [4, 60], ids=["blocks", "few rows"])
+def test_second_derivatives_in_float32_are_those_of_float64(channels: int) -> None:
+    x = SparseTensor.from_dense(torch.randn(1, 4, 12, 12, 12), random_mask(1, (12, 12, 12), 240 / channels / 120))
+    layer = SparseConv3d(4, channels)
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        layer.to(dtype)
+        features = x.features.to(dtype).requires_grad_()
+        y = layer(x.replace(features)).features
+        (first,) = torch.autograd.grad(y.pow(3).sum(), features, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [features, layer.weight])
+
+    for ours, reference in zip(run(torch.float32), run(torch.float64), strict=True):
+        torch.testing.assert_close(ours, reference.float(), rtol=1e-3, atol=1e-3 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 63, 64, 100, 255, 256, 700, 1595, 6376, 70001])
+@pytest.mark.parametrize("elements", [1, 216, 600, 5000])
+def test_blocks_cover_every_row_once(rows: int, elements: int) -> None:
+    blocks = product.row_blocks(rows, elements, torch.device("cpu"))
+    assert [n for block in blocks for n in range(rows)[block]] == list(range(rows))
+    sizes = [block.stop - block.start for block in blocks]
+    rounded = [size for size in sizes if size >= product.PLANNED_ROWS]
+    assert {len(bin(size).rstrip("0")) - len("0b") for size in rounded} <= {1, 2, 3}, "shapes that oneDNN plans are few"
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), ((1, 2, 5), 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_few_rows_at_once_are_the_same_as_blocks(
+    kernel: int, stride: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = SparseTensor.from_dense(torch.randn(2, 3, 7, 6, 9).to(dtype), random_mask(2, (7, 6, 9), 0.3))
+    layer = SparseConv3d(3, 4, kernel, stride).to(dtype)
+    found = []
+    for most in (gather.FEW_ELEMENTS, 0):
+        monkeypatch.setattr(gather, "FEW_ELEMENTS", most)
+        features = x.features.clone().requires_grad_()
+        y = layer(x.replace(features)).features
+        for wanted in ([features, *layer.parameters()], [features], [layer.weight]):
+            found.append(torch.autograd.grad(y.float().square().sum(), wanted, retain_graph=True))
+        found.append((y,))
+    exact = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 5e-2, "atol": 5e-2}
+    for once, blocks in zip(found[:4], found[4:], strict=True):
+        for ours, reference in zip(once, blocks, strict=True):
+            torch.testing.assert_close(ours, reference, **exact)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from monai_memeff.sparse import SparseConv3d, SparseConvTranspose3d, SparseTensor
 from monai_memeff.sparse.backends.native import small_batch as few
+from monai_memeff.sparse.core import neighbors
 from tests.sparse.reference import random_mask
 
 SHAPE = (7, 6, 9)
@@ -16,9 +17,11 @@ SHAPE = (7, 6, 9)
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (2, 2), (3, 2), ((1, 3, 5), 1), (4, 2)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("occupancy", [0.01, 0.05])
+@pytest.mark.parametrize("full", [0, 2**20], ids=["looked up", "every cell a slot"])
 def test_the_same_values_and_gradients(
-    kernel: int, stride: int, bias: bool, occupancy: float, monkeypatch: pytest.MonkeyPatch
+    kernel: int, stride: int, bias: bool, occupancy: float, full: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(neighbors, "FULL_CELLS", full)
     mask = random_mask(2, SHAPE, occupancy)
     mask[0, 0, 3, 3, 4] = True
     x = SparseTensor.from_dense(torch.randn(2, 3, *SHAPE).double(), mask)

@@ -13,7 +13,7 @@ from torch import nn
 
 from monai_memeff.geometry import key_lists
 from monai_memeff.sparse import SparseConv3d, SparseConvTranspose3d, SparseTensor
-from monai_memeff.sparse.core import kernel_map
+from monai_memeff.sparse.core import generate, kernel_map, neighbors
 from monai_memeff.sparse.core.kernel_map import KernelMap, plan_kernel_map
 from monai_memeff.sparse.core.neighbors import KernelShape
 from monai_memeff.sparse.core.voxel_set import VoxelSet
@@ -53,10 +53,20 @@ def rows_by_loops(inputs: VoxelSet, outputs: VoxelSet, shape: KernelShape) -> se
     return found
 
 
-@pytest.mark.parametrize("span", [0, 16])
+@pytest.mark.parametrize(
+    ("span", "small", "full"),
+    [(0, 0, 0), (16, 0, 0), (16, 2**14, 0), (16, 2**14, 2**20)],
+    ids=["search", "table of parts", "table of the grid", "every cell a slot"],
+)
 @pytest.mark.parametrize("cost", [0, 10**6])
-def test_both_layouts_and_both_look_ups(span: int, cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_layouts_and_all_look_ups(
+    span: int, small: int, full: int, cost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(key_lists, "TABLE_SPAN", span)  # 0: binary search
+    monkeypatch.setattr(key_lists, "SMALL_GRID", small)
+    monkeypatch.setattr(key_lists, "is_small", lambda cells, _keys: cells <= span * small)
+    monkeypatch.setattr(neighbors, "FULL_SPAN", 0)
+    monkeypatch.setattr(neighbors, "FULL_CELLS", full)
     monkeypatch.setattr(kernel_map, "PAIR_COST", cost)
     monkeypatch.setattr(kernel_map, "SMALL_TABLE", 0)  # 0: pairs wherever possible; large: tables
     mask = random_mask(3, SHAPE, 0.3, empty_item=1)
@@ -66,8 +76,21 @@ def test_both_layouts_and_both_look_ups(span: int, cost: int, monkeypatch: pytes
         assert_transposed_is_dense(sparse[1], DenseConvTranspose(3, 4, kernel, stride), mask)
 
 
+@pytest.mark.parametrize("stride", [2, (1, 2, 3)])
+def test_whole_cells_are_generated_as_clipped_ones_are(stride: Size, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, coarse = fine_and_coarse(random_mask(2, (4, 6, 12), 0.1, empty_item=1), stride)
+    shape = KernelShape(triple(stride), triple(stride))
+    whole = generate.generate(coarse, shape)
+    monkeypatch.setattr(generate, "_fills_whole_cells", lambda *_: False)
+    coarse._generated.clear()  # both call it by the same name
+    assert torch.equal(whole.keys, generate.generate(coarse, shape).keys)
+    assert len(whole) == len(coarse) * shape.volume
+
+
 @pytest.mark.parametrize("cost", [0, 10**6])
-def test_pairs_are_those_of_the_definition(cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("full", [0, 2**20], ids=["looked up", "every cell a slot"])
+def test_pairs_are_those_of_the_definition(full: int, cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "FULL_CELLS", full)
     monkeypatch.setattr(kernel_map, "PAIR_COST", cost)
     monkeypatch.setattr(kernel_map, "SMALL_TABLE", 0)
     fine, coarse = fine_and_coarse(random_mask(2, SHAPE, 0.3), (1, 2, 3))

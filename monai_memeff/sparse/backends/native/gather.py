@@ -8,8 +8,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from monai_memeff.sparse.backends.native.product import accumulator, add_product, row_blocks
+from monai_memeff.sparse.backends.native.product import (
+    accumulator,
+    add_product,
+    padded,
+    product,
+    rounded_rows,
+    row_blocks,
+)
 from monai_memeff.sparse.core.kernel_map import KernelMap
+
+FEW_ELEMENTS = 2**18
+"""Gathered elements that are multiplied at once: a megabyte in float32, and a call less costs more than its cache."""
 
 PRODUCT_COLUMNS = 512
 """Gathered columns of one product: more of them would leave the cache, fewer would add to the total more often."""
@@ -17,6 +27,11 @@ PRODUCT_COLUMNS = 512
 
 def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:
     """(num_in, in_channels) -> (num_out, out_channels)."""
+    if _are_few(weight, kernel_map):
+        work = weight.numel()
+        gathered = _gathered(features, kernel_map, rounded_rows(kernel_map.num_out, work, features))
+        out = product(gathered, weight.flatten(0, 1), bias, len(gathered) * work)
+        return out[: kernel_map.num_out]
     out = features.new_zeros(kernel_map.num_out, weight.shape[2])
     if bias is not None:
         out += bias
@@ -34,6 +49,9 @@ def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: 
 
 def weight_gradient(features: Tensor, grad: Tensor, kernel_map: KernelMap, result: Tensor) -> None:
     """Add the gradient of the weights to ``result`` (num_offsets, in_channels, out_channels)."""
+    if _are_few(result, kernel_map):
+        result += (_gathered(features, kernel_map, kernel_map.num_out).t() @ grad).view_as(result)
+        return
     gathering = _Gathering(features, kernel_map)
     parts = gathering.split(result.view(-1, result.shape[2]))
     for rows in gathering.blocks():
@@ -44,6 +62,8 @@ def weight_gradient(features: Tensor, grad: Tensor, kernel_map: KernelMap, resul
 
 def both_gradients(features: Tensor, grad: Tensor, weight: Tensor, transposed: KernelMap) -> tuple[Tensor, Tensor]:
     """The gradients of the features, and of the weights in the :func:`accumulator` dtype."""
+    if _are_few(weight.transpose(1, 2), transposed):
+        return _both_gradients_of_few(features, grad, weight, transposed)
     grad_features = torch.zeros_like(features)
     gathering = _Gathering(grad, transposed)
     offsets, channels, out_channels = weight.shape
@@ -64,6 +84,31 @@ def both_gradients(features: Tensor, grad: Tensor, weight: Tensor, transposed: K
             grad_features[rows] = total
     grad_weight = grad_weight.view(channels, offsets, out_channels)
     return grad_features, (grad_weight.flip(1) if transposed.flipped else grad_weight).transpose(0, 1)
+
+
+def _both_gradients_of_few(
+    features: Tensor, grad: Tensor, weight: Tensor, transposed: KernelMap
+) -> tuple[Tensor, Tensor]:
+    work = weight.numel()
+    rows = rounded_rows(transposed.num_out, work, grad)
+    gathered, turned = _gathered(grad, transposed, rows), padded(features, rows).t()
+    matrix = weight.flip(0) if transposed.flipped else weight
+    grad_features = product(gathered, matrix.transpose(1, 2).flatten(0, 1), None, rows * work)[: transposed.num_out]
+    grad_weight = product(turned, gathered, None, rows * work).to(accumulator(weight.dtype))
+    grad_weight = grad_weight.view(features.shape[1], transposed.num_offsets, -1)
+    return grad_features, (grad_weight.flip(1) if transposed.flipped else grad_weight).transpose(0, 1)
+
+
+def _are_few(weight: Tensor, kernel_map: KernelMap) -> bool:
+    """Whether all rows that a map gathers for a weight (num_offsets, in_channels, out_channels) are one small block."""
+    return kernel_map.num_out * kernel_map.num_offsets * weight.shape[1] <= FEW_ELEMENTS
+
+
+def _gathered(features: Tensor, kernel_map: KernelMap, rows: int) -> Tensor:
+    """(rows, num_offsets * C): what every output row reads, side by side, and rows of zeros after them."""
+    assert kernel_map.table is not None
+    entries = padded(kernel_map.table.entries, rows, kernel_map.table.absent)
+    return kernel_map.table.windows(features).index_select(0, entries.view(-1)).view(rows, -1)
 
 
 class _Gathering:

@@ -15,11 +15,17 @@ MIN_BLOCK_ROWS = 512
 MIN_BLOCKS = 4
 """A few rows are cut into this many blocks too, so that a block is small beside the features."""
 
-PLANNED_ROWS = 256
-"""Rows of the smallest block that is worth a plan of oneDNN's ..."""
+WHOLE_ROWS = 256
+"""Rows of the smallest block that is halved no more ..."""
 
 PLANNED_ELEMENTS = 2**17
-"""... and its elements, about: halving further costs more calls than the better product saves."""
+"""... and its elements, about: halving further costs more calls than it saves."""
+
+PLANNED_ROWS = 64
+"""Rows of the smallest block that is worth a plan of oneDNN's."""
+
+PLANNED_WORK = 2**20
+"""Multiplications of the smallest product of few rows that is worth rounding up its rows for oneDNN."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -31,15 +37,57 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int) -> None:
     """Add ``a @ b`` of a block of rows in place; ``total`` is in the :func:`accumulator` dtype.
 
     In float32 on the CPU oneDNN multiplies, which uses 512-bit vectors on every processor that has them; torch's own
-    BLAS does so on Intel's only. oneDNN plans every new shape, so it gets blocks of 2^n rows and torch the last few.
+    BLAS does so on Intel's only. oneDNN plans every new shape, so it gets blocks of round numbers of rows and torch the
+    last few.
     """
-    planned = rows >= PLANNED_ROWS and rows & (rows - 1) == 0
     if total.dtype != a.dtype:
         total += a @ b
-    elif planned and a.dtype == torch.float32 and a.device.type == "cpu" and has_onednn():
-        total += torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    elif rows >= PLANNED_ROWS and rows == _round_down(rows) and _by_onednn(a):
+        total += _onednn(a, b, None)
     else:
         total.addmm_(a, b)
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None, work: int) -> Tensor:
+    """``a @ b + bias`` for factors of :func:`rounded_rows`, by oneDNN where ``work`` multiplications are worth it."""
+    if work >= PLANNED_WORK and _by_onednn(a):
+        return _onednn(a, b, bias)
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def rounded_rows(rows: int, work: int, like: Tensor) -> int:
+    """To how many rows zeros are appended for :func:`product`, so that oneDNN meets few shapes: at most 25 % more.
+
+    Args:
+        rows: of the block.
+        work: Multiplications for each of them.
+        like: a factor of the product, for its dtype and device.
+    """
+    if rows * work < PLANNED_WORK or not _by_onednn(like):
+        return rows
+    return -_round_down(-rows)
+
+
+def padded(block: Tensor, rows: int, value: int = 0) -> Tensor:
+    """A block (n, C) with rows of one value appended up to ``rows``."""
+    missing = rows - block.shape[0]
+    return torch.cat((block, block.new_full((missing, block.shape[1]), value))) if missing else block
+
+
+def _round_down(rows: int) -> int:
+    """The next number whose binary digits after the third are zeros, and of a negative one the next larger in size."""
+    step = 1 << max(rows.bit_length() - 3, 2)
+    return rows // step * step
+
+
+def _by_onednn(like: Tensor) -> bool:
+    """Whether oneDNN may multiply: not while a graph of the backward pass is built, which its product would leave."""
+    return like.dtype == torch.float32 and like.device.type == "cpu" and not torch.is_grad_enabled() and has_onednn()
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return result
 
 
 @functools.cache
@@ -57,11 +105,14 @@ def row_blocks(rows: int, row_elements: int, device: torch.device) -> list[slice
     """Row ranges whose gathered blocks fit the budget: of 2^n rows each, then halves of that, and the last few."""
     budget = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(row_elements, 1)
     most = max(MIN_BLOCK_ROWS, min(budget, rows // MIN_BLOCKS))
-    least = max(PLANNED_ROWS, PLANNED_ELEMENTS // max(row_elements, 1))
+    least = max(WHOLE_ROWS, PLANNED_ELEMENTS // max(row_elements, 1))
     size, start, blocks = 1 << (most.bit_length() - 1), 0, []
     while start < rows:
-        while size > max(rows - start, least):
+        left = rows - start
+        while size > max(left, least):
             size //= 2
-        blocks.append(slice(start, min(start + size, rows)))
+        if size > left:
+            size = _round_down(left) if left >= PLANNED_ROWS else left
+        blocks.append(slice(start, start + size))
         start += size
     return blocks

@@ -9,9 +9,8 @@ from fine to coarse, a transposed one from coarse to fine, and gradients the oth
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
-from monai_memeff.sparse.backends.native.product import accumulator
+from monai_memeff.sparse.backends.native.product import accumulator, padded, product, rounded_rows
 from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry, KernelMap
 
 
@@ -25,10 +24,11 @@ def applies(weight: Tensor, geometry: ConvolutionGeometry) -> bool:
 
 def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvolutionGeometry) -> Tensor:
     """(num_in, in_channels) -> (num_out, out_channels)."""
-    matrix, down = _torch_order(weight, geometry).flatten(1), geometry.down
+    matrix, down, work = _torch_order(weight, geometry).flatten(1), geometry.down, weight.numel()
+    rows = rounded_rows(down.num_out, work, features)
     if not geometry.transposed:
-        return functional.linear(_gathered(features, down), matrix, bias)
-    result = _spread(features @ matrix, down)
+        return product(_gathered(features, down, rows), matrix.t(), bias, rows * work)[: down.num_out]
+    result = _spread(product(padded(features, rows), matrix, None, rows * work)[: down.num_out], down)
     return result if bias is None else result + bias
 
 
@@ -37,13 +37,15 @@ def both_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the features, and of the weights in the :func:`accumulator` dtype."""
     order, down = _torch_order(weight, geometry), geometry.down
-    matrix = order.flatten(1)
+    matrix, work = order.flatten(1), weight.numel()
+    rows = rounded_rows(down.num_out, work, features)
+    fine, coarse = (grad, features) if geometry.transposed else (features, grad)
+    gathered, coarse = _gathered(fine, down, rows), padded(coarse, rows)
     if geometry.transposed:
-        gathered = _gathered(grad, down)
-        grad_features, grad_matrix = functional.linear(gathered, matrix), features.t() @ gathered
+        grad_features = product(gathered, matrix.t(), None, rows * work)[: down.num_out]
     else:
-        grad_features, grad_matrix = _spread(grad @ matrix, down), grad.t() @ _gathered(features, down)
-    grad_weight = grad_matrix.to(accumulator(features.dtype)).view_as(order)
+        grad_features = _spread(product(coarse, matrix, None, rows * work)[: down.num_out], down)
+    grad_weight = product(coarse.t(), gathered, None, rows * work).to(accumulator(features.dtype)).view_as(order)
     return grad_features, grad_weight.permute((2, 0, 1) if geometry.transposed else (2, 1, 0))
 
 
@@ -52,17 +54,16 @@ def _torch_order(weight: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     return weight.permute((1, 2, 0) if geometry.transposed else (2, 1, 0))
 
 
-def _gathered(fine: Tensor, down: KernelMap) -> Tensor:
-    """What the coarse voxels read: (fine rows, C) -> (coarse rows, C * num_offsets), offsets fastest."""
+def _gathered(fine: Tensor, down: KernelMap, rows: int) -> Tensor:
+    """What the coarse voxels read: (fine rows, C) -> (rows, C * num_offsets), offsets fastest, zeros at the end."""
     assert down.table is not None
-    windows = down.table.windows(fine).index_select(0, down.table.entries.flatten())
-    return windows.view(down.num_out, down.num_offsets, -1).transpose(1, 2).flatten(1)
+    entries = padded(down.table.entries, rows, down.table.absent)
+    windows = down.table.windows(fine).index_select(0, entries.view(-1))
+    return windows.view(rows, down.num_offsets, -1).transpose(1, 2).flatten(1)
 
 
 def _spread(coarse: Tensor, down: KernelMap) -> Tensor:
     """Its adjoint, summed at the fine voxels: (coarse rows, C * num_offsets) -> (fine rows, C)."""
-    dtype = accumulator(coarse.dtype)
-    parts = coarse.view(down.num_out, -1, down.num_offsets).permute(2, 0, 1).flatten(0, 1).to(dtype)
-    total = parts.new_zeros(down.num_in + 1, parts.shape[1])
-    total = total.index_add(0, down.neighbor_rows().flatten(), parts)  # the last row takes what is absent
-    return total[:-1].to(coarse.dtype)
+    assert down.table is not None
+    parts = coarse.view(down.num_out, -1, down.num_offsets).transpose(1, 2).flatten(0, 1)
+    return down.table.summed(parts.to(accumulator(coarse.dtype)), down.num_in).to(coarse.dtype)
