@@ -167,7 +167,7 @@ def _shape_of(layer: nn.Conv3d | nn.ConvTranspose3d) -> KernelShape:
     return _kernel_shape(layer.kernel_size, layer.stride, layer.dilation, layer.padding)
 
 
-@functools.lru_cache(maxsize=1024)  # asked for at every call of every layer
+@functools.lru_cache(maxsize=1024)  # every call of every layer needs it
 def _kernel_shape(
     kernel_size: int | tuple[int, ...],
     stride: int | tuple[int, ...],
