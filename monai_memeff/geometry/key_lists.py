@@ -51,7 +51,7 @@ def look_up(
         slots: (N,) int32, increasing; None: the rows 0 ... N - 1.
         absent: what is found for a window without a key; default N.
         window: see above; 1 looks up single keys.
-        cells: of the grid, if every key that is looked up lies in 0 ... cells - 1; None: nothing is known of it.
+        cells: Cells of the grid, if every key that is looked up lies in 0 ... cells - 1; None: nothing is known of it.
 
     Returns:
         (M, S) int32.
@@ -134,7 +134,7 @@ def find(keys: Tensor, queries: Tensor, cells: int | None = None) -> Tensor:
     Args:
         keys: (N,) int64, strictly increasing.
         queries: (M,) int64, strictly increasing.
-        cells: of the grid, if both lists are numbers of its cells.
+        cells: Cells of the grid, if both lists are numbers of its cells.
     """
     return look_up(keys, queries, [0], cells=cells)[:, 0]
 
@@ -157,7 +157,7 @@ def unite(first: Tensor, second: Tensor, cells: int | None = None) -> tuple[Tens
     Args:
         first: (N,) int64, strictly increasing.
         second: (M,) int64, strictly increasing.
-        cells: of the grid, as in :func:`find`.
+        cells: Cells of the grid, as in :func:`find`.
 
     Returns:
         The sorted union and the int32 rows of the first and of the second list in it.

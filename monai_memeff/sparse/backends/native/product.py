@@ -59,7 +59,7 @@ def rounded_rows(rows: int, work: int, like: Tensor) -> int:
     """To how many rows zeros are appended for :func:`product`, so that oneDNN meets few shapes: at most 25 % more.
 
     Args:
-        rows: of the block.
+        rows: Rows of the block.
         work: Multiplications for each of them.
         like: a factor of the product, for its dtype and device.
     """
