@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from monai_memeff.halo.run.ranks import schedule
 from tests.halo.ranks.compare import worst
 
 
@@ -74,6 +77,31 @@ def test_layer_equals_the_whole(name: str, mesh: tuple[tuple[int, ...], tuple[in
     network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), LAYERS[name])
     shape = (2, 1, 18, 12, 7) if "circular" not in name else (2, 1, 18, 12, 8)
     assert error(network, shape, *mesh) < 1e-10
+
+
+WINDOWS = [
+    *[(3, 1, 1, 1), (5, 1, 1, 2), (7, 1, 1, 1), (3, 2, 1, 1), (5, 2, 1, 1), (5, 3, 1, 1), (3, 1, 2, 2), (5, 1, 3, 1)],
+    *[(3, 2, 2, 1), (7, 3, 2, 1), (3, 3, 3, 1)],
+]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation", "groups"), WINDOWS)
+@pytest.mark.slow
+def test_rims_add_what_the_window_would_hold(
+    kernel: int, stride: int, dilation: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Convolutions whose parts are aligned: own rows are convolved while the neighbors' rows travel."""
+    taken: list[Any] = []
+    plain = schedule.rim_convolution
+    monkeypatch.setattr(schedule, "rim_convolution", lambda *args: (taken.append(plain(*args)), taken[-1])[1])
+    pad = dilation * (kernel - 1) // 2
+    layers = [nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, kernel, stride, pad, dilation, groups, bias=groups == 1)]
+    assert error(nn.Sequential(*layers), (2, 1, 48, 7), (4,)) < 1e-10
+    assert sum(found is not None for found in taken) == 4
+    assert error(nn.Sequential(*layers), (1, 1, 7, 36), (3,), (1,)) < 1e-10
+    for parameter in layers[0].parameters():
+        parameter.requires_grad_(False)
+    assert error(nn.Sequential(*layers), (1, 1, 31, 6), (3,)) < 1e-10
 
 
 @pytest.mark.parametrize("maximum", [False, True])

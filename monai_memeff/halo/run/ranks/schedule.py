@@ -28,6 +28,7 @@ from monai_memeff.halo.run.ranks.norm import Form
 from monai_memeff.halo.run.ranks.operators import Fetch, ReducedRun, TiledRun, WholeRun
 from monai_memeff.halo.run.ranks.parts import Part, mark, same_on_all_ranks
 from monai_memeff.halo.run.ranks.placement import Placement, move, place
+from monai_memeff.halo.run.ranks.rims import rim_convolution
 
 
 class RankPlan:
@@ -108,6 +109,10 @@ class RankPlan:
 
     def _tiled(self, step: Step, out: Placement) -> Any:
         boxes, rank = out.boxes(), self.mesh.comm.rank
+        if isinstance(step, DirectConvolution) and not any(self.placements[i].spread for i in step.inputs[1:]):
+            found = rim_convolution(self.mesh, step, self.placements[step.inputs[0]], boxes)
+            if found is not None:
+                return found
         reads = [step.needs(box) if length(box) else () for box in boxes]
         fetches, mine = [], reads[rank]
         margins = self._margins(step, boxes[rank])

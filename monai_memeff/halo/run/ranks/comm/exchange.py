@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from monai_memeff.halo.run.ranks.comm.routes import Piece, Route, Span
-from monai_memeff.halo.run.ranks.comm.transport import Communicator
+from monai_memeff.halo.run.ranks.comm.transport import Communicator, Message, Pending
 
 Dims = tuple[int, ...]  # the dimension of the tensor that holds each split axis
 
@@ -33,7 +34,7 @@ def redistribute(comm: Communicator, x: torch.Tensor, dims: Dims, route: Route) 
     """
     if route.silent and route.identity:
         return x
-    return _Redistribute.apply(x, comm, dims, route)
+    return _Redistribute.apply(x, comm, Transfer(dims, route))
 
 
 def _cutout(x: torch.Tensor, dims: Dims, starts: Sequence[int], rows: Sequence[Span]) -> torch.Tensor:
@@ -80,39 +81,81 @@ def _count(shape: Sequence[int], dims: Dims, pieces: Sequence[Piece]) -> int:
     return sum(math.prod(_resized(shape, dims, [h - lo for lo, h in p.source])) for p in pieces)
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """A route of the rows of tensors whose split axes lie in dimensions `dims`."""
+
+    dims: Dims
+    route: Route
+
+
+class Returning:
+    """Gradients of rows that other ranks were sent, returning to this rank."""
+
+    def __init__(self, transfer: Transfer, flight: Pending, buffers: Sequence[Message]) -> None:
+        self._transfer, self._flight, self._buffers = transfer, flight, buffers
+
+    def added_to(self, own: torch.Tensor) -> torch.Tensor:
+        """The gradient of the rank's own rows, completed in place."""
+        dims, route = self._transfer.dims, self._transfer.route
+        self._flight.wait()
+        for (_, pieces), (_, message) in zip(route.sends, self._buffers, strict=True):
+            _unpacked(message, [_source(own, dims, route, p) for p in pieces], add=True)
+        return own
+
+
+class Traveling:
+    """Rows on their way between ranks."""
+
+    def __init__(self, comm: Communicator, x: torch.Tensor, transfer: Transfer) -> None:
+        self._comm, self._transfer = comm, transfer
+        dims, route = transfer.dims, transfer.route
+        self._shape, self._like = x.shape, x.new_empty(0)
+        sends = [(peer, _packed([_source(x, dims, route, p) for p in pieces])) for peer, pieces in route.sends]
+        self._buffers = [(peer, x.new_empty(_count(x.shape, dims, pieces))) for peer, pieces in route.receives]
+        self._flight: Pending | None = comm.exchange(sends, self._buffers)
+
+    def window(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        """What the rank wants, the rows of its own among it copied from `x` while the others are on their way."""
+        dims, route = self._transfer.dims, self._transfer.route
+        window = self._like.new_empty(_resized(self._shape, dims, route.window))
+        for dim, n, (before, after) in zip(dims, route.window, route.margins, strict=False):
+            window.narrow(dim, 0, before).zero_()
+            window.narrow(dim, n - after, after).zero_()
+        for piece in route.local if x is not None else ():
+            _target(window, dims, piece).copy_(_source(x, dims, route, piece))
+        return self.arrived(window)
+
+    def arrived(self, window: torch.Tensor) -> torch.Tensor:
+        """The window, with the other ranks' rows in their places."""
+        assert self._flight is not None
+        self._flight.wait()
+        for (_, pieces), (_, message) in zip(self._transfer.route.receives, self._buffers, strict=True):
+            _unpacked(message, [_target(window, self._transfer.dims, p) for p in pieces], add=False)
+        self._flight, self._buffers = None, []
+        return window
+
+    def returned(self, gradient: torch.Tensor) -> Returning:
+        """Send a window's gradient to the ranks whose rows they are of."""
+        dims, route = self._transfer.dims, self._transfer.route
+        sends = [(peer, _packed([_target(gradient, dims, p) for p in pieces])) for peer, pieces in route.receives]
+        buffers = [(peer, gradient.new_empty(_count(self._shape, dims, pieces))) for peer, pieces in route.sends]
+        return Returning(self._transfer, self._comm.exchange(sends, buffers), buffers)
+
+
 class _Redistribute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, comm: Communicator, dims: Dims, route: Route) -> torch.Tensor:
-        ctx.comm, ctx.dims, ctx.route, ctx.shape = comm, dims, route, x.shape
-        sends = [(peer, _packed([_source(x, dims, route, p) for p in pieces])) for peer, pieces in route.sends]
-        buffers = [(peer, x.new_empty(_count(x.shape, dims, pieces))) for peer, pieces in route.receives]
-        flight = comm.exchange(sends, buffers)
-        if route.identity:
-            window = x.view_as(x)
-        else:
-            window = x.new_empty(_resized(x.shape, dims, route.window))
-            for dim, n, (before, after) in zip(dims, route.window, route.margins, strict=False):
-                window.narrow(dim, 0, before).zero_()
-                window.narrow(dim, n - after, after).zero_()
-            for piece in route.local:
-                _target(window, dims, piece).copy_(_source(x, dims, route, piece))
-        flight.wait()
-        for (_, pieces), (_, message) in zip(route.receives, buffers, strict=True):
-            _unpacked(message, [_target(window, dims, p) for p in pieces], add=False)
-        return window
+    def forward(ctx: Any, x: torch.Tensor, comm: Communicator, transfer: Transfer) -> torch.Tensor:
+        ctx.transfer, ctx.shape = transfer, x.shape
+        ctx.traveling = traveling = Traveling(comm, x, transfer)
+        return traveling.arrived(x.view_as(x)) if transfer.route.identity else traveling.window(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        comm, dims, route, shape = ctx.comm, ctx.dims, ctx.route, ctx.shape
-        sends = [(peer, _packed([_target(gradient, dims, p) for p in pieces])) for peer, pieces in route.receives]
-        buffers = [(peer, gradient.new_empty(_count(shape, dims, pieces))) for peer, pieces in route.sends]
-        flight = comm.exchange(sends, buffers)
-        own = _own_gradient(gradient, dims, route, shape)
-        flight.wait()
-        for (_, pieces), (_, message) in zip(route.sends, buffers, strict=True):
-            _unpacked(message, [_source(own, dims, route, p) for p in pieces], add=True)
-        return own, None, None, None
+        returning = ctx.traveling.returned(gradient)
+        own = _own_gradient(gradient, ctx.transfer.dims, ctx.transfer.route, ctx.shape)
+        return returning.added_to(own), None, None
 
 
 def _own_gradient(gradient: torch.Tensor, dims: Dims, route: Route, shape: torch.Size) -> torch.Tensor:
