@@ -111,7 +111,7 @@ def _is_number(value: Any, kind: type, bounds: tuple[float, float]) -> bool:
 
 
 def _fits(value: Any, kind: ast.expr, bounds: tuple[float, float]) -> bool:
-    """Whether a value is what an annotation says; what is no number is left to the function."""
+    """Whether a value is what an annotation says; what is not a number is left to the function."""
     if isinstance(kind, ast.BinOp):
         return _fits(value, kind.left, bounds) or _fits(value, kind.right, bounds)
     if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) in _SEVERAL:
@@ -140,7 +140,7 @@ def _parts(inside: ast.expr) -> tuple[list[ast.expr], bool]:
 
 
 def _words(kind: ast.expr, ending: str = "") -> str:
-    """An annotation in words; what is no number is left out."""
+    """An annotation in words; what is not a number is left out."""
     if isinstance(kind, ast.BinOp):
         return " or ".join(filter(None, (_words(kind.left, ending), _words(kind.right, ending))))
     if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) in _SEVERAL:

@@ -76,7 +76,7 @@ def check_mask(values: Tensor, owner: str) -> None:
 
 
 def check_labels(values: Tensor, owner: str, classes: int | None = None) -> None:
-    """Refuse values that are no labels: NaN, fractions, negatives, and those beyond the classes.
+    """Refuse values that are not labels: NaN, fractions, negatives, and those beyond the classes.
 
     Args:
         values: any shape.
@@ -84,7 +84,7 @@ def check_labels(values: Tensor, owner: str, classes: int | None = None) -> None
         classes: Number of classes, if it is known.
 
     Raises:
-        InputError: a value is no label.
+        InputError: a value is not a label.
     """
     values = values.detach().as_subclass(Tensor)
     check_finite(values, owner)

@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
     Raises:
         ImportError: in one line, when nnunetv2 or something else that the trainer needs is missing.
-        AttributeError: for a name that is no trainer.
+        AttributeError: for a name that is not a trainer.
     """
     if name in OTHERS:
         return getattr(import_module(OTHERS[name]), name)

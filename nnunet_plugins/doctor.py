@@ -104,7 +104,7 @@ def host_problems() -> list[str]:
         problems.append(f"nnunetv2 {host_version()} does not read {VARIABLE}, {needed} does: {INSTALL}")
     for folder in listed_folders():
         if not Path(folder).is_dir():
-            problems.append(f"{VARIABLE} names {folder}, which is no folder: nnU-Net skips it without a word")
+            problems.append(f"{VARIABLE} names {folder}, which is not a folder: nnU-Net skips it without a word")
     return problems
 
 

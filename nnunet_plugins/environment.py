@@ -61,4 +61,6 @@ def why_not_run() -> str:
         return f"monai_memeff_nnunet.pth is missing beside {module.origin}: reinstall monai-memeff"
     if startup_ran():
         return "the variable was set after Python had started"
-    return f"{Path(module.origin).parent} is no site-packages folder of this Python, so its start-up files are not run"
+    return (
+        f"{Path(module.origin).parent} is not a site-packages folder of this Python, which runs no start-up files there"
+    )

@@ -32,7 +32,7 @@ Modules = tuple[nn.Module, nn.Module]
 
 
 def assert_tensors_agree(ours: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
-    """Compare tensors by name: type, shape, and values within :data:`TOLERANCES`; exactly if they are no floats.
+    """Compare tensors by name: type, shape, and values within :data:`TOLERANCES`; exactly if they are not floats.
 
     NaN and infinity never agree with anything. ``None`` (no gradient) agrees with ``None`` only.
 

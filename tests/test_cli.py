@@ -193,7 +193,7 @@ def test_the_command_loads_a_subpackage_when_it_is_used():
 
 
 def checkpoints(folder: Path) -> dict[str, Path]:
-    """Files that are no checkpoint of the completion network."""
+    """Files that are not checkpoints of the completion network."""
     whole = folder / "whole.pt"
     torch.save({"weight": torch.zeros(100, 100)}, whole)
     torch.save({"network": torch.nn.Conv3d(1, 1, 3)}, folder / "object.pt")
@@ -216,7 +216,7 @@ def test_what_is_no_checkpoint_is_not_converted(tmp_path, monkeypatch, capsys):
         said[name] = err
     assert "is empty" in said["empty"]
     assert "is cut off" in said["truncated"]
-    assert "no checkpoint" in said["text"]
+    assert "is not a checkpoint" in said["text"]
     assert "other objects than tensors" in said["object"]
     assert "13 convolutions" in said["whole"]
     for numbers in ("a,b", "1,2", ",", "0,0,0,0,0,0,0"):

@@ -11,10 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACES = ("monai_memeff", "nnunet_plugins", "docs", "bundles", "README.md", "CHANGELOG.md")
 ENDINGS = (".py", ".md", ".json")
 WORDS = {
-    r"\b[Aa]sk(s|ed|ing)?\b|NOT_ASKED|points_asked|PointAnswers": "query, num_queries, UNQUERIED_LOGIT, PointEvaluator",
+    r"\b[Aa]sk(s|ed|ing)?\b|\banswers? points|NOT_ASKED|points_asked|PointAnswers": "query, PointEvaluator",
     r"\bsettled?\b|mixed cells?\b|\bmixed_around\b": "propagate, boundary cells",
     r"\b(PlainCode|SkipCode|PooledCode|LastHead)\b": "...LatentHead, AuxiliaryHead",
     r"variant=.default.|\"variant\": \"default\"": "interpolated",
+    r"\b(Guard|Hub|Flight|baton|pager|waiting room|def agree)\b": "plan, operator rule, executor, offload store",
+    r"\b(NotPartitionable|PeerLost)\b": "NotPartitionableError, PeerLostError",
     r"\bClearSplitError\b": "SplitErrorMixin",
     r"\b(RandPepper|RandCoarseNoise|CoarsenMask|PlaceCoarse|BoneSpacing)d?\b|pepper\.py": "the transforms' field names",
     r"\bHounsfieldToUnitd?\b": "ScaleIntensityRange(clip=True)",
@@ -30,7 +32,8 @@ WORDS = {
     r"\b[Ll]edger\b|\b_?strike\b": "StorageTracker, remove, sync",
     r"\bpretend": "fake CUDA device",
     r"thousand million|processor[- ]seconds": "billion, CPU-seconds",
-    r"the so many|set free|[Rr]efuse what is no": "plain words",
+    r"the so many|set free": "plain words",
+    r"(?<!here )\b(is|are|was|be) no (?!longer|larger|more|less|finer)[a-z]": "is not a ...",
     r"\b([Ww]ings?|(ground|this|the) rooms?|[Rr]oofs?|floor plan)\b": "subpackage, module, layer, plugin",
     r"\b(neighbour|millimetre|centre|tumour|normalis|synthesis[ei])": "American spelling",
 }

@@ -41,7 +41,7 @@ __all__ = [
 METADATA = Path("configs", "metadata.json")
 HERE = Path(__file__).parent
 LEFT_OUT = {"__pycache__", "eval"}
-"""Folders that running a bundle in a checkout leaves there, which are no part of it."""
+"""Folders that running a bundle in a checkout leaves there, which are not part of it."""
 
 
 def bundle_names() -> list[str]:

@@ -48,7 +48,7 @@ def checked_option(
         count: Length of the list; 0 for a single number.
 
     Raises:
-        SystemExit: it is no number, NaN or outside the range; with one line that names the option.
+        SystemExit: it is not a number, NaN or outside the range; with one line that names the option.
 
     Example::
 
@@ -73,7 +73,7 @@ def checked_window(name: str, value: Any) -> Any:
         value: what it was set to.
 
     Raises:
-        SystemExit: they are no two numbers, or the second is not the larger one.
+        SystemExit: they are not two numbers, or the second is not the larger one.
     """
     low, high = checked_option(name, value, count=2)
     if not low < high:

@@ -34,7 +34,7 @@ def estimate(question: Question) -> NetworkEstimate:
     """The network of the overlay ``clstm`` in the place of the one in question, or that one if it is a CLSTMUNet.
 
     Raises:
-        InputError: the input is no volume, or a budget is too small for single slices.
+        InputError: the input is not a volume, or a budget is too small for single slices.
     """
     network = question.network if is_own(question.network) else _twin(question)
     question = replace(question, network=network)

@@ -70,7 +70,7 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     if not path.exists():
         raise InputError(f"no such image: {path}: give a NIfTI, NRRD or MetaImage file, or a DICOM folder")
     if not path.is_file():
-        raise InputError(f"cannot read {path}: it is no regular file; give an image file or a DICOM folder.")
+        raise InputError(f"cannot read {path}: it is not a regular file; give an image file or a DICOM folder.")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty: copy the image again, or give another one")
     return path

@@ -9,7 +9,7 @@ from typing import Any
 Config = dict[str, Any]
 
 SIGNS = ("@", "$", "%")
-"""What a string begins with that is no plain text: a reference, an expression, a macro."""
+"""What a string begins with that is not plain text: a reference, an expression, a macro."""
 
 REFERENCE = re.compile(r"(?<=[@%])[A-Za-z_]\w*(?:(?:#|::)\w+)*")
 

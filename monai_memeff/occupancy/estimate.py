@@ -31,18 +31,18 @@ SMALL = (64, 96)
 
 
 def is_own(network: nn.Module) -> bool:
-    """Whether it answers points already."""
+    """Whether it is queried at points already."""
     return hasattr(network, "encode") and hasattr(network, "query")
 
 
 def estimate(question: Question) -> NetworkEstimate:
-    """The network of the overlay ``occupancy`` in the place of the one in question, or that one if it answers points.
+    """The network of the overlay ``occupancy`` in the place of the given one, or itself if it is queried at points.
 
     Inference depends on where labels change: the octree is measured around balls, one inside the other for every
     class, the largest half as wide as the volume.
 
     Raises:
-        InputError: the input is no volume, or a budget is too small.
+        InputError: the input is not a volume, or a budget is too small.
     """
     network = question.network if is_own(question.network) else _twin(question)
     question = replace(question, network=network)

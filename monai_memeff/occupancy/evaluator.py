@@ -19,7 +19,7 @@ class PointEvaluator:
     Args:
         network: has ``encode(volume) -> latent``, ``query(latent, points, volume) -> (B, N, K)`` and, if it likes,
             ``coarse_logits(latent) -> (B, K, h, w, d)`` or None; bare or inside DistributedDataParallel. Or a function
-            points (B, N, 3) -> (B, N, K) that is no module.
+            points (B, N, 3) -> (B, N, K) that is not a module.
         volume: (1, C, H, W, D) on any device; answers come back to that device.
         memory_budget: bytes that one call of the network may take on its device; None for any number.
 

@@ -1,4 +1,4 @@
-"""OctreeInferer: the dense answer of a network that answers points, queried only where the answer changes."""
+"""OctreeInferer: the dense answer of a network of points, queried only where the answer changes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class OctreeReport:
 
 
 class OctreeInferer(Inferer):
-    """Label a whole volume with a network that answers points, querying near the boundaries between labels only.
+    """Label a whole volume with a network of points, querying near the boundaries between labels only.
 
     The idea is that of OSS-Net (Reich et al. 2021, arXiv 2110.10640, inference) and of multi-resolution isosurface
     extraction (Mescheder et al. 2019, arXiv 1812.03828): start coarse, halve the stride where the corners of a cell

@@ -69,7 +69,7 @@ def border_band(label: Tensor, width: int = PUBLISHED_BAND, ignore_index: int | 
     Args:
         label: (H, W, D) whole numbers.
         width: odd, in voxels.
-        ignore_index: label of voxels that are no part of any structure; they make no border and lie in none.
+        ignore_index: label of voxels that are not part of any structure; they make no border and lie in none.
 
     Returns:
         (H, W, D) boolean.

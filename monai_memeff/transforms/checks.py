@@ -141,7 +141,7 @@ class CheckLabels(Transform):
             way_out = "name them all" if self.option is None else f"set {self.option}"
             raise InputError(f"{name_of(img)} has labels from {low:g} to {high:g}, 0 to {last} are named; {way_out}")
         if values.is_floating_point() and bool((values != values.round()).any()):
-            raise InputError(f"{name_of(img)} has values that are no labels, such as fractions; give a label file")
+            raise InputError(f"{name_of(img)} has values that are not labels, such as fractions; give a label file")
         return img
 
 

@@ -57,8 +57,8 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's, zip's and torch's own
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise InputError(f"{file} is no checkpoint of tensors and numbers alone: {reason}") from error
+        raise InputError(f"{file} is not a checkpoint of tensors and numbers alone: {reason}") from error
     missing = {"network_weights", "init_args", "trainer_name"} - set(found if isinstance(found, dict) else ())
     if missing:
-        raise InputError(f"{file} is no checkpoint of nnU-Net: it lacks {', '.join(sorted(missing))}")
+        raise InputError(f"{file} is not a checkpoint of nnU-Net: it lacks {', '.join(sorted(missing))}")
     return dict(found)

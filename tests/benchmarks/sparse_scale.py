@@ -6,7 +6,7 @@
 
 One step is everything that a new volume costs: voxel sets, kernel maps, the network, in training also the loss and all
 gradients. Every cell of the tables has a process of its own. "tensors" is what `measure_peak` counts, "process" how far
-the resident set rose; MinkowskiEngine's kernel maps are no tensors, so compare processes with it. The logits have the
+the resident set rose; MinkowskiEngine's kernel maps are not tensors, so compare processes with it. The logits have the
 signs of a perfect network, so that every engine has the same candidates, and as many as a trained network has. The
 volume is r x r x r / 2. On a machine that others use too, look at the ratio of CPU times.
 """

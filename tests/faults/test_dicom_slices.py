@@ -97,7 +97,7 @@ def test_files_that_are_no_slices(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     found = read_volume(tmp_path)
     np.testing.assert_array_equal(values(found), volume)
-    assert "3 files that are no slices were left out" in found.notes[0]
+    assert "3 files that are not slices were left out" in found.notes[0]
     (tmp_path / "IM0013").write_bytes((tmp_path / "IM0012.dcm").read_bytes()[:100])
     assert "cannot read" in refusal(tmp_path)
     assert "IM0013" in refusal(tmp_path)

@@ -1,4 +1,4 @@
-"""Values that are no labels, in the liver application: refused by loss, score and synthesis, never taught or scored."""
+"""Values that are not labels, in the liver application: refused by loss, score and synthesis, never used."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ def test_the_data_of_a_tensor_is_the_tensor(name: str) -> None:
 
 
 class Kept(nn.Module):
-    """Writes into a tensor that is no buffer."""
+    """Writes into a tensor that is not a buffer."""
 
     def __init__(self, part: bool) -> None:
         super().__init__()

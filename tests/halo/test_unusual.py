@@ -1,4 +1,4 @@
-"""Code that hides from a capture, and inputs that are no plain volumes: exact, or refused by name."""
+"""Code that hides from a capture, and inputs that are not plain volumes: exact, or refused by name."""
 
 from __future__ import annotations
 

@@ -363,7 +363,7 @@ def test_weights_that_are_not_the_networks(stock: Path, ct: Path, tmp_path: Path
 
     contents: dict[str, tuple[Any, str]] = {
         "foreign": (torch.nn.Conv3d(1, 2, 1).state_dict(), "weights are missing"),
-        "code": ({"model": Evil()}, "no checkpoint of tensors alone"),
+        "code": ({"model": Evil()}, "not a checkpoint of tensors alone"),
         "list": ([torch.zeros(1)], "state dict is needed"),
     }
     bundle = small_bundle(tmp_path / "b")
@@ -381,7 +381,7 @@ def test_weights_that_are_not_the_networks(stock: Path, ct: Path, tmp_path: Path
 
 def test_bad_words_on_the_command_line(stock: Path, ct: Path, tmp_path: Path, memeff: Memeff) -> None:
     for words, said in (
-        (("run", tmp_path, ct, "--output", tmp_path / "out"), "no bundle for inference"),
+        (("run", tmp_path, ct, "--output", tmp_path / "out"), "not a bundle for inference"),
         (("run", stock, tmp_path / "none", "--output", tmp_path / "out"), "no such input"),
         (("run", stock, ct, "--output", ct / "out"), "lies in the input"),
         (("run", stock, ct, "--output", stock / "configs" / "inference.json"), "is a file"),

@@ -128,7 +128,7 @@ def test_dense_weights_are_a_sparse_networks_own() -> None:
 def test_training_makes_weights_and_copies_have_their_own_mark(own: str) -> None:
     network = built(own)
     untouched = copy.deepcopy(network)
-    with pytest.raises(ValueError, match="random weights"):  # gradients in evaluation are no training
+    with pytest.raises(ValueError, match="random weights"):  # gradients in evaluation are not training
         network(VOLUME)
     network.train()
     output = network(VOLUME, torch.zeros(1, 1, 3))[0] if own == "occupancy" else network(VOLUME)

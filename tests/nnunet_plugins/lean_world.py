@@ -58,7 +58,7 @@ class World:
         torch.set_num_threads(threads)
         self.stock = labels_of(folder / "stock")
         self.whole = (self.images / "b_0000.nii.gz").read_bytes()
-        (self.images / "b_0000.nii.gz").write_text("this is no image")
+        (self.images / "b_0000.nii.gz").write_text("this is not an image")
 
     def new(self, name: str) -> str:
         """An empty folder for results."""

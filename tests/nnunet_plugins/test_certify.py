@@ -93,7 +93,7 @@ def test_what_is_not_certified_is_refused_in_one_line(image: Path, tmp_path: Pat
     with pytest.raises(InputError, match="NoSuchTrainer"):
         open_subject(str(plain), [image], Options())
     file.write_bytes(file.read_bytes()[:300])
-    with pytest.raises(InputError, match="is no checkpoint of tensors") as refused:
+    with pytest.raises(InputError, match="is not a checkpoint of tensors") as refused:
         open_subject(str(plain), [image], Options())
     assert "\n" not in str(refused.value)
     file.unlink()

@@ -57,7 +57,7 @@ def test_a_kill_then_a_dying_worker_and_then_the_rest(world: World, capsys: Any)
     world.check("out", "ade", True)
     (world.images / "b_0000.nii.gz").write_bytes(world.whole)
     assert main(["predict", *map(str, options), "-npp", "0", "-nps", "0"]) == 0
-    (world.images / "b_0000.nii.gz").write_text("this is no image")
+    (world.images / "b_0000.nii.gz").write_text("this is not an image")
     assert "That's 2 cases" in capsys.readouterr().out
     world.check("out", "abcde", True)
 

@@ -86,7 +86,7 @@ def test_a_misspelt_folder_is_named(listed, tmp_path, capsys):
     listed.setenv(VARIABLE, os.pathsep.join([str(tmp_path / "trianers"), ext_folder()]))
     assert main(["doctor", "SparseTrainer"]) == 1
     printed = capsys.readouterr().out
-    assert f"problem: {VARIABLE} names {tmp_path / 'trianers'}, which is no folder" in printed
+    assert f"problem: {VARIABLE} names {tmp_path / 'trianers'}, which is not a folder" in printed
     assert "SparseTrainer: not found" not in printed
 
 
@@ -137,7 +137,7 @@ def test_why_not_listed(listed, tmp_path):
     listed.setattr(environment, "find_spec", lambda _: spec)
     assert "monai_memeff_nnunet.pth is missing" in environment.why_not_listed()
     (tmp_path / "monai_memeff_nnunet.pth").touch()
-    assert "is no site-packages folder" in environment.why_not_listed()
+    assert "is not a site-packages folder" in environment.why_not_listed()
 
 
 def test_trainers_are_attributes_loaded_when_asked_for():

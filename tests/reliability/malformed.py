@@ -84,7 +84,7 @@ def truncated(folder: Path) -> Iterator[Case]:
     for ending, whole in files(folder).items():
         for part in np.linspace(0.0, 0.995, 9):
             content = whole[: int(part * len(whole))]
-            kept = numbers() if ending == ".mgh" else None  # its last bytes are no voxels
+            kept = numbers() if ending == ".mgh" else None  # its last bytes are not voxels
             yield Case(written(folder / f"{part:.3f}{ending}", content), f"{part:.3f} of {ending}", kept)
 
 
@@ -238,7 +238,7 @@ def places(folder: Path) -> Iterator[Case]:
 
 
 def shared_bad(data: Path) -> Iterator[Case]:
-    """Malformed DICOM files that pydicom's authors met, alone and together, and objects that are no images."""
+    """Malformed DICOM files that pydicom's authors met, alone and together, and objects that are not images."""
     bad = data / "dicom" / "bad"
     for path in (bad, *sorted(bad.iterdir()), *sorted((data / "dicom" / "highdicom_test_files").iterdir())):
         yield Case(path, path.name, None)
@@ -248,5 +248,5 @@ KINDS: dict[str, Callable[[Path], Iterator[Case]]] = {
     "truncated files": truncated, "wrong endings": wrong_endings, "nothing in it": nothing,
     "wrong bits in NIfTI headers": nifti_bits, "absurd NIfTI headers": absurd_headers,
     "contradicting NRRD and MetaImage headers": itk_headers, "wrong bits in DICOM headers": dicom_bits,
-    "cut or foreign DICOM slices": dicom_cuts, "places that are no files": places,
+    "cut or foreign DICOM slices": dicom_cuts, "places that are not files": places,
 }  # fmt: skip

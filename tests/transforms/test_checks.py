@@ -104,7 +104,7 @@ def test_foreground_of_any_size_but_none() -> None:
         (3, "has labels from 0 to 3, 0 to 2 are named; set --organs"),
         (-1, "has labels from -1 to 0, 0 to 2 are named; set --organs"),
         (float("nan"), "has labels from nan to nan"),
-        (1.5, "has values that are no labels, such as fractions"),
+        (1.5, "has values that are not labels, such as fractions"),
     ],
 )
 def test_labels_without_a_name(value: float, message: str) -> None:

@@ -40,7 +40,7 @@ class LiverTumorLoss(nn.Module):
         """Loss of logits (B, C, spatial...) and labels (B, 1, spatial...), all annotated.
 
         Raises:
-            ValueError: another number of classes or shape, NaN or infinity, or values that are no labels of a class.
+            ValueError: another number of classes or shape, NaN or infinity, or values that are not labels of a class.
         """
         self._check(prediction, target)
         labels = target[:, 0].long()

@@ -200,7 +200,7 @@ class RandSkullDefect(RandomizableTransform):
             The defective skull and the implant: disjoint, their union is the skull; type and metadata of ``img``.
 
         Raises:
-            TypeError: when ``img`` is no tensor or array.
+            TypeError: when ``img`` is not a tensor or array.
             ValueError: when ``img`` is not (C, H, W, D), is empty or too small for the wanted size, or holds NaN or
                 negative numbers.
         """

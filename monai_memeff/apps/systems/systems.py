@@ -88,7 +88,7 @@ class SparseSystem:
 
 
 class OccupancySystem:
-    """A network that answers points, trained on drawn points and queried by an octree."""
+    """A network that is trained on drawn points and queried at those of an octree."""
 
     title, iterations, learning_rate = "occupancy", 450, 3e-3
 

@@ -21,7 +21,7 @@ MOST_VOXELS = 2**31
 
 
 def check_pixel_rules(series: Series, hounsfield: bool) -> None:
-    """Refuse pixels whose numbers are no measured values, by the headers alone.
+    """Refuse pixels whose numbers are not measured values, by the headers alone.
 
     Args:
         series: its notes take the unit of values that are not in Hounsfield units.

@@ -1,4 +1,4 @@
-"""Slices that are no regular stack on an even, upright grid, by linear interpolation between neighbors."""
+"""Slices that are not a regular stack on an even, upright grid, by linear interpolation between neighbors."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from monai_memeff.data.nifti_checks import first_line
 from monai_memeff.errors import InputError
 
 MOST_FILES = 20_000
-"""A folder with more is no series, but somebody's home."""
+"""A folder with more is not a series, but somebody's home."""
 
 BESIDE = {"DICOMDIR", "LOCKFILE", "VERSION", "README", "LICENSE", "Thumbs.db", "desktop.ini"}
 BESIDE_ENDINGS = {".txt", ".md", ".xml", ".json", ".csv", ".html", ".htm", ".pdf", ".jpg", ".jpeg", ".png", ".inf"}
@@ -84,7 +84,7 @@ def _headers(path: Path) -> tuple[dict[Path, Any], list[str]]:
                 f"cannot read {file} as DICOM: {first_line(error)}; remove it, or copy the series again."
             ) from error
     more = ", ..." if len(beside) > 3 else ""
-    return headers, [f"{len(beside)} files that are no slices were left out: {', '.join(beside[:3])}{more}"] * bool(
+    return headers, [f"{len(beside)} files that are not slices were left out: {', '.join(beside[:3])}{more}"] * bool(
         beside
     )
 

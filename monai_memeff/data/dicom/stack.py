@@ -40,7 +40,7 @@ class Stack:
         heights: float64 (N,), millimeters along the normal.
         step: float64 (3,), LPS, mean step from slice to slice.
         usual: median distance of slices along the normal.
-        fault: why it is no regular stack; empty when it is one.
+        fault: why it is not a regular stack; empty when it is one.
     """
 
     frames: list[Frame]

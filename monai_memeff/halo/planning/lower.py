@@ -68,7 +68,7 @@ class _Lowering:
             user.append(node.name)
             if position >= len(self.flat):
                 raise NotPartitionableError(
-                    f"{node.name}: the capture has an input that is no argument, such as a torch.Generator"
+                    f"{node.name}: the capture has an input that is not an argument, such as a torch.Generator"
                 )
             if isinstance(value, torch.Tensor):
                 ref = self.program.add(Value(node.name, tuple(value.shape), value.dtype, dependent=True))

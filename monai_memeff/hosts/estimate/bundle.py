@@ -34,7 +34,7 @@ def config_in(folder: Path, training: bool) -> Path:
         for suffix in (".json", ".yaml", ".yml"):
             if (parent / f"{name}{suffix}").is_file():
                 return parent / f"{name}{suffix}"
-    raise InputError(f"{folder} is no bundle: it has no configs/{name}.json, nor .yaml")
+    raise InputError(f"{folder} is not a bundle: it has no configs/{name}.json, nor .yaml")
 
 
 def bundle_source(file: Path, overlays: Sequence[Path]) -> Source:
@@ -114,7 +114,7 @@ def _network(config: Config, file: Path) -> nn.Module:
     named = places(config).get("network_def", "network_def")
     place = next((p for p in (named, "network_def", "network") if get(config, p) is not None), None)
     if place is None:
-        raise InputError(f"{file} has no network_def, nor network: it is no bundle's configuration")
+        raise InputError(f"{file} has no network_def, nor network: it is not a bundle's configuration")
     parser = _parser(config, file)
     return network_of(f"{place} of {file}", lambda: parser.get_parsed_content(place))
 

@@ -28,7 +28,7 @@ def active_image(file: Path, shape: tuple[int, ...], threshold: float | None) ->
     values = read_volume(file).image.as_subclass(Tensor).float()
     if threshold is None and bool((values < 0).any()):
         raise InputError(
-            f"{file} has values from {float(values.min()):g} on, so 0 is no background: say with --threshold "
+            f"{file} has values from {float(values.min()):g} on, so 0 is not background: say with --threshold "
             "from which value on voxels are active"
         )
     active = (values != 0 if threshold is None else values > threshold).float().reshape(1, 1, *values.shape[-3:])

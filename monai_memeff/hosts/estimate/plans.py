@@ -91,7 +91,7 @@ def _dataset(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
-        raise InputError(f"{path} names no labels: it is no dataset.json of nnU-Net")
+        raise InputError(f"{path} names no labels: it is not a dataset.json of nnU-Net")
     return content
 
 

@@ -58,7 +58,9 @@ def _refuse(wrong: bool, text: str) -> None:
 
 def _dotted(given: str, arguments: str | None) -> Source:
     if not DOTTED.fullmatch(given):
-        raise InputError(f"{given!r} is no file and no dotted name: give a configuration, a plan or package.Class")
+        raise InputError(
+            f"{given!r} is neither a file nor a dotted name: give a configuration, a plan or package.Class"
+        )
     module, _, last = given.rpartition(":") if ":" in given else given.rpartition(".")
     keywords = _keywords(arguments)
     if os.getcwd() not in sys.path:

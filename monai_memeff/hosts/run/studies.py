@@ -115,7 +115,7 @@ def _grouped(name: str, files: Sequence[Path], image_names: Sequence[str]) -> St
 
 
 def _without_split_series(studies: Sequence[Study]) -> list[Study]:
-    """Folders without images are left out; a series that lies in several folders is no study in any of them."""
+    """Folders without images are left out; a series that lies in several folders is not a study in any of them."""
     places: dict[str, list[Study]] = {}
     kept = []
     for study in studies:

@@ -1,4 +1,4 @@
-"""The decoder that answers points: residual fully connected blocks under conditional batch norm."""
+"""The decoder that is queried at points: residual fully connected blocks under conditional batch norm."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def generate(coarse: VoxelSet, shape: KernelShape) -> VoxelSet:
         shape: geometry of the transposed convolution; voxel c reaches ``stride * c - padding + dilation * t``.
 
     Raises:
-        InputError: the input's stride is no multiple of the layer's. An input of stride 1 is refined beyond it
+        InputError: the input's stride is not a multiple of the layer's. An input of stride 1 is refined beyond it
             (super-resolution); the finer grid then counts as stride 1.
     """
     return coarse.generated(shape, lambda: _generate(coarse, shape))

@@ -85,7 +85,7 @@ def _read(path: Path, device: torch.device) -> NeighborTable | None:
 
 
 def _write(path: Path, table: NeighborTable) -> None:
-    """Write all or nothing; a full or read-only folder is no reason to stop."""
+    """Write all or nothing; a full or read-only folder is not a reason to stop."""
     kept: dict[str, Tensor | int | None] = vars(table)
     size = sum(value.nbytes for value in kept.values() if isinstance(value, Tensor))
     try:

@@ -41,7 +41,7 @@ class SparseCompletionNet(nn.Module):
             would be more, the voxels with the largest logits go on (in training those of the target before others) and
             a warning says so; None: no bound. It bounds the memory of the worst case, such as a network that has not
             learned to prune yet. A volume that has more to begin with, or at the first level, is refused.
-        ignore_index: label of voxels without annotation, in the values of the target: they are no structure; not 0.
+        ignore_index: label of voxels without annotation, in the values of the target; not 0.
 
     Shape: the input is a SparseTensor with one channel, or a dense (B, 1, H, W, D) volume that is non-zero where
     there is something. In training mode the output is a list of six SparseTensors of candidate logits, coarsest

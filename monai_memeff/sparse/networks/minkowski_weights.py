@@ -163,7 +163,9 @@ def _load(source: str) -> Any:
         if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
             way_out = "it holds other objects than tensors; save network.state_dict() and give that file"
             raise InputError(f"{source} is not read: {way_out}") from error
-        raise InputError(f"{source} is no checkpoint, or a damaged one: give a file that torch.save wrote") from error
+        raise InputError(
+            f"{source} is not a checkpoint, or a damaged one: give a file that torch.save wrote"
+        ) from error
 
 
 def _layers_of(checkpoint: Mapping[str, Tensor]) -> list[tuple[str, str, State]]:

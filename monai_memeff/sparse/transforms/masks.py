@@ -14,7 +14,7 @@ def as_volume(img: Tensor | np.ndarray) -> Tensor:
     """A channel-first volume as a tensor.
 
     Raises:
-        TypeError: it is no tensor or array.
+        TypeError: it is not a tensor or array.
         ValueError: it is not (C, H, W, D), or holds NaN or infinity.
     """
     if not isinstance(img, Tensor | np.ndarray):

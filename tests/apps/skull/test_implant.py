@@ -60,7 +60,7 @@ def test_opening_and_the_largest_piece() -> None:
     raw = ImplantFromCompletion(opening=0, largest=False)(completed, defective)
     assert torch.equal(raw, ((completed != 0) & (defective == 0)).float())
     opened = ImplantFromCompletion(opening=1, largest=False)(completed, defective)
-    assert not bool(opened[:, 14:16, :, 10:].any()), "a sheet of two voxels is no implant"
+    assert not bool(opened[:, 14:16, :, 10:].any()), "a sheet of two voxels is not an implant"
     assert bool(opened[:, 6, 1, 1].all())
     assert bool(opened[:, 14, 11, 1].all())
     implant = ImplantFromCompletion(opening=0)(completed * (torch.arange(17) < 10), defective)

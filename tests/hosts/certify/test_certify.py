@@ -185,7 +185,7 @@ def damaged(image: Path, folder: Path) -> dict[str, Any]:
         "image with NaN": ({"images": [nan]}, "NaN or infinite"),
         "label on another grid": ({"labels": [other]}, "off the image's grid"),
         "label of another size": ({"labels": [small]}, "4 x 5 x 6 voxels and the image 18 x 12 x 15"),
-        "label of no whole numbers": ({"labels": [soft]}, "no whole numbers"),
+        "label of no whole numbers": ({"labels": [soft]}, "not whole numbers"),
         "two labels": ({"labels": [save(folder / "l.nii.gz", np.zeros(SHAPE, np.uint8))] * 2}, "--label was given 2"),
         "no image": ({"images": []}, "--image is needed"),
         "absent image": ({"images": [folder / "absent.nii.gz"]}, "does not exist"),
@@ -195,7 +195,7 @@ def damaged(image: Path, folder: Path) -> dict[str, Any]:
         "no size": ({"budget": "much"}, "a size is a number"),
         "no module": ({"model": "not_there:network"}, "there is no module not_there"),
         "no threshold": ({"options": Options(threshold=float("nan"))}, "--threshold must be a number"),
-        "no model": ({"model": str(folder / "absent")}, "no folder of a MONAI bundle"),
+        "no model": ({"model": str(folder / "absent")}, "neither a folder of a MONAI bundle"),
         "some folder": ({"model": str(folder)}, "neither configs/inference.json"),
         "output is a file": ({"output": nan}, "is a file"),
     }

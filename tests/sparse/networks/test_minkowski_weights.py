@@ -152,7 +152,7 @@ def test_the_command_refuses_in_one_line(
         "does not fit": ("theirs.pth", "--channels", "2,2,3,3,2,4,6"),
         "no such file": ("absent.pth",),
         "holds no state dict": ("list.pth",),
-        "no checkpoint, or a damaged one": ("words.pth",),
+        "is not a checkpoint, or a damaged one": ("words.pth",),
     }
     for reason, (name, *options) in cases.items():
         status, _, err = run(monkeypatch, capsys, "convert", tmp_path / name, tmp_path / "out.pt", *options)

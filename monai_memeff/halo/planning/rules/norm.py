@@ -251,7 +251,7 @@ def expand_instance_norm(x: Expansion) -> Ref:
             name = x.program.state.get(old.index)
             if name is None:
                 raise NotPartitionableError(
-                    f"{x.value.where}: instance_norm changes running statistics that are no buffers of the network"
+                    f"{x.value.where}: instance_norm changes running statistics that are not buffers of the network"
                 )
             old = Ref(x.program.mutations.get(name, old.index))  # a layer may be used twice
             new = _running(x, moments, old, which, momentum, math.prod(shape[2:]))

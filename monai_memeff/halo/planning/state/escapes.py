@@ -67,7 +67,7 @@ class Escapes(TorchFunctionMode):
             )
 
     def _take_back(self) -> list[str]:
-        """The lines that made what was kept and is no constant."""
+        """The lines that made what was kept and is not a constant."""
         found = self._alive()
         for x, _, _ in found:
             _forget(x, {id(found), *map(id, found)})

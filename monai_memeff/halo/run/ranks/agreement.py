@@ -32,7 +32,7 @@ def volumes_among(leaves: Sequence[Any], mesh: HaloMesh) -> list[int]:
     return [i for i, n in tensors.items() if n == dims]
 
 
-def agree(mesh: HaloMesh, network: nn.Module, fingerprint: int, args: Any, kwargs: Any) -> list[Part | None]:
+def agreed_parts(mesh: HaloMesh, network: nn.Module, fingerprint: int, args: Any, kwargs: Any) -> list[Part | None]:
     """How each argument is spread, the same on every rank; None for what every rank holds whole.
 
     The first volume among the arguments may be unmarked (`PartitionCropd` in a data loader): the shapes of all ranks

@@ -16,7 +16,7 @@ from monai_memeff.halo.planning.capture import capture
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.state.fingerprint import fingerprint, mode_key
 from monai_memeff.halo.run.ranks import calls
-from monai_memeff.halo.run.ranks.agreement import agree, digest
+from monai_memeff.halo.run.ranks.agreement import agreed_parts, digest
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.parts import Part
 from monai_memeff.halo.run.ranks.schedule import RankPlan
@@ -68,7 +68,7 @@ class _Partition:
         if traits != self.agreed[0]:  # the text of a large network takes longer than a small step
             options = (self.mesh.spatial, self.mesh.axes, self.segments)
             self.agreed = traits, digest((str(self.network), traits, options))
-        parts = agree(self.mesh, self.network, self.agreed[1], args, kwargs)
+        parts = agreed_parts(self.mesh, self.network, self.agreed[1], args, kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         plan = self._plan(traits, leaves, spec, parts)
         return plan.run(self.network, leaves, self.segments)

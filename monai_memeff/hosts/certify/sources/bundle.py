@@ -26,7 +26,7 @@ def bundle_subject(folder: Path, images: Sequence[Path], options: Options) -> Su
     """A bundle with its weights on one study.
 
     Raises:
-        InputError: the bundle cannot be loaded, the study not read, or its results are no labels.
+        InputError: the bundle cannot be loaded, the study not read, or its results are not labels.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

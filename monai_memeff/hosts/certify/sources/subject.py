@@ -102,7 +102,7 @@ def open_subject(model: str, images: Sequence[Path], options: Options) -> Subjec
 
             return function_subject(model, images, options)
         raise InputError(
-            f"{model} is no folder of a MONAI bundle or a trained nnU-Net model, and no module:function of a network"
+            f"{model} is neither a folder of a MONAI bundle or a trained nnU-Net model nor module:function of a network"
         )
     for mark, place in KINDS.items():
         if (folder / mark).exists():
@@ -145,7 +145,7 @@ def read_label(file: Path, image: MetaTensor) -> np.ndarray:
         raise InputError(f"the label {file} lies {off:.3g} voxels off the image's grid: both must have one grid")
     values = label.as_tensor()[0].numpy()
     if not np.array_equal(values, np.rint(values)):
-        raise InputError(f"the label {file} holds numbers that are no whole numbers, so it is no label")
+        raise InputError(f"the label {file} holds numbers that are not whole numbers, so it is not a label")
     return values.astype(np.int32)
 
 

@@ -35,7 +35,7 @@ class Labels:
 
 
 def labels_of(result: Result, outputs: dict[str, Any]) -> Labels:
-    """A result in the smallest integer type that holds it, or as it is where it is no labels.
+    """A result in the smallest integer type that holds it, or as it is where it is not labels.
 
     Args:
         result: what the bundle would save.
@@ -48,7 +48,7 @@ def labels_of(result: Result, outputs: dict[str, Any]) -> Labels:
     channels = {int(key): str(name) for key, name in (said.get("channel_def") or {}).items() if str(key).isdecimal()}
     named = result.key in outputs or result.key == "pred"
     if values.dtype.kind not in "iu":
-        return Labels(values[0] if len(values) == 1 else values, {}, "its values are no whole numbers")
+        return Labels(values[0] if len(values) == 1 else values, {}, "its values are not whole numbers")
     if len(values) > 1:
         return _overlapping(values, channels)
     labels, largest = values[0], int(values.max(initial=0))

@@ -49,7 +49,7 @@ class Bundle:
             (self.folder / "configs" / name for name in NAMES if (self.folder / "configs" / name).is_file()), None
         )
         if base is None:
-            raise InputError(f"{folder} is no bundle for inference: it has no configs/{NAMES[0]}, nor .yaml")
+            raise InputError(f"{folder} is not a bundle for inference: it has no configs/{NAMES[0]}, nor .yaml")
         self.metadata = _metadata(self.folder / "configs" / "metadata.json")
         merged = merge_bundle_configs([base, *(_overlay(name) for name in overlays)])
         self.digest = hashlib.sha256(

@@ -72,7 +72,7 @@ def load_weights(bundle: Bundle, found: list[Checkpoint]) -> None:
     """Load all weights strictly, by ``torch.load(weights_only=True)``, which runs no code of the file.
 
     Raises:
-        InputError: a file is no checkpoint, its weights do not fit, or a network of the configuration gets none.
+        InputError: a file is not a checkpoint, its weights do not fit, or a network of the configuration gets none.
     """
     known: set[int] = set()
     for checkpoint in found:
@@ -98,7 +98,7 @@ def _read(file: Path) -> Mapping[str, Any]:
         raise InputError(f"the bundle's weights are missing: no file {file}; download or train them") from None
     except Exception as error:  # pickle's, zip's and torch's own
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise InputError(f"{file} is no checkpoint of tensors alone: {reason}") from error
+        raise InputError(f"{file} is not a checkpoint of tensors alone: {reason}") from error
     if not isinstance(state, Mapping):
         raise InputError(f"{file} holds {type(state).__name__}, and a state dict is needed")
     return state

@@ -110,7 +110,7 @@ def _loader(value: dict[str, Any], kind: str) -> dict[str, Any]:
 
 def _saver(value: dict[str, Any], kind: str) -> dict[str, Any]:
     if value.get("scale") is not None:
-        raise InputError(f"the bundle's {kind} scales its results, which are no labels then: use MONAI's command")
+        raise InputError(f"the bundle's {kind} scales its results, which are not labels then: use MONAI's command")
     kept: dict[str, Any] = {key: value[key] for key in ("keys", "allow_missing_keys", "_disabled_") if key in value}
     name = value.get("output_postfix", "trans")
     return {"_target_": "monai_memeff.hosts.run.source.transforms.CollectResultd", "name": name, **kept}

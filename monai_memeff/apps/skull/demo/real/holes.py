@@ -13,7 +13,7 @@ PIXELS = 157  # edge of the map of the vault: about 2 mm of bone for each pixel
 WIDEST = np.radians(110)  # angle from the vertex at the edge of the map; the vault is what lies within 90 degrees
 LEAST_CM2 = 4.0
 MOST = 0.6  # of the vault: with less bone than that it is none
-OPENING = 1  # pixels by which gaps are opened: thin bone below the threshold is no hole
+OPENING = 1  # pixels by which gaps are opened: thin bone below the threshold is not a hole
 NEAR_MM = 30.0  # a ray meets no bone of the vault before this depth
 ACROSS_MM, ALONG_MM = 15.0, 10.0  # the zone of a hole reaches this far in and out of its surface, and beyond its rim
 

@@ -89,7 +89,7 @@ class MaxPool(_Pool):
         at.reverse()
         for axis, d in self.sliding.items():
             place = at[d - self.first] + self.span(axis, box)[0]
-            # where all are -inf torch names the first row of the window that is no padding
+            # where all are -inf torch names the first row of the window that is not padding
             at[d - self.first] = torch.where(place < 0, place % self.dilation[d - self.first], place)
         whole = self.reads[0].shape[self.first :]
         flat = torch.zeros_like(at[0])
