@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 
@@ -405,6 +406,23 @@ def test_networks_that_see_whole_volumes_still_do(tmp_path: Path, wrapped_first:
         assert same(predicted(predictor, noise((9, 8, 10)), (1.0, 1.5, 1.0), False), result)
     assert shapes == [(9, 12, 10)] * 4
     assert len(np.unique(results[1])) > 1
+
+
+def test_one_tiles_logits_are_in_memory_at_a_time(tmp_path: Path) -> None:
+    predictor = predictor_of(TrialModel(exclusive(3), patch=(4, 4, 4)).write(tmp_path))
+    forward, made, alive = predictor.network.forward, [], []
+
+    def watched(tile: torch.Tensor) -> torch.Tensor:
+        alive.extend(storage for storage in made if not storage.expired())
+        result = forward(tile)
+        made.append(StorageWeakRef(result.untyped_storage()))
+        return result
+
+    predictor.network.forward = watched
+    with lean_prediction():
+        predicted(predictor, noise((9, 8, 10)), (1.0, 1.0, 1.0), False)
+    assert len(made) > 20
+    assert not alive
 
 
 # Logits on disk

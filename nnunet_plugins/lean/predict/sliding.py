@@ -130,6 +130,7 @@ def _accumulate(
                 prediction = prediction[:, None]
                 weight = gaussian if isinstance(gaussian, int) else gaussian[None]
             window.add(start, slicer[2:], prediction, weight)
+            del prediction  # before the next one is made
             progress.update()
     window.finish(data.shape[1])
 

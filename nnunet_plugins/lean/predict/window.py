@@ -16,7 +16,7 @@ from torch import Tensor
 from nnunet_plugins.lean.predict.files import ScratchFile
 from nnunet_plugins.lean.predict.logits import release
 
-IN_MEMORY = 64 * 2**20
+IN_MEMORY = 16 * 2**20
 """Bytes of a window that stay in memory; a larger one is a scratch file, of which a part at a time is in memory."""
 
 BLOCK = 16 * 2**20
