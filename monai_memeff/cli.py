@@ -92,7 +92,7 @@ def demo(
 
 @app.command()
 def overlay(
-    name: Annotated[str | None, typer.Argument(help="Name of an overlay; none lists them.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of an overlay; none lists them.", metavar="NAME")] = None,
 ) -> None:
     """Print the path of a configuration overlay that switches a stock MONAI bundle to a memory-efficient model."""
     from monai_memeff.overlays import overlay_names, overlay_path
@@ -119,7 +119,7 @@ def list_bundles() -> None:
 
 @bundle.command("copy")
 def copy(
-    name: Annotated[str, typer.Argument(help="Name of a bundle: see `memeff bundle list`.")],
+    name: Annotated[str, typer.Argument(help="Name of a bundle: see `memeff bundle list`.", metavar="NAME")],
     folder: Annotated[Path, typer.Argument(help="New or empty folder for the copy.", metavar="DIR")],
 ) -> None:
     """Copy a bundle with all its files into a new folder."""
@@ -131,7 +131,9 @@ def copy(
 
 @app.command()
 def merge(
-    configs: Annotated[list[Path], typer.Argument(help="Configuration files, in the order MONAI would read them.")],
+    configs: Annotated[
+        list[Path], typer.Argument(help="Configuration files, in the order MONAI would read them.", metavar="CONFIG...")
+    ],
     output: Annotated[
         Path,
         typer.Option(help="Where to write the merged configuration (.json or .yaml); for a host: its bundle folder."),
@@ -209,7 +211,9 @@ def certify(
 
 @app.command()
 def estimate(
-    source: Annotated[str, typer.Argument(help="Bundle, its configuration, nnU-Net plans file, or package.Class.")],
+    source: Annotated[
+        str, typer.Argument(help="Bundle, its configuration, nnU-Net plans file, or package.Class.", metavar="SOURCE")
+    ],
     shape: Annotated[str | None, typer.Option(help="1,1,128,128,128: batch, channels, extents.")] = None,
     budget: Annotated[str | None, typer.Option(help="Such as 8GiB: choose a system, write its overlay.")] = None,
     image: Annotated[Path | None, typer.Option(help="Volume whose active voxels count for sparse.")] = None,
@@ -231,31 +235,20 @@ def estimate(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="State dict of the skull network, trained in MinkowskiEngine.")],
-    output: Annotated[Path, typer.Argument(help="Where to write the state dict for SparseCompletionNet.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="State dict of the skull network, trained in MinkowskiEngine.", metavar="CHECKPOINT")
+    ],
+    output: Annotated[
+        Path, typer.Argument(help="Where to write the state dict for SparseCompletionNet.", metavar="OUTPUT")
+    ],
     channels: Annotated[
         str | None, typer.Option(help="Seven numbers with commas in between. Default: those of the checkpoint.")
     ] = None,
 ) -> None:
     """Convert a MinkowskiEngine checkpoint of the completion network; MinkowskiEngine itself is not needed."""
-    import torch
+    from monai_memeff.hosts.convert import write_converted
 
-    from monai_memeff.data import atomic_write
-    from monai_memeff.sparse.networks.minkowski_weights import convert_file
-
-    try:
-        wanted = None if channels is None else tuple(int(number) for number in channels.split(","))
-    except ValueError:
-        raise InputError(f"--channels takes seven numbers with commas in between, got {channels!r}") from None
-    try:
-        state, found = convert_file(str(checkpoint), wanted)
-    except InputError:
-        raise
-    except (ValueError, RuntimeError, LookupError, TypeError) as error:  # of tensors that no network of ours has
-        raise InputError(f"cannot convert {checkpoint}: {error}") from None
-    with atomic_write(output, checkpoint) as work:
-        torch.save(state, work)
-    typer.echo(f"wrote {output}: {len(state)} tensors for SparseCompletionNet(channels={found})")
+    typer.echo(write_converted(checkpoint, output, channels))
 
 
 @app.command()

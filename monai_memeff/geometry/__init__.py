@@ -1,4 +1,4 @@
-"""Integers and affines: voxel keys, grids, partitions; torch and numpy only."""
+"""Integers and affines: voxel keys, grids and spaces; torch and numpy only."""
 
 from monai_memeff.geometry.grid import (
     check_affine,
@@ -13,15 +13,10 @@ from monai_memeff.geometry.grid import (
     spacing,
     voxel_volume,
 )
-from monai_memeff.geometry.partition import (
-    Stencil,
-    split_axis,
-)
 from monai_memeff.geometry.space import ras_affine, space_of, to_ras
 from monai_memeff.geometry.voxels import coordinates_to_keys, keys_to_coordinates
 
 __all__ = [
-    "Stencil",
     "check_affine",
     "coordinates_to_keys",
     "crop_affine",
@@ -36,7 +31,6 @@ __all__ = [
     "sample_at",
     "space_of",
     "spacing",
-    "split_axis",
     "to_ras",
     "voxel_volume",
 ]

@@ -66,12 +66,11 @@ NEEDED: dict[str, dict[str, Any]] = {
     "logits_to_mesh": {"logits": torch.randn(2, 4, 4, 4), "affine": torch.eye(4)},
     "occupancy_optimizer": {"network": nn.Linear(1, 1)},
     "plan": WHOLE,
-    "split_axis": {"size": 12, "parts": 3},
     "verify": {"network": WHOLE["network"], "shape": (1, 1, 4, 3, 2)},
 }
 """Callable -> what it cannot be called without; dictionary versions take that of their array version, and keys."""
 ELSEWHERE = {
-    "HaloMesh", "NetworkEstimate", "OctreeReport", "PeakEstimate", "Plan", "StreamingReport", "Stencil",  # records
+    "HaloMesh", "NetworkEstimate", "OctreeReport", "PeakEstimate", "Plan", "StreamingReport",  # records
     "coordinates_to_keys", "crop_affine", "data_from_sparse", "estimate_peak", "index_to_unit", "is_anisotropic",
     "is_oblique", "keys_to_coordinates", "mm_to_index", "ras_affine", "resize_affine", "space_of",  # by tensors
     "active_voxels", "SparseTensor", "Lookahead", "save_agreement", "scatter", "spatial_partition",

@@ -60,7 +60,6 @@ ACCEPTED: dict[str, str] = {
     "labels_to_mesh.label": "",  # no voxel has it
     "logits_to_mesh.label": "0",
     "plan.axis": "0",
-    "split_axis.size": "",
     "verify.axis": "0",
 }
 """Argument -> probes that can be meant, beside None where the annotation has it."""

@@ -85,11 +85,6 @@ def first_axis_fastest(weight: Tensor, kernel_size: Triple) -> Tensor:
     return weight.unflatten(0, kernel_size).transpose(0, 2).flatten(0, 2).contiguous()
 
 
-def last_axis_fastest(kernel: Tensor, kernel_size: Triple) -> Tensor:
-    """The inverse of :func:`first_axis_fastest`."""
-    return kernel.unflatten(0, kernel_size[::-1]).transpose(0, 2).flatten(0, 2).contiguous()
-
-
 @dataclass(frozen=True, eq=False)
 class _Rows:
     """One voxel set in MinkowskiEngine's hands: its key, and how rows are numbered there if not as here."""

@@ -69,9 +69,7 @@ class SparseTensor:
             recompute: computes the same features once more, for graphs to keep in their place where that is cheaper.
         """
         tensor = cls.__new__(cls)
-        tensor.features = _plain(features)
-        tensor.voxels = voxel_set
-        tensor.recompute = recompute
+        tensor.features, tensor.voxels, tensor.recompute = _plain(features), voxel_set, recompute
         return tensor
 
     @classmethod
@@ -95,8 +93,7 @@ class SparseTensor:
                 "compare the image with a threshold, as in (image > 0).any(1, keepdim=True)."
             )
         voxels.check_extent(image.shape[2:], image.shape[0])
-        keys = mask.flatten().nonzero()[:, 0]
-        voxel_set = VoxelSet(keys, image.shape[2:], image.shape[0])
+        voxel_set = VoxelSet(mask.flatten().nonzero()[:, 0], image.shape[2:], image.shape[0])
         batch, position = _batch_and_position(voxel_set)
         features = image.flatten(2)[batch, :, position]
         check_finite(features, "SparseTensor")

@@ -12,9 +12,6 @@ from monai_memeff.errors import InputError
 from monai_memeff.geometry import key_lists, voxels
 from monai_memeff.sparse.core.voxel_set import VoxelSet
 
-CHILDREN = 8
-"""Voxels that one voxel is refined to by a generative convolution of stride 2 and kernel 2, away from the border."""
-
 
 def check_budget(present: VoxelSet, max_voxels: int | None) -> None:
     """Refuse an input that is larger than the budget by itself.
