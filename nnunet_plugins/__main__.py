@@ -5,14 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib.util import find_spec
+from typing import NoReturn
 
 from nnunet_plugins.doctor import diagnose
 from nnunet_plugins.environment import export_line
 
 
+class _Parser(argparse.ArgumentParser):
+    """Bad words end in one line and status 2, as everywhere in the package."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}: see python -m nnunet_plugins --help\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, or 1 when the doctor finds something wrong."""
-    parser = argparse.ArgumentParser(prog="python -m nnunet_plugins", description=__doc__)
+    parser = _Parser(prog="python -m nnunet_plugins", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("env", help="print the line that tells nnU-Net where the trainers are, for a shell to eval")
     doctor = commands.add_parser("doctor", help="say what nnU-Net finds, from which file, and what is missing")

@@ -21,7 +21,7 @@ from monai.bundle import ConfigWorkflow
 
 from monai_memeff import cli
 from monai_memeff.hosts.run import run_studies
-from monai_memeff.hosts.run.source.bundle import Bundle
+from monai_memeff.hosts.run.source.bundle import DECODER_LOG, Bundle
 from monai_memeff.hosts.run.source.checkpoints import checkpoints_of
 from monai_memeff.hosts.run.studies import find_studies
 from monai_memeff.hosts.run.worker import Settings, Worker
@@ -344,7 +344,9 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], int, str]] = {
 
 
 @pytest.mark.parametrize("kind", list(REFUSED))
-def test_what_cannot_be_exact_is_refused(kind: str, ct: Path, tmp_path: Path, memeff: Memeff) -> None:
+def test_what_cannot_be_exact_is_refused(
+    kind: str, ct: Path, tmp_path: Path, memeff: Memeff, caplog: pytest.LogCaptureFixture
+) -> None:
     edit, expected, words = REFUSED[kind]
     bundle = small_bundle(tmp_path / "b")
     change(bundle, edit)
@@ -354,6 +356,7 @@ def test_what_cannot_be_exact_is_refused(kind: str, ct: Path, tmp_path: Path, me
     assert words in lines[0]
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "ct").exists()
+    assert not [record for record in caplog.records if record.name == DECODER_LOG]
 
 
 def test_weights_that_are_not_the_networks(stock: Path, ct: Path, tmp_path: Path, memeff: Memeff) -> None:

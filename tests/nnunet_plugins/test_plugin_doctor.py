@@ -204,3 +204,11 @@ def test_an_unknown_name_is_answered_with_close_ones(listed, capsys):
     assert main(["doctor", "Xqz"]) == 1
     assert f"ours are {', '.join(nnunet_plugins.TRAINERS)}" in capsys.readouterr().out
     assert main(["doctor", "nnUNetTrainer"]) == 0
+
+
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["doctor", "a", "b"], ["env", "--quietly"]])
+def test_bad_words_end_in_one_line(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from monai_memeff.hosts.layout import Config, components, get, places, reference
 from monai_memeff.hosts.merge import merge_bundle_configs
 from monai_memeff.hosts.run.source.served import LOADERS, serve
 from monai_memeff.overlays import overlay_names, overlay_path
+
+DECODER_LOG = "monai.data.nvimgcodec_pydicom_plugin"
+"""Where every reader of MONAI's says that a decoder on a GPU is missing, whatever is read."""
 
 NAMES = ("inference.json", "inference.yaml", "inference.yml")
 KNOWN_STEPS = (
@@ -62,6 +66,7 @@ class Bundle:
         if str(self.folder) not in sys.path:
             sys.path.insert(0, str(self.folder))  # bundles import their own `scripts`
         self.parser = ConfigParser(config=self.config)
+        logging.getLogger(DECODER_LOG).setLevel(logging.ERROR)
 
     @property
     def name(self) -> str:
