@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from monai_memeff.clstm.inferer import SlabInferer
 from monai_memeff.clstm.network import CLSTMUNet
+from monai_memeff.clstm.sweep import Sweep
 from monai_memeff.errors import InputError
+from monai_memeff.memory.budget import fitting_part
 from monai_memeff.memory.dry import DryRun, dry_run
 from monai_memeff.memory.forecast import NetworkEstimate, in_units
 from monai_memeff.memory.network import Question, described, step_of
 from monai_memeff.memory.step import stand_in_loss, tensors_in
+from monai_memeff.memory.untouched import home
 from monai_memeff.overlays import overlay_path
 
-SLABS = (16, 4, 1)
-"""Slices of a slab, the overlay's first."""
+SLAB = 16
+"""Slices of a slab: the overlay's."""
 
 
 def is_own(network: nn.Module) -> bool:
@@ -41,18 +44,38 @@ def estimate(question: Question) -> NetworkEstimate:
     if len(question.shape) != 5:
         raise InputError(f"clstm walks over the slices of volumes (B, C, H, W, D), got {question.shape}")
     if question.training:
-        return _fitting(question, [(None, _training(question))])
-    tried: list[tuple[SlabInferer | None, DryRun]] = []
-    for slab in SLABS:
-        inferer = SlabInferer(slab=slab, memory_budget=question.memory_budget)
-        tried.append((inferer, _extended(question, partial(SlabInferer(slab=slab, prefetch=0), network=network), slab)))
-        if question.memory_budget is None or tried[-1][1].peak_bytes <= question.memory_budget:
-            break
-    return _fitting(question, tried)
+        return _fitting(question, None, _training(question))
+    slab = _slab(question)
+    inferer = SlabInferer(slab=slab, memory_budget=question.memory_budget)
+    step = partial(SlabInferer(slab=slab, prefetch=0), network=network)
+    return _fitting(question, inferer, _extended(question, step, slab))
 
 
-def _fitting(question: Question, tried: list[tuple[SlabInferer | None, DryRun]]) -> NetworkEstimate:
-    inferer, found = tried[-1]
+def _slab(question: Question) -> int:
+    """Slices of a slab: the overlay's, or what the inferer takes for the budget, by its own rule on a dry run.
+
+    Raises:
+        InputError: one slice is too much.
+    """
+    along = 2 + int(question.network.axis)
+    slab = min(SLAB, question.shape[along])
+    if question.memory_budget is None:
+        return slab
+    on_device = question.shape if question.device == home(question.network) else None
+    sweep, kept = Sweep(question.network, question.memory_budget, False, 1, on_device), dict[int, int]()
+
+    def peak(part: int) -> int:
+        def step(volume: Tensor) -> object:
+            trial = sweep.trial(volume.narrow(along, 0, slab))
+            kept[part] = trial.kept(part)
+            return trial.run(part)
+
+        return dry_run(question.network, question.shape, question.dtype, step, False).peak_bytes
+
+    return fitting_part(slab, peak, question.memory_budget, "slices", kept=lambda part: kept[part])
+
+
+def _fitting(question: Question, inferer: SlabInferer | None, found: DryRun) -> NetworkEstimate:
     if question.memory_budget is not None and found.peak_bytes > question.memory_budget:
         raise InputError(
             f"clstm needs {found.peak_bytes} bytes ({in_units(found.peak_bytes)}) for {question.shape}, one slice at a "

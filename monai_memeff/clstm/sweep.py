@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from monai_memeff.errors import InputError
-from monai_memeff.memory.budget import fitting_part, ran_out
+from monai_memeff.memory.budget import fitting_part, measured_part, ran_out
+
+
+class Trial(NamedTuple):
+    """How slices are tried for a budget.
+
+    Attributes:
+        depth: slices of the slab.
+        run: works on so many of them, and keeps nothing.
+        kept: slices of a part -> bytes that lie there all the time.
+    """
+
+    depth: int
+    run: Callable[[int], object]
+    kept: Callable[[int], int]
 
 
 class Sweep:
@@ -92,7 +107,11 @@ class Sweep:
         return list(slab.split(min(self.fit(slab), slab.shape[axis]), axis)) if slab.shape[axis] else [slab]
 
     def _fitting(self, slab: Tensor, budget: int) -> int:
-        """Slices of a part that fit beside the results and states that stay on the device."""
+        trial = self.trial(slab)
+        return fitting_part(trial.depth, measured_part(trial.run, self.device), budget, "slices", kept=trial.kept)
+
+    def trial(self, slab: Tensor) -> Trial:
+        """What decides how many slices of a slab fit beside the results and states that stay on the device."""
         axis, depth = 2 + self.network.axis, slab.shape[2 + self.network.axis]
         with torch.no_grad():
             probe, state = self.network.sweep(torch.zeros_like(slab.narrow(axis, 0, 1)))
@@ -113,7 +132,7 @@ class Sweep:
             logits, state = self.network.sweep(few)
             return (_labels(logits) if self.labels else logits), state
 
-        return fitting_part(depth, run, budget, "slices", self.device, kept=kept)
+        return Trial(depth, run, kept)
 
 
 def _labels(logits: Tensor) -> Tensor:

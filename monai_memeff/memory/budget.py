@@ -12,23 +12,21 @@ from monai_memeff.memory.meter import measure_peak
 
 def fitting_part(
     largest: int,
-    run: Callable[[int], object],
+    peak: Callable[[int], int],
     budget: int,
     what: str,
-    device: torch.device,
     first: int = 1,
     kept: Callable[[int], int] = lambda part: 0,
 ) -> int:
-    """The largest part, of ``first`` doubled again and again, whose measured peak is within a budget.
+    """The largest part, of ``first`` doubled again and again, whose peak is within a budget.
 
     A part is tried only where twice the peak of half of it fits, so no trial but the first can exceed the budget.
 
     Args:
         largest: Number of slices or points that nothing exceeds.
-        run: works on a part of so many and keeps nothing.
+        peak: part -> bytes that the work on it takes, measured (:func:`measured_part`) or from a dry run.
         budget: bytes above those that are alive now.
         what: Name of what is counted, for the message.
-        device: where the work happens.
         first: Number to begin with.
         kept: part -> bytes that lie there all the time.
 
@@ -37,7 +35,7 @@ def fitting_part(
     """
     part, best, least = min(first, largest), 0, None
     while True:
-        needed = _peak(run, part, device)
+        needed = peak(part)
         if needed + kept(part) <= budget:
             best = part
         least = min(least or needed + kept(part), needed + kept(part))
@@ -62,7 +60,17 @@ def ran_out(error: RuntimeError, device: torch.device) -> bool:
     return True
 
 
-def _peak(run: Callable[[int], object], part: int, device: torch.device) -> int:
-    with torch.no_grad(), measure_peak(device) as meter:
-        run(part)
-    return meter.peak_bytes
+def measured_part(run: Callable[[int], object], device: torch.device) -> Callable[[int], int]:
+    """Part -> peak bytes of real work on it.
+
+    Args:
+        run: works on a part of so many and keeps nothing.
+        device: where the work happens.
+    """
+
+    def peak(part: int) -> int:
+        with torch.no_grad(), measure_peak(device) as meter:
+            run(part)
+        return meter.peak_bytes
+
+    return peak

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,18 @@ from torch.nn import functional as F
 from monai_memeff.errors import InputError
 from monai_memeff.memory.dry import DryRun, dry_run
 from monai_memeff.memory.forecast import NetworkEstimate, in_units
-from monai_memeff.memory.meter import measure_peak
 from monai_memeff.memory.network import Question, described
 from monai_memeff.memory.step import tensors_in
+from monai_memeff.occupancy.boundaries import RULE, Answers, OctreeCost, along_a_mask, around_balls
 from monai_memeff.occupancy.inferer import OctreeInferer
 from monai_memeff.occupancy.network import OccupancyNet
-from monai_memeff.occupancy.octree import default_stride
 from monai_memeff.overlays import overlay_path
 
 POINTS = 2**14
 """Points of a pass and of a step of training: the overlay's."""
 
-SMALL = (64, 96)
-"""Longest extents of the volumes on which the octree is measured; up to the larger one the volume itself."""
+FEWEST = 1024
+"""Points of a pass below which no budget leads: every pass looks up the same features, and takes its time."""
 
 
 def is_own(network: nn.Module) -> bool:
@@ -38,8 +37,8 @@ def is_own(network: nn.Module) -> bool:
 def estimate(question: Question) -> NetworkEstimate:
     """The network of the overlay ``occupancy`` in the place of the given one, or itself if it is queried at points.
 
-    Inference depends on where labels change: the octree is measured around balls, one inside the other for every
-    class, the largest half as wide as the volume.
+    Inference depends on where labels change. With an image the octree is that along the border of its active voxels;
+    without one the peak is :data:`~monai_memeff.occupancy.boundaries.RULE`.
 
     Raises:
         InputError: the input is not a volume, or a budget is too small.
@@ -62,32 +61,56 @@ def estimate(question: Question) -> NetworkEstimate:
         found,
         "occupancy",
         network,
-        basis="a dry run of encoder and points, and the octree as measured around balls in small volumes",
+        basis="a dry run of encoder and points, and the octree as measured "
+        + ("around balls" if question.image is None else "along the border of the image's active voxels"),
         setting=setting,
         inferer=OctreeInferer(**setting),
-        notes=(*notes, "more where labels change in more places than around balls half as wide as the volume"),
+        notes=(*notes, _bound(question)),
     )
 
 
 def _inference(question: Question) -> tuple[int, DryRun]:
     """Points of a pass, as many as fit, and the peak."""
-    shape, item = question.shape, (1, *question.shape[1:])
-    tree = _octree(question)
-    others = (shape[0] - 1) * math.prod(shape[2:]) * 4 * _classes(question)  # results of the rest of the batch
-    points = POINTS
+    shape, item, classes = question.shape, (1, *question.shape[1:]), _classes(question)
+    result = math.prod(shape[2:]) * torch.float32.itemsize * classes
+    others, joined = (shape[0] - 1) * result, 2 * shape[0] * result if shape[0] > 1 else 0
     encoded = dry_run(question.network, item, question.dtype, _encode(question), False)
-    latent = sum(t.nbytes for t in tensors_in(encoded.result))
+    latent, points = sum(t.nbytes for t in tensors_in(encoded.result)), POINTS
+    tried = 0 if question.memory_budget is None else 3 * torch.int64.itemsize  # the voxel that a budget is tried with
+    tree = _octree(question, Answers(classes, question.dtype, POINTS))
     while True:
-        queried = dry_run(question.network, item, question.dtype, _query(question, min(points, tree.call)), False)
-        peak = max(encoded.peak_bytes, tree.waiting + queried.peak_bytes, latent + tree.peak) + others
-        if question.memory_budget is None or peak <= question.memory_budget or points <= 64:
+        passes = tree.smaller(points).passes
+        asked = {n: dry_run(question.network, item, question.dtype, _query(question, n), False) for _, n in passes}
+        queries = (waiting + tried + asked[n].peak_bytes for waiting, n in passes)
+        peak = max(encoded.peak_bytes, latent + tree.peak_bytes, *queries) + others
+        peak = max(peak, joined)
+        if question.memory_budget is None or peak <= question.memory_budget or points <= FEWEST:
             break
         points //= 2
     _check(question, peak)
-    passes = tree.queried / min(points, tree.call)
-    work = encoded.multiplications + passes * (queried.multiplications - encoded.multiplications)
-    shown = torch.empty((shape[0], _classes(question), *shape[2:]), device="meta")
+    per_point = max((run.multiplications - encoded.multiplications) / n for n, run in asked.items())
+    work = encoded.multiplications + per_point * tree.queried
+    shown = torch.empty((shape[0], classes, *shape[2:]), device="meta")
     return points, DryRun(peak, round(shape[0] * work), shown)
+
+
+def _octree(question: Question, answers: Answers) -> OctreeCost:
+    """The octree along the border of the image's active voxels, or around balls."""
+    if question.image is None:
+        return around_balls(question.shape[2:], answers)
+    image = question.image.as_subclass(Tensor)
+    if image.dim() != 5 or tuple(image.shape[2:]) != question.shape[2:]:
+        raise InputError(
+            f"the image (B, C, H, W, D) has the shape {tuple(image.shape)} and the input {question.shape}: give one of"
+            " the input's extents"
+        )
+    return along_a_mask((image[0] != 0).any(0), answers)
+
+
+def _bound(question: Question) -> str:
+    if question.image is None:
+        return f"the peak is {RULE}; with an image it is that along the border of its active voxels"
+    return "the peak is that of labels whose border is the active voxels'; other borders take other numbers of points"
 
 
 def _check(question: Question, peak: int) -> None:
@@ -144,58 +167,3 @@ def _cross_entropy(logits: Tensor) -> Tensor:
     if logits.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
     return F.cross_entropy(logits, torch.zeros(len(logits), *logits.shape[2:], dtype=torch.long, device=logits.device))
-
-
-class _Tree(NamedTuple):
-    """The octree around balls: bytes at most, bytes while the network is queried, points queried, and most at once."""
-
-    peak: int
-    waiting: int
-    queried: int
-    call: int
-
-
-def _octree(question: Question) -> _Tree:
-    """The octree of one volume, measured where it is small, else extended from two small ones."""
-    extents, classes = question.shape[2:], _classes(question)
-    largest = max(extents)
-    if largest <= max(SMALL):
-        return _measured(extents, classes, default_stride(extents))
-    small = [tuple(max(1, round(n * longest / largest)) for n in extents) for longest in SMALL]
-    stride, voxels = default_stride(extents), [math.prod(shape) for shape in small]
-    found = [_measured(shape, classes, stride) for shape in small]
-    return _Tree(*(_extended(voxels, numbers, math.prod(extents)) for numbers in zip(*found, strict=True)))
-
-
-def _extended(voxels: Sequence[int], values: Sequence[int], whole: int) -> int:
-    """A share of the volume and a share of its surface, which two sizes tell apart."""
-    (v0, v1), (y0, y1) = voxels, values
-    s0, s1 = v0 ** (2 / 3), v1 ** (2 / 3)
-    determinant = v0 * s1 - v1 * s0
-    of_volume, of_surface = (y0 * s1 - y1 * s0) / determinant, (v0 * y1 - v1 * y0) / determinant
-    return max(y1, round(of_volume * whole + of_surface * whole ** (2 / 3)))
-
-
-def _measured(extents: Sequence[int], classes: int, stride: Sequence[int]) -> _Tree:
-    last = torch.tensor([max(1, n - 1) for n in extents], dtype=torch.float32)
-    calls: list[tuple[int, int]] = []
-    meter = measure_peak()
-
-    def balls(points: Tensor) -> Tensor:
-        calls.append((meter.live_bytes, points.shape[1]))
-        return _logits_of_balls(points, last, classes)
-
-    volume = torch.zeros(1, 1, *extents)
-    inferer = OctreeInferer(points_per_pass=volume.numel(), stride=stride)
-    with meter:
-        inferer(volume, balls)
-    waiting, queried = (list(numbers) for numbers in zip(*calls, strict=True))
-    return _Tree(meter.peak_bytes, max(waiting), sum(queried), max(queried))
-
-
-def _logits_of_balls(points: Tensor, last: Tensor, classes: int) -> Tensor:
-    radius = (2 * points / last - 1).norm(dim=-1, keepdim=True)
-    if classes == 1:
-        return 0.5 - radius
-    wanted = (classes * (1 - 2 * radius)).clamp(0, classes - 1)
-    return -(torch.arange(classes, device=points.device) - wanted).abs()

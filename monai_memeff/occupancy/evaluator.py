@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from monai_memeff.errors import InputError
 from monai_memeff.geometry import index_to_unit, sample_at
 from monai_memeff.memory import measure_peak
-from monai_memeff.memory.budget import fitting_part, ran_out
+from monai_memeff.memory.budget import fitting_part, measured_part, ran_out
 
 
 class PointEvaluator:
@@ -79,9 +79,8 @@ class PointEvaluator:
         if self._budget is None or not len(voxels):
             return max(1, len(voxels))
         examples = voxels.new_zeros(1, 3)
-        return fitting_part(
-            len(voxels), lambda n: self._answer(examples.expand(n, 3)), self._budget, "points", self._device, first=64
-        )
+        peak = measured_part(lambda n: self._answer(examples.expand(n, 3)), self._device)
+        return fitting_part(len(voxels), peak, self._budget, "points", first=64)
 
     def _encode(self, budget: int | None) -> Any:
         """The network's view of the whole volume, which cannot be had in parts."""

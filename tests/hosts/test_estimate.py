@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
+from monai_memeff.clstm import CLSTMUNet
 from monai_memeff.errors import InputError
 from monai_memeff.halo import SpatialPartitionInferer
 from monai_memeff.hosts.estimate import run_estimate
 from monai_memeff.hosts.estimate.rules import Facts, verdict
+from monai_memeff.hosts.estimate.written import write_overlay
 from monai_memeff.hosts.merge import merge_bundle_configs
-from monai_memeff.memory import measure_peak
+from monai_memeff.memory import estimate_network, measure_peak
 from tests.bundles.conftest import STOCK
 from tests.hosts.bundles import small_bundle
 from tests.test_cli import run
@@ -76,6 +79,87 @@ def test_the_overlay_of_a_budget_keeps_it(bundle: Path, tmp_path: Path) -> None:
             inferer(volume, network)
         weights = sum(t.nbytes for t in network.state_dict().values())
         assert meter.peak_bytes + weights + volume.nbytes <= budget
+
+
+IMAGE = (1, 1, 64, 56, 40)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose network takes more than the systems that could stand in for it."""
+    network = {"channels": [320, 8], "strides": [2], "num_res_units": 0}
+    return small_bundle(tmp_path_factory.mktemp("wide") / "bundle", network=network)
+
+
+@pytest.fixture(scope="module")
+def ball(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """An image that is active in a ball, and its file."""
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in IMAGE[2:]), indexing="ij")
+    values = np.where(sum(a**2 for a in axes) < 0.2, 1.0, 0.0).astype(np.float32)
+    file = tmp_path_factory.mktemp("ball") / "ball.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), file)
+    return file, torch.from_numpy(values)[None, None]
+
+
+@pytest.mark.parametrize(
+    ("system", "overlay", "shares"),
+    [
+        ("halo", "halo", (0.7, 0.4, 0.3)),
+        ("sparse", "sparse_unet", (1.0, 1.1)),
+        ("occupancy", "occupancy", (1.0, 0.8, 0.6)),
+    ],
+)
+@pytest.mark.slow
+def test_every_systems_written_overlay_keeps_its_budget(
+    system: str, overlay: str, shares: tuple[float, ...], wide: Path, ball: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    """The file that the command wrote is merged and run as the host runs it; weights and input are in the budget."""
+    file, volume = ball
+    given: dict[str, Any] = {"image": file, "overlays": [overlay], "device": "cpu"}
+    found = rows(run_estimate(str(wide), ",".join(map(str, IMAGE)), **given)[1])
+    most = min(found[system if system != "halo" else "dense"]["total_bytes"], found["dense"]["total_bytes"] - 1)
+    settings = []
+    for share in shares:
+        budget, target = int(share * most), tmp_path / f"{share}.json"
+        data = run_estimate(str(wide), ",".join(map(str, IMAGE)), f"{budget}B", output=target, **given)[1]
+        assert data["chosen"]["system"] == system
+        settings.append(data["chosen"]["setting"])
+        config = merge_bundle_configs([wide / "configs" / "inference.json", target])
+        if system != "halo":  # weights of a training are not there yet
+            config["network_def"]["require_weights"] = False
+        parser = ConfigParser({**config, "bundle_root": str(wide), "device": "cpu"})
+        network, inferer = parser.get_parsed_content("network_def").eval(), parser.get_parsed_content("inferer")
+        with torch.no_grad(), measure_peak() as meter:
+            inferer(volume.clone(), network)
+        weights = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+        assert meter.peak_bytes + weights <= budget, (share, settings[-1])
+    assert all("memory_budget" in setting for setting in settings)
+
+
+@pytest.mark.slow
+def test_slabs_of_a_written_overlay_keep_their_budget(tmp_path: Path) -> None:
+    """The overlay's own network has 126 MB of weights: a small one takes its place here."""
+    network, volume = (
+        CLSTMUNet(channels=(8, 16), hidden_channels=4, out_channels=3).eval(),
+        torch.rand(1, 1, 40, 32, 36),
+    )
+    whole = estimate_network(network, tuple(volume.shape), system="clstm")
+    slabs = []
+    for share in (1.0, 0.85, 0.75, 0.73):
+        budget = int(share * whole.peak_bytes)
+        found = estimate_network(network, tuple(volume.shape), system="clstm", memory_budget=budget)
+        file = write_overlay(found, tmp_path / f"{share}.json")
+        inferer = ConfigParser({"inferer": json.loads(file.read_text())["inferer"]}).get_parsed_content("inferer")
+        with torch.no_grad(), measure_peak() as meter:
+            inferer(volume, network)
+        assert meter.peak_bytes <= budget
+        slabs.append(inferer.slab)
+    assert len(set(slabs)) > 1
+    with pytest.raises(InputError, match="1 slices at a time or a few take") as refused:
+        estimate_network(network, tuple(volume.shape), system="clstm", memory_budget=100_000)
+    least = int(re.search(r"take (\d+): raise", str(refused.value))[1])  # type: ignore[index]
+    found = estimate_network(network, tuple(volume.shape), system="clstm", memory_budget=least)
+    found.inferer(volume, network)
 
 
 @pytest.mark.slow

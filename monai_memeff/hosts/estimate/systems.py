@@ -104,7 +104,7 @@ def _estimate(
         memory_budget=budget,
         loss=loss,
         optimizer=optimizer if wish.training else None,
-        image=wish.image if system == "sparse" else None,
+        image=wish.image if system in ("sparse", "occupancy") else None,
         device=wish.device,
     )
 
