@@ -80,15 +80,15 @@ def _inference(question: Question) -> tuple[int, DryRun]:
     tree = _octree(question, Answers(classes, question.dtype, POINTS))
     while True:
         passes = tree.smaller(points).passes
-        asked = {n: dry_run(question.network, item, question.dtype, _query(question, n), False) for _, n in passes}
-        queries = (waiting + tried + asked[n].peak_bytes for waiting, n in passes)
+        queried = {n: dry_run(question.network, item, question.dtype, _query(question, n), False) for _, n in passes}
+        queries = (waiting + tried + queried[n].peak_bytes for waiting, n in passes)
         peak = max(encoded.peak_bytes, latent + tree.peak_bytes, *queries) + others
         peak = max(peak, joined)
         if question.memory_budget is None or peak <= question.memory_budget or points <= FEWEST:
             break
         points //= 2
     _check(question, peak)
-    per_point = max((run.multiplications - encoded.multiplications) / n for n, run in asked.items())
+    per_point = max((run.multiplications - encoded.multiplications) / n for n, run in queried.items())
     work = encoded.multiplications + per_point * tree.queried
     shown = torch.empty((shape[0], classes, *shape[2:]), device="meta")
     return points, DryRun(peak, round(shape[0] * work), shown)
