@@ -91,7 +91,7 @@ def along_a_mask(mask: Tensor, answers: Answers) -> OctreeCost:
 
     Args:
         mask: bool (H, W, D).
-        answers: the network's.
+        answers: What the network says.
     """
     flat, (_, width, depth) = mask.reshape(-1), mask.shape
 
@@ -106,8 +106,8 @@ def around_balls(extents: Sequence[int], answers: Answers) -> OctreeCost:
     """The octree around nested balls (:data:`RULE`): measured where the volume is small, else extended from two.
 
     Args:
-        extents: of the volume (H, W, D).
-        answers: the network's; every class has a ball, two or fewer have one ball inside the other.
+        extents: Extents of the volume (H, W, D).
+        answers: What the network says; every class has a ball, two or fewer have one ball inside the other.
     """
     largest, stride = max(extents), default_stride(extents)
     if largest <= max(SMALL):
