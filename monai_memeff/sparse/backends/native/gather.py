@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse.backends.native.product import (
+    FEW_ELEMENTS,
     accumulator,
     add_product,
     padded,
@@ -17,9 +18,6 @@ from monai_memeff.sparse.backends.native.product import (
     row_blocks,
 )
 from monai_memeff.sparse.core.kernel_map import KernelMap
-
-FEW_ELEMENTS = 2**18
-"""Gathered elements that are multiplied at once: a megabyte in float32, and a call less costs more than its cache."""
 
 PRODUCT_COLUMNS = 512
 """Gathered columns of one product: more of them would leave the cache, fewer would add to the total more often."""

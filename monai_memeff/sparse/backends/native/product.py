@@ -21,6 +21,12 @@ WHOLE_ROWS = 256
 PLANNED_ELEMENTS = 2**17
 """... and its elements, about: halving further costs more calls than it saves."""
 
+FEW_ELEMENTS = 2**18
+"""Gathered elements that are multiplied at once: a megabyte in float32, and a call less costs more than its cache."""
+
+SPLIT_ELEMENTS = 2**15
+"""Elements of the last rows that are worth a block of a round number of rows and one more."""
+
 PLANNED_ROWS = 64
 """Rows of the smallest block that is worth a plan of oneDNN's."""
 
@@ -103,16 +109,26 @@ def has_onednn() -> bool:
 
 def row_blocks(rows: int, row_elements: int, device: torch.device) -> list[slice]:
     """Row ranges whose gathered blocks fit the budget: of 2^n rows each, then halves of that, and the last few."""
-    budget = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(row_elements, 1)
-    most = max(MIN_BLOCK_ROWS, min(budget, rows // MIN_BLOCKS))
-    least = max(WHOLE_ROWS, PLANNED_ELEMENTS // max(row_elements, 1))
+    columns = max(row_elements, 1)
+    budget = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // columns
+    most = max(MIN_BLOCK_ROWS, min(budget, max(rows // MIN_BLOCKS, FEW_ELEMENTS // columns)))
+    least = max(WHOLE_ROWS, PLANNED_ELEMENTS // columns)
     size, start, blocks = 1 << (most.bit_length() - 1), 0, []
     while start < rows:
         left = rows - start
         while size > max(left, least):
             size //= 2
         if size > left:
-            size = _round_down(left) if left >= PLANNED_ROWS else left
+            return [*blocks, *_last_blocks(start, rows, columns)]
         blocks.append(slice(start, start + size))
         start += size
     return blocks
+
+
+def _last_blocks(start: int, stop: int, columns: int) -> list[slice]:
+    """A round number of rows and what is left, or all in one where that costs no more."""
+    left = stop - start
+    if left < PLANNED_ROWS or left * columns < SPLIT_ELEMENTS or left == _round_down(left):
+        return [slice(start, stop)]
+    middle = start + _round_down(left)
+    return [slice(start, middle), slice(middle, stop)]
