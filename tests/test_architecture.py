@@ -24,6 +24,7 @@ PACKAGES = ("monai_memeff", "nnunet_plugins")
 SUBPACKAGES = ("geometry", "data", "memory", "transforms", "sparse", "occupancy", "clstm", "halo", "apps")
 OPTIONAL = (
     "spconv",
+    "ocnn",
     "MinkowskiEngine",
     "nnunetv2",
     "itk",
@@ -126,6 +127,7 @@ def _is_text(node: ast.AST) -> TypeGuard[ast.Constant]:
     [
         ("torch.distributed", "monai_memeff/halo/run/ranks/comm/process_group.py"),
         ("spconv", "monai_memeff/sparse/backends/spconv.py"),
+        ("ocnn", "monai_memeff/sparse/backends/ocnn.py"),
         ("MinkowskiEngine", "monai_memeff/sparse/backends/minkowski.py"),
         ("triton", "monai_memeff/sparse/backends/triton/kernels.py"),
     ],

@@ -104,7 +104,7 @@ def convolve(
         return native.convolve(features, weight, bias, geometry)
     reason = declined(features, weight, geometry)
     if reason is not None:
-        _log_once(f"sparse engine {name} leaves some convolutions to native: {reason}.")
+        log_once(f"sparse engine {name} leaves some convolutions to native: {reason}.")
         return native.convolve(features, weight, bias, geometry)
     with torch.cuda.device_of(features):
         arguments = _arguments(functional, features, weight, geometry)
@@ -146,7 +146,8 @@ def output_channels_first(weight: Tensor, geometry: ConvolutionGeometry) -> Tens
 _logged: set[str] = set()
 
 
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Warn, but of one thing only once in a process."""
     if message not in _logged:
         _logged.add(message)
         logger.warning(message)

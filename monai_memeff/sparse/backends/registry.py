@@ -16,6 +16,7 @@ BACKENDS: dict[str, str] = {
     "triton": "monai_memeff.sparse.backends.triton",
     "spconv_triton": "monai_memeff.sparse.backends.spconv_triton",
     "spconv": "monai_memeff.sparse.backends.spconv",
+    "ocnn": "monai_memeff.sparse.backends.ocnn",
     "minkowski": "monai_memeff.sparse.backends.minkowski",
 }
 """Name -> module, imported only when used. A module has two functions:

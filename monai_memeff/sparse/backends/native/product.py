@@ -113,7 +113,8 @@ def row_blocks(rows: int, row_elements: int, device: torch.device) -> list[slice
     budget = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // columns
     most = max(MIN_BLOCK_ROWS, min(budget, max(rows // MIN_BLOCKS, FEW_ELEMENTS // columns)))
     least = max(WHOLE_ROWS, PLANNED_ELEMENTS // columns)
-    size, start, blocks = 1 << (most.bit_length() - 1), 0, []
+    size, start = 1 << (most.bit_length() - 1), 0
+    blocks: list[slice] = []
     while start < rows:
         left = rows - start
         while size > max(left, least):
