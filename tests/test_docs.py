@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import monai_memeff
 
@@ -43,6 +47,26 @@ def test_every_subpackage_that_configurations_name_has_a_page_of_the_api() -> No
         "apps.skull",
     }
     assert shown >= {f"monai_memeff.{name}" for name in doors}
+
+
+def examples() -> Iterator[tuple[str, str]]:
+    """Names of what the pages of the API show, and their docstrings that hold a runnable example."""
+    for page in sorted(DOCS.glob("api/*.md")):
+        for module in re.findall("::: (.+)", page.read_text("utf-8")):
+            for name in importlib.import_module(module).__all__:
+                text = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
+                if ">>>" in text and "init_mesh" not in text:  # a mesh needs processes
+                    yield f"{module}.{name}", text
+
+
+@pytest.mark.parametrize(("name", "text"), [pytest.param(*found, id=found[0]) for found in examples()])
+@pytest.mark.slow
+def test_an_example_does_what_it_says(name: str, text: str) -> None:
+    named = {**vars(importlib.import_module(name.rpartition(".")[0])), "torch": torch}
+    test = doctest.DocTestParser().get_doctest(text, named, name, None, 0)
+    told: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
+    assert runner.run(test, out=told.append).failed == 0, "".join(told)
 
 
 def test_included_files_exist() -> None:

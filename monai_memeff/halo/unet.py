@@ -41,6 +41,10 @@ class VolumeUNet(nn.Module):
         features: channels per level; by default those of a 512^3 volume, see `FEATURES`.
         convs: convolutions per level on either side.
         dropout: rate after every convolution but the first, and after every transposed convolution.
+
+    Example:
+        >>> VolumeUNet(1, 3, features=(4, 8))(torch.rand(1, 1, 16, 16, 16)).shape
+        torch.Size([1, 3, 16, 16, 16])
     """
 
     @numbers_checked

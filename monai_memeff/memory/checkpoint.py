@@ -45,6 +45,12 @@ def checkpoint(
     Raises:
         torch.utils.checkpoint.CheckpointError: in the backward pass, if the second pass saved other tensors than the
             first.
+
+    Example:
+        >>> x = torch.rand(4, requires_grad=True)
+        >>> checkpoint(torch.exp, x).sum().backward()
+        >>> torch.equal(x.grad, x.exp())
+        True
     """
     if not torch.is_grad_enabled():
         return function(*args)

@@ -86,6 +86,12 @@ def estimate_peak(
 
     Raises:
         ValueError: fewer than two sizes, or all of the same number of voxels.
+
+    Example:
+        >>> network = torch.nn.Conv3d(1, 4, 3, padding=1)
+        >>> line = estimate_peak(lambda shape: network(torch.rand(1, 1, *shape)), [(4, 4, 4), (8, 8, 8)])
+        >>> line.bytes_per_voxel
+        20.0
     """
     shapes = [tuple(shape) for shape in spatial_shapes]
     voxels = [math.prod(shape) for shape in shapes]

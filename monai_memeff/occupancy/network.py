@@ -93,8 +93,7 @@ class OccupancyNet(nn.Module):
         out_channels: Number of logits K; 1 for one binary structure, else one per class with the background first.
         volume_shape: Extents (H, W, D) of every volume, divisible by ``downscale * 2 ** len(channels)``. The paper's
             variants need it, ``"interpolated"`` ignores it.
-        channels: features of the encoder's levels, finest first. Published: (16, 32, 64, 128) for BraTS, (8, 16, 32,
-            64, 128) for LiTS.
+        channels: Features of the encoder's levels, finest first. Published: 16 to 128 for BraTS, 8 to 128 for LiTS.
         variant: ``"interpolated"``, or ``"o-net"``, ``"a"``, ``"b"``, ``"c"``, ``"d"`` as published.
         encoder: Module in the place of the residual blocks of ``"interpolated"``. It returns a feature map or a list of
             them (finest first) with the numbers of features in ``channels``, such as MONAI's ResNetFeatures.
@@ -106,13 +105,16 @@ class OccupancyNet(nn.Module):
         norm: Norm of the encoder, as in MONAI; None: batch norm as published, groups of up to 8 in ``"interpolated"``.
         normalize_coordinates: Coordinates in the unit cube instead of voxel indices; None: as above.
         downscale: Factor by which the encoder's volume is smaller, by trilinear interpolation.
-        points_per_pass: Number of points of one pass of :meth:`forward`; memory grows with it, results do not depend on
-            it.
+        points_per_pass: Number of points of one pass of :meth:`forward`; memory grows with it, results do not change.
 
     Shape: (B, in_channels, H, W, D) -> logits (B, out_channels, H, W, D).
 
     Raises:
         ValueError: an unknown variant, an encoder for a variant of the paper, or extents that do not divide.
+
+    Example:
+        >>> OccupancyNet(1, 3, channels=(4, 8, 8)).eval()(torch.rand(1, 1, 16, 16, 16)).shape
+        torch.Size([1, 3, 16, 16, 16])
     """
 
     @numbers_checked

@@ -86,6 +86,11 @@ class RandOccupancyPointsd(Randomizable, MapTransform):
     Raises:
         ValueError: more than one key, or a new key that starts with the label's key and an underscore, which MONAI's
             ``Spacingd`` takes for metadata.
+
+    Example:
+        >>> draw = RandOccupancyPointsd("label", num_samples=64).set_random_state(0)
+        >>> draw({"label": torch.ones(1, 16, 16, 16)})["points"].shape
+        torch.Size([64, 3])
     """
 
     backend = RandOccupancyPoints.backend

@@ -30,6 +30,11 @@ class SparseInferer(Inferer):
             no smaller parts: its sites see each other through the whole network.
 
     Where the device runs out of memory, the volumes of a batch go through one after the other.
+
+    Example:
+        >>> network = SparseUNet(3, in_channels=1, out_channels=2, channels=(4, 8), strides=(2,)).eval()
+        >>> SparseInferer()(torch.eye(16).expand(1, 1, 16, 16, 16), network).shape
+        torch.Size([1, 2, 16, 16, 16])
     """
 
     @numbers_checked

@@ -151,6 +151,11 @@ class CheckVolumed(EachKey):
     Args:
         keys: Volumes to check.
         allow_missing_keys: Whether a dictionary without a key passes.
+
+    Example:
+        >>> CheckVolumed("image")({"image": torch.full((1, 4, 4, 4), torch.nan)})
+        Traceback (most recent call last):
+        monai_memeff.errors.InputError: the volume holds NaN
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:

@@ -157,6 +157,10 @@ class SelectLabeld(EachKey):
         label: See :class:`SelectLabel`.
         allow_empty: See :class:`SelectLabel`.
         allow_missing_keys: Whether a dictionary without a key passes.
+
+    Example:
+        >>> SelectLabeld("label", 2)({"label": torch.tensor([[[[0, 1, 2]]]])})["label"]
+        tensor([[[[0, 0, 1]]]], dtype=torch.uint8)
     """
 
     @numbers_checked

@@ -22,6 +22,10 @@ class LiverTumorLoss(nn.Module):
         class_weights: Weight of every class.
         lesion: Class of the Dice term.
         dice_weight: Weight of the Dice term; that of cross entropy is 1 minus this.
+
+    Example:
+        >>> logits = torch.zeros(1, 3, 8, 8, 8, requires_grad=True)
+        >>> LiverTumorLoss()(logits, torch.zeros(1, 1, 8, 8, 8)).backward()
     """
 
     @numbers_checked

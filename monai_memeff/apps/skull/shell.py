@@ -73,6 +73,11 @@ class SkullShelld(MapTransform):
     Raises:
         ValueError: several keys with an implant, or the target's name begins with another key and an underscore, which
             MONAI's ``Spacingd`` takes for metadata.
+
+    Example:
+        >>> shell = SkullShelld("skull")({"skull": torch.ones(1, 16, 16, 16)})["skull"]
+        >>> int(shell.sum()), int(shell[0, 1:-1, 1:-1, 1:-1].sum())
+        (1096, 0)
     """
 
     backend = SkullShell.backend

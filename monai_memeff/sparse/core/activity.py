@@ -24,6 +24,10 @@ def active_voxels(image: Tensor, threshold: float | None = None, background: flo
 
     Raises:
         ValueError: a value of the image, or the one it is compared with, is NaN or infinite.
+
+    Example:
+        >>> active_voxels(torch.eye(4)[None, None, None]).sum()
+        tensor(4)
     """
     check_number("background" if threshold is None else "threshold", background if threshold is None else threshold)
     check_finite(image, "active_voxels")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ class SparseTensor:
 
     Raises:
         ValueError: shapes or dtypes do not fit, a coordinate lies outside the grid, or two rows share one voxel.
+
+    Example:
+        >>> SparseTensor(torch.ones(1, 8), torch.tensor([[0, 1, 2, 3]]), (32, 32, 16)).dense().shape
+        torch.Size([1, 8, 32, 32, 16])
     """
 
     def __init__(
@@ -259,10 +264,7 @@ def concatenate_channels(tensors: Sequence[SparseTensor]) -> SparseTensor:
     """
     if not tensors:
         raise ValueError("concatenate_channels needs at least one SparseTensor, got none; pass a list of them.")
-    joined = tensors[0]
-    for tensor in tensors[1:]:
-        joined = _concatenate_two(joined, tensor)
-    return joined
+    return reduce(_concatenate_two, tensors)
 
 
 def _concatenate_two(first: SparseTensor, second: SparseTensor) -> SparseTensor:

@@ -120,6 +120,11 @@ class DownsampleMaskd(MapTransform):
         pixdim: see :class:`DownsampleMask`.
         mode: see :class:`DownsampleMask`.
         allow_missing_keys: pass over masks that are not there.
+
+    Example:
+        >>> transform = DownsampleMaskd("label", spatial_size=(4, 4, 4))
+        >>> transform({"label": torch.ones(1, 16, 16, 16)})["label"].shape
+        torch.Size([1, 4, 4, 4])
     """
 
     backend = DownsampleMask.backend
