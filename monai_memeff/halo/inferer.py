@@ -192,7 +192,8 @@ class SpatialPartitionInferer(Inferer):
         self, network: nn.Module, call: Any, flat: list[Any], device: torch.device, program: Program | None = None
     ) -> Plan:
         options = (str(device), self.partitions, self.memory_budget, self.axis, self.labels)
-        key = (fingerprint(network), call_key(flat), mode_key(), options)
+        seen = fingerprint(network)
+        key = (seen, call_key(flat), mode_key(), options)
         found = self._plans.get(key)
         known = found[1] if found is not None and found[0]() is network else None
         if known is not None and known.fresh_budget(self._budget(device)):
@@ -204,7 +205,8 @@ class SpatialPartitionInferer(Inferer):
             network, args, kwargs, self.partitions, budget, self.axis, device, self.labels, shared, program
         )
         self._plans = {k: v for k, v in list(self._plans.items())[-3:] if v[0]() is not None}
-        self._plans[key] = (weakref.ref(network), plan)
+        if seen == fingerprint(network):  # else forward changes what the next call sees
+            self._plans[key] = (weakref.ref(network), plan)
         return plan
 
     def _budget(self, device: torch.device) -> int | None:

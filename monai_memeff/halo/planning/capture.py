@@ -22,6 +22,7 @@ from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.lower import lower
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.halo.planning.state.constants import Constants
+from monai_memeff.halo.planning.state.counters import Counters
 from monai_memeff.halo.planning.state.escapes import Escapes
 from monai_memeff.memory.untouched import as_it_was, bare, home
 
@@ -159,8 +160,9 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
             _eager(network),
             _quiet(),
         ):
-            with escapes, Constants(network):
+            with escapes, Constants(network), Counters(network) as counters:
                 exported = torch.export.export(network, fake_args, fake_kwargs, strict=False)
+                counters.check(exported, fake_args, fake_kwargs)
             exported = exported.run_decompositions({})
     except NotPartitionableError:
         raise

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextvars
+import copyreg
 import functools
+import io
+import logging
+import random
+import sys
+import threading
 import types
 import weakref
 from collections import deque
@@ -15,8 +22,14 @@ from torch import nn
 
 from monai_memeff.halo.planning.state.constants import is_constant
 
-_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
-_LIBRARIES = frozenset(("torch", "monai", "numpy", "builtins"))  # whose globals nobody changes
+_PLAIN = frozenset((int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size))
+_LIBRARIES = frozenset(("torch", "monai", "numpy", *sys.stdlib_module_names)) - {"__main__"}  # nobody changes globals
+_DESCRIPTORS = (
+    *(types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType),
+    *(types.MethodDescriptorType, types.ClassMethodDescriptorType),
+)
+_STATELESS = (type(threading.Lock()), type(threading.RLock()))
+_DRAWN_FROM = (random.random.__self__, np.random.rand.__self__)  # type: ignore[attr-defined]  # capture refuses draws
 _MOST = 50_000  # objects looked at; a network that sees more of them is captured anew at every call
 
 
@@ -43,8 +56,8 @@ def _same(value: Any) -> Hashable:
         return id(value)
 
 
-class _TooManyError(Exception):
-    """A network holds on to more than can be compared."""
+class _NotComparableError(Exception):
+    """A network holds on to more than can be compared, or to what does not tell its state."""
 
 
 def _of_library(thing: Any) -> bool:
@@ -67,21 +80,24 @@ class _Reader:
 
     def __init__(self, skip: frozenset[str]) -> None:
         self.skip, self.seen = skip, dict[int, int]()
+        self.kept = list[Any]()  # made here, and kept so that no number of theirs is given out again
 
     def key(self, value: Any) -> Hashable:
         """The description of any object."""
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
-        if isinstance(value, _PLAIN):
+        if type(value) in _PLAIN:
             return (type(value).__name__, value)
         if id(value) in self.seen:
             return ("again", self.seen[id(value)])
         self.seen[id(value)] = len(self.seen)
         if len(self.seen) > _MOST:
-            raise _TooManyError
+            raise _NotComparableError
         for kinds, describe in self._KINDS:
             if isinstance(value, kinds):
-                return describe(self, value)
+                found = describe(self, value)
+                held = getattr(value, "__dict__", None) if kinds in self._HOLDERS else None
+                return (found, *self._attributes(value)) if held else found
         return self._object(value)
 
     def _tensor(self, value: torch.Tensor, version: bool = True) -> Hashable:
@@ -98,9 +114,11 @@ class _Reader:
         return (type(value).__name__, *((self.key(k), self.key(v)) for k, v in list(value.items())))
 
     def _set(self, value: Any) -> Hashable:
-        return frozenset((type(v).__name__, v) if isinstance(v, _PLAIN) else _same(v) for v in value)
+        return frozenset(map(self.key, value))
 
-    def _array(self, value: np.ndarray) -> Hashable:
+    def _array(self, value: Any) -> Hashable:
+        if value.dtype.hasobject:
+            return (value.shape, self.key(value.tolist()))
         return (value.shape, value.dtype.str, hash(value.tobytes()))
 
     def _method(self, value: types.MethodType) -> Hashable:
@@ -154,14 +172,41 @@ class _Reader:
         return tuple(found)
 
     def _object(self, value: Any) -> Hashable:
-        if _of_library(type(value)):
+        kind: Any = type(value)
+        if (kind.__module__ or "").partition(".")[0] == "torch" or isinstance(value, logging.Filterer):
+            return _same(value)  # a log decides no value
+        if any(value is x for x in _DRAWN_FROM):
             return _same(value)
-        found: list[Hashable] = [_same(value), self.key(type(value))]
-        for name, held in list(getattr(value, "__dict__", {}).items()):
-            found.append((name, self.key(held)))
-        for name in _slots(type(value)):
-            found.append((name, self.key(getattr(value, name, None))))
+        found: list[Hashable] = [_same(value), _same(kind) if _of_library(kind) else self.key(kind)]
+        found += self._attributes(value)
+        if _compiled(kind):
+            found.append(self._inner(value))
         return tuple(found)
+
+    def _attributes(self, value: Any) -> list[Hashable]:
+        found: list[Hashable] = [(k, self.key(held)) for k, held in list(getattr(value, "__dict__", {}).items())]
+        kind: Any = type(value)
+        return found + [(name, self.key(getattr(value, name, None))) for name in _slots(kind)]
+
+    def _inner(self, value: Any) -> Hashable:
+        """What no attribute shows, by what pickle would write: the state of a random generator, of an iterator."""
+        if isinstance(value, _STATELESS):
+            return None
+        if isinstance(value, (weakref.ref, contextvars.ContextVar)):
+            return self.key(value() if isinstance(value, weakref.ref) else value.get(None))
+        try:
+            if isinstance(value, io.IOBase):
+                return value.tell() if value.readable() and value.seekable() else None
+            reduce = copyreg.dispatch_table.get(type(value))
+            state = value.__reduce_ex__(4) if reduce is None else reduce(value)
+        except Exception as error:  # of anybody's code, of any kind
+            raise _NotComparableError from error
+        self.kept.append(state)
+        return self.key(state)
+
+    def _builtin(self, value: Any) -> Hashable:
+        owner = getattr(value, "__self__", None)
+        return (value.__name__, _same(owner) if isinstance(owner, types.ModuleType) else self.key(owner))
 
     _KINDS: tuple[tuple[Any, Any], ...] = (
         (nn.Module, _module),
@@ -175,8 +220,10 @@ class _Reader:
         ((staticmethod, classmethod), _wrapped),
         (property, _property),
         (type, _class),
-        ((types.ModuleType, types.BuiltinFunctionType, types.CodeType), lambda self, value: _same(value)),
+        (types.BuiltinFunctionType, _builtin),
+        ((types.ModuleType, types.CodeType, *_DESCRIPTORS), lambda self, value: _same(value)),
     )
+    _HOLDERS = tuple(kinds for kinds, _ in _KINDS[1:7])  # containers and functions may have attributes
 
 
 _BOOKKEEPING = frozenset(("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__qualname__"))
@@ -190,12 +237,26 @@ def _contents(function: types.FunctionType) -> Iterator[Any]:
             yield None
 
 
-def _slots(kind: type) -> list[str]:
+@functools.lru_cache(maxsize=4096)
+def _compiled(kind: type) -> bool:
+    """Whether instances hold more than Python shows: they are larger than their attributes and slots explain."""
+    for k in kind.__mro__[:-1]:
+        base, own = k.__base__ or object, vars(k).get("__slots__", ())
+        own = [own] if isinstance(own, str) else [n for n in own if n not in ("__dict__", "__weakref__")]
+        offsets = [(k.__dictoffset__, base.__dictoffset__), (k.__weakrefoffset__, base.__weakrefoffset__)]
+        words = len(own) + sum(new > 0 and not old for new, old in offsets)
+        if k.__basicsize__ > base.__basicsize__ + words * object.__basicsize__ // 2 or k.__itemsize__:
+            return True
+    return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _slots(kind: type) -> tuple[str, ...]:
     found: list[str] = []
     for k in kind.__mro__:
         names = vars(k).get("__slots__", ())
         found += [names] if isinstance(names, str) else list(names)
-    return [n for n in found if n not in ("__dict__", "__weakref__")]
+    return tuple(n for n in found if n not in ("__dict__", "__weakref__"))
 
 
 def fingerprint(network: nn.Module, skip: frozenset[str] = frozenset()) -> Hashable:
@@ -210,7 +271,7 @@ def fingerprint(network: nn.Module, skip: frozenset[str] = frozenset()) -> Hasha
     """
     try:
         return _Reader(skip).key(network)
-    except (_TooManyError, RecursionError):
+    except (_NotComparableError, RecursionError):
         return object()  # equal to nothing
 
 
