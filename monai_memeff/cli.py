@@ -43,6 +43,9 @@ def demo(
     defective: Annotated[
         bool, typer.Option("--defective", help="The head has a real hole: find it and fill it. Needs --image.")
     ] = False,
+    smallest_cm2: Annotated[
+        float | None, typer.Option(help="With --defective: the smallest hole. Default: 4; less finds slits too.")
+    ] = None,
     size: Annotated[
         int | None, typer.Option(help="Edge of the grid in voxels: 64 to 512, a multiple of 16. Default: 64.")
     ] = None,
@@ -76,18 +79,25 @@ def demo(
     --defective fills the hole of a head that has one; --systems compares dense, sparse, occupancy, clstm and halo.
     """
     if systems:
-        refuse_together("--systems", {"--defective": defective, "--size": size, "--defects": defects})
+        refuse_together(
+            "--systems",
+            {"--defective": defective, "--size": size, "--defects": defects, "--smallest-cm2": smallest_cm2},
+        )
         from monai_memeff.apps.systems.run import run_systems
 
         return run_systems(image, label, output, seconds, threshold, seed, series, resample)
     refuse_together("a demo without --systems", {"--label": label})
+    from monai_memeff.apps.skull.demo.options import SkullOptions
+
+    options = SkullOptions(output, image, size, seconds, threshold, defects, seed, series, resample)
     if defective:
         from monai_memeff.apps.skull.demo.real.run import run_defective
 
-        return run_defective(image, size, output, seconds, threshold, defects, seed, series, resample)
+        return run_defective(options, smallest_cm2)
+    refuse_together("a demo without --defective", {"--smallest-cm2": smallest_cm2})
     from monai_memeff.apps.skull.demo.run import run_demo
 
-    run_demo(image, size, output, seconds, threshold, defects, seed, series, resample)
+    run_demo(options)
 
 
 @app.command()

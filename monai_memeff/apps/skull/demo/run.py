@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from monai_memeff.apps.skull import RandSkullDefect
 from monai_memeff.apps.skull.demo import methods, report
 from monai_memeff.apps.skull.demo.io import check_size
 from monai_memeff.apps.skull.demo.mirror import mirror_implant
+from monai_memeff.apps.skull.demo.options import SkullOptions
 from monai_memeff.apps.skull.demo.pretrained import ModelGrid, ShippedModel, shipped_model
 from monai_memeff.apps.skull.demo.volume import HeadVolume, load_head
 from monai_memeff.apps.skull.metrics import implant_scores
@@ -41,39 +41,22 @@ class HeldOutDefect:
     implant: np.ndarray
 
 
-def run_demo(
-    image: Path | None,
-    size: int | None,
-    output: Path,
-    seconds: float | None,
-    threshold: float | None,
-    defects: int | None,
-    seed: int,
-    series: str | None = None,
-    resample: bool = False,
-) -> None:
+def run_demo(options: SkullOptions) -> None:
     """Run the main job and print its report.
 
     Args:
-        image: head CT (see :func:`monai_memeff.apps.skull.demo.io.read_ct`); None generates a head.
-        size: edge of the grid in voxels; None: 64.
-        output: folder for ``report.txt``, ``report.json``, ``figure.png``, the implant as NIfTI and STL.
-        seconds: training time of each network; None: 95 at size 64, growing with the volume.
-        threshold: bone is above this value; None: 300 Hounsfield units, and an image in other units is refused.
-        defects: number of unseen defects; None: 6.
-        seed: Seed of defects and weights.
-        series: ``SeriesInstanceUID`` of a DICOM folder with several series.
-        resample: interpolate uneven or tilted DICOM slices onto an even grid.
+        options: ``image=None`` generates a head; ``seconds=None`` are 95 for each network at size 64, growing with the
+            volume.
 
     Raises:
         InputError: on every bad input, in one line, before training starts.
     """
-    target = check_output_folder(output, report.WRITTEN, image)
-    size = check_size(64 if size is None else size)
-    seconds, defects = training_seconds(seconds, size), check_defects(defects, size)
+    target = check_output_folder(options.output, report.WRITTEN, options.image)
+    size, seed = check_size(64 if options.size is None else options.size), options.seed
+    seconds, defects = training_seconds(options.seconds, size), check_defects(options.defects, size)
     console, shipped = Console(), shipped_model()
     with console.status("reading the head"):
-        head = load_head(image, size, threshold, seed, series, resample, model_grid(shipped, size))
+        head = head_of(options, size, shipped)
         tests = _test_defects(head, defects)
     console.print(f"{head.name}: {head.size}^3 cells of {head.cell_mm:.2f} mm, occupancy {head.occupancy:.1%}")
     results, implants = _compare(head, tests, seconds, seed, console, shipped)
@@ -85,6 +68,19 @@ def run_demo(
     console.print(report.report_table(result))
     console.print("\n".join(report.report_lines(result)), highlight=False)
     console.print(f"written to {target}", highlight=False)
+
+
+def head_of(options: SkullOptions, size: int, shipped: ShippedModel | None) -> HeadVolume:
+    """The head that the options name, on the shipped model's grid where there is one of this size."""
+    return load_head(
+        options.image,
+        size,
+        options.threshold,
+        options.seed,
+        options.series,
+        options.resample,
+        model_grid(shipped, size),
+    )
 
 
 def training_seconds(seconds: float | None, size: int, networks: float = 1) -> float:

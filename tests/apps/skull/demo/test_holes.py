@@ -35,6 +35,22 @@ def test_a_hole_is_found_where_it_is(head: HeadVolume, middle: tuple[float, floa
     assert np.linalg.norm(hole.surface.mean(axis=0) - truth) < 8
 
 
+@pytest.mark.slow
+def test_a_slit_is_found_where_less_is_wanted(head: HeadVolume) -> None:
+    """A saw's cut two cells wide: no hole of 4 cm2, and where it is once less is wanted; complete heads have none."""
+    cells = np.stack(np.meshgrid(*(np.arange(head.size),) * 3, indexing="ij"), axis=-1)
+    world = cells @ head.affine[:3, :3].T + head.affine[:3, 3]
+    slit = (np.abs(world[..., 1] - 10) < head.cell_mm) & (world[..., 0] > 25) & (world[..., 2] > 40)
+    cut = head.skull & ~slit
+    assert find_hole(head.skull, head.affine, 0.2) is None
+    assert find_hole(cut, head.affine) is None
+    found = find_hole(cut, head.affine, 0.2)
+    assert found is not None
+    assert 0.2 < found.area_cm2 < 12
+    assert found.surface[:, 0].min() > 20
+    assert np.abs(found.surface[:, 1] - 10).max() < 3 * head.cell_mm
+
+
 def test_the_largest_hole_is_filled_and_no_other_is_taught(head: HeadVolume) -> None:
     small = head.skull & ball(head, (60, 0, 40), 18)
     large = head.skull & ball(head, (-55, -10, 45), 30)

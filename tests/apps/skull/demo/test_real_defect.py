@@ -14,6 +14,7 @@ import torch
 from monai_memeff.apps.skull.demo import render
 from monai_memeff.apps.skull.demo.implant import defective_bone
 from monai_memeff.apps.skull.demo.mirror import MirrorResult
+from monai_memeff.apps.skull.demo.options import SkullOptions
 from monai_memeff.apps.skull.demo.pretrained import ModelGrid, ShippedModel
 from monai_memeff.apps.skull.demo.real import run as real_defect
 from monai_memeff.apps.skull.demo.real.healthy import UNKNOWN, HealthyBoneSampler, training_heads
@@ -111,17 +112,24 @@ def test_warnings_name_the_midline_the_field_of_view_and_further_holes(
 def test_heads_that_have_no_hole_or_no_vault_are_refused(head: HeadVolume, holed: HeadVolume, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no hole of 4 cm2"):
         real_defect.hole_of(head)
+    with pytest.raises(InputError, match=r"--smallest-cm2 0.2 --size 128 looks for them"):
+        real_defect.hole_of(head)
+    with pytest.raises(InputError, match=r"no hole of 0.5 cm2 or more"):
+        real_defect.hole_of(head, 0.5)
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="--smallest-cm2 must be positive and finite"):
+            real_defect.run_defective(SkullOptions(tmp_path / "out", Path("head.nii.gz")), wrong)
     with pytest.raises(InputError, match="lies outside the image"):
         real_defect.hole_of(replace(holed, bone=holed.bone[:5]))
     with pytest.raises(InputError, match="give its CT with --image"):
-        real_defect.run_defective(None, 64, tmp_path, None, 300.0, 1, 0)
+        real_defect.run_defective(SkullOptions(tmp_path))
 
 
 @pytest.fixture
 def quick(holed: HeadVolume, plane: MirrorResult, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = render.raycast
     monkeypatch.setattr(render, "raycast", lambda *arguments: draw(*arguments, pixels=60))
-    monkeypatch.setattr(real_defect, "load_head", lambda *_, **__: holed)
+    monkeypatch.setattr(real_defect, "head_of", lambda *_, **__: holed)
     monkeypatch.setattr(real_defect, "mirror_implant", lambda *_: plane)
     monkeypatch.setattr(real_defect, "GENERATED", 1)
 
@@ -133,10 +141,10 @@ def test_everything_is_written(holed: HeadVolume, tmp_path: Path, monkeypatch: p
     weights = SparseCompletionNet().state_dict()
     weights["heads.5.bias"] = weights["heads.5.bias"] + 5  # fills every candidate
     on_grid = replace(holed, model=ModelGrid(64, 4.0))
-    monkeypatch.setattr(real_defect, "load_head", lambda *_, **__: on_grid)
+    monkeypatch.setattr(real_defect, "head_of", lambda *_, **__: on_grid)
     monkeypatch.setattr(real_defect, "shipped_model", lambda: ShippedModel(weights, ModelGrid(64, 4.0)))
     out = tmp_path / "out"
-    real_defect.run_defective(Path("head.nii.gz"), None, out, None, 300.0, 1, 0, iterations=1)
+    real_defect.run_defective(SkullOptions(out, Path("head.nii.gz"), defects=1), iterations=1)
     names = {path.name for path in out.iterdir()}
     assert {"report.txt", "report.json", "figure.png", "implant.nii.gz", "mirror_implant.nii.gz"} <= names
     assert "mirror_implant.stl" in names
@@ -163,5 +171,5 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(real_defect.report, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        real_defect.run_defective(Path("head.nii.gz"), None, tmp_path / "out", None, 300.0, 1, 0, iterations=1)
+        real_defect.run_defective(SkullOptions(tmp_path / "out", Path("head.nii.gz"), defects=1), iterations=1)
     assert list(tmp_path.iterdir()) == []

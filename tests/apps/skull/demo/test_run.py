@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from monai_memeff.apps.skull.demo import methods
+from monai_memeff.apps.skull.demo.options import SkullOptions
 from monai_memeff.apps.skull.demo.run import run_demo
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo") / "out"
-    run_demo(image=None, size=64, output=output, seconds=2.0, threshold=300.0, defects=2, seed=0)
+    run_demo(SkullOptions(output, size=64, seconds=2.0, threshold=300.0, defects=2))
     return output
 
 

@@ -51,18 +51,20 @@ class _Map:
     radius: np.ndarray  # (P, P) millimeters to the middle of the bone, NaN where there is none
 
 
-def find_hole(skull: np.ndarray, affine: np.ndarray) -> SkullHole | None:
+def find_hole(skull: np.ndarray, affine: np.ndarray, least_cm2: float = LEAST_CM2) -> SkullHole | None:
     """The largest hole of the vault.
 
     Rays leave a point in the middle of the cranial cavity, at the height of the brow, and those that go upwards are
     laid out on a disk. A vault is met by each of them; connected directions without bone, opened by a pixel and at
     least 4 square centimeters wide, are a hole, on whichever side and across the midline too, with what is missing
     below it down to 20 degrees under the brow. Its surface spans the bone around it. Holes
-    that lie below the brow altogether are not looked for: orbits and foramina are among them.
+    that lie below the brow altogether are not looked for: orbits and foramina are among them. Where less than 4 square
+    centimeters is wanted, nothing is opened: slits are found, and with them thin bone below the threshold.
 
     Args:
         skull: bool (S, S, S); its first axis runs from side to side, its last one up.
         affine: (4, 4), index -> millimeters.
+        least_cm2: the smallest area that is a hole.
 
     Returns:
         The hole, or None.
@@ -73,11 +75,14 @@ def find_hole(skull: np.ndarray, affine: np.ndarray) -> SkullHole | None:
     missing = seen.whole & np.isnan(seen.radius)
     if not (missing & seen.inside).any() or (missing & seen.inside).sum() > MOST * seen.inside.sum():
         return None
-    labels, count = ndimage.label(ndimage.binary_opening(missing, np.ones((3, 3)), iterations=OPENING))
+    if least_cm2 < LEAST_CM2:
+        labels, count = ndimage.label(missing, np.ones((3, 3)))
+    else:
+        labels, count = ndimage.label(ndimage.binary_opening(missing, np.ones((3, 3)), iterations=OPENING))
     filled = _continued(seen.radius)
     behind = _areas(filled) * seen.inside
     areas = [(float(behind[labels == k].sum()), k) for k in range(1, count + 1)]
-    areas = sorted((item for item in areas if item[0] >= LEAST_CM2), reverse=True)
+    areas = sorted((item for item in areas if item[0] >= least_cm2), reverse=True)
     if not areas:
         return None
     hole = labels == areas[0][1]
@@ -86,6 +91,11 @@ def find_hole(skull: np.ndarray, affine: np.ndarray) -> SkullHole | None:
     zone = _near(seen, filled, every, skull.shape, affine, ALONG_MM, ACROSS_MM)
     core = _near(seen, filled, hole, skull.shape, affine, 0.0, 1.5 * ACROSS_MM)
     return SkullHole(zone, core, points, areas[0][0], tuple(area for area, _ in areas[1:]))
+
+
+def in_cm2(area: float) -> str:
+    """An area with its unit."""
+    return f"{area:.0f} cm2" if area >= 10 else f"{area:.2g} cm2"
 
 
 def _look(skull: np.ndarray, affine: np.ndarray) -> _Map:

@@ -12,7 +12,7 @@ import numpy as np
 
 from monai_memeff.apps.skull.demo import implant as shapes
 from monai_memeff.apps.skull.demo.methods import Training
-from monai_memeff.apps.skull.demo.real.holes import SkullHole
+from monai_memeff.apps.skull.demo.real.holes import SkullHole, in_cm2
 from monai_memeff.apps.skull.demo.render import FigureNames, render_png
 from monai_memeff.apps.skull.demo.report import finite
 from monai_memeff.apps.skull.demo.volume import HeadVolume
@@ -87,13 +87,13 @@ def text(report: RealReport) -> str:
     head, hole, last = report.head, report.hole, report.fills[-1]
     where = {"both sides": "across the midline"}.get(report.side, f"on the {report.side}")
     lines = [
-        f"{head.name}: a hole of {hole.area_cm2:.0f} cm2 {where}; grid {head.size}^3 of {head.cell_mm:.2f} mm cells,"
+        f"{head.name}: a hole of {in_cm2(hole.area_cm2)} {where}; grid {head.size}^3 of {head.cell_mm:.2f} mm cells,"
         f" bone above {head.threshold:g} HU.",
         *(f"Warning: {warning}." for warning in report.warnings),
         NO_TRUTH,
     ]
     for fill in report.fills:
-        words = [f"{fill.name}: {_cell_ml(head, fill.implant):.0f} ml of cells in the hole"]
+        words = [f"{fill.name}: {_cell_ml(head, fill.implant):.2g} ml of cells in the hole"]
         if fill is not last:
             words.append(f"Dice {agreement(fill.implant, last.implant):.2f} with the trained network's")
         if fill.mean_dice is not None:
@@ -165,5 +165,5 @@ def _write_surface(path: Path, shape: Shape | None) -> None:
 
 
 def _caption(report: RealReport) -> str:
-    words = [f"hole of {report.hole.area_cm2:.0f} cm2", "no one knows the bone that was there"]
+    words = [f"hole of {in_cm2(report.hole.area_cm2)}", "no one knows the bone that was there"]
     return "; ".join([*words, *report.warnings[:2]])

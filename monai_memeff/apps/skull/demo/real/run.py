@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,20 +16,21 @@ from monai_memeff.apps.skull import RandSkullDefect
 from monai_memeff.apps.skull.demo import methods
 from monai_memeff.apps.skull.demo.io import check_size
 from monai_memeff.apps.skull.demo.mirror import MirrorResult, mirror_implant, transform_mask
+from monai_memeff.apps.skull.demo.options import SkullOptions
 from monai_memeff.apps.skull.demo.pretrained import ShippedModel, shipped_model
 from monai_memeff.apps.skull.demo.real import report
 from monai_memeff.apps.skull.demo.real.healthy import UNKNOWN, HealthyBoneSampler, training_heads
-from monai_memeff.apps.skull.demo.real.holes import LEAST_CM2, SkullHole, find_hole
+from monai_memeff.apps.skull.demo.real.holes import LEAST_CM2, SkullHole, find_hole, in_cm2
 from monai_memeff.apps.skull.demo.report import WRITTEN
 from monai_memeff.apps.skull.demo.run import (
     TEST_SEED,
     check_defects,
-    model_grid,
+    head_of,
     show_progress,
     threads_restored,
     training_seconds,
 )
-from monai_memeff.apps.skull.demo.volume import HeadVolume, load_head, prepare_head
+from monai_memeff.apps.skull.demo.volume import HeadVolume, prepare_head
 from monai_memeff.apps.skull.metrics import implant_scores
 from monai_memeff.apps.skull.phantom import head_phantom
 from monai_memeff.data.folder import atomic_folder, check_output_folder
@@ -44,47 +44,29 @@ CAP_MM, CAP_WARNED = 6.0, 0.5
 RIM = 2  # cells beyond the zone that an implant may take
 
 
-def run_defective(
-    image: Path | None,
-    size: int | None,
-    output: Path,
-    seconds: float | None,
-    threshold: float | None,
-    defects: int | None,
-    seed: int,
-    series: str | None = None,
-    resample: bool = False,
-    iterations: int | None = None,
-) -> None:
+def run_defective(options: SkullOptions, smallest_cm2: float | None = None, iterations: int | None = None) -> None:
     """Fill the real hole of a head, and print and write what came out.
 
     Args:
-        image: CT of a head with a hole in its vault, or a mask of its skull (threshold 0.5).
-        size: edge of the grid in voxels; None: 64.
-        output: folder for ``report.txt``, ``report.json``, ``figure.png``, and the implants of the network and of the
-            mirror as NIfTI and STL.
-        seconds: training time; None: 240 at size 64.
-        threshold: bone is above this value; None: 300 Hounsfield units, and an image in other units is refused.
-        defects: number of synthetic defects of healthy bone to test on; None: 6.
-        seed: seed of defects and weights.
-        series: ``SeriesInstanceUID`` of a DICOM folder with several series.
-        resample: interpolate uneven or tilted DICOM slices onto an even grid.
+        options: ``image`` is needed, a head with a hole in its vault; ``seconds=None`` are 240 at size 64.
+        smallest_cm2: the smallest area of a hole; None: 4. Below that slits and burr holes are found, with thin bone.
         iterations: training steps, instead of a time.
 
     Raises:
         InputError: on every bad input, in one line, before training starts; also when there is no hole.
     """
-    if image is None:
+    if options.image is None:
         raise InputError("--defective fills the hole of a real head: give its CT with --image")
-    target = check_output_folder(output, WRITTEN, image)
-    size = check_size(64 if size is None else size)
-    seconds, defects = training_seconds(seconds, size, networks=2.5), check_defects(defects, size)
+    target = check_output_folder(options.output, WRITTEN, options.image)
+    size, seed = check_size(64 if options.size is None else options.size), options.seed
+    least = check_smallest(smallest_cm2)
+    seconds, defects = training_seconds(options.seconds, size, networks=2.5), check_defects(options.defects, size)
     console, shipped = Console(), shipped_model()
     with console.status("reading the head"):
-        head = load_head(image, size, threshold, seed, series, resample, model_grid(shipped, size))
-        hole = hole_of(head)
+        head = head_of(options, size, shipped)
+        hole = hole_of(head, least)
         tests = _test_defects(head, hole, defects)
-    console.print(f"{head.name}: {head.size}^3 cells of {head.cell_mm:.2f} mm; hole of {hole.area_cm2:.0f} cm2")
+    console.print(f"{head.name}: {head.size}^3 cells of {head.cell_mm:.2f} mm; hole of {in_cm2(hole.area_cm2)}")
     with console.status("mirroring the healthy side"):
         mirror = _mirror(head)
         piece = in_the_hole(mirror.mirrored & ~head.skull, hole)
@@ -109,17 +91,30 @@ def run_defective(
     console.print(f"written to {target}", highlight=False)
 
 
-def hole_of(head: HeadVolume) -> SkullHole:
+def check_smallest(smallest_cm2: float | None) -> float:
+    """The smallest area of a hole in square centimeters, 4 unless given."""
+    least = LEAST_CM2 if smallest_cm2 is None else smallest_cm2
+    if not 0 < least < float("inf"):
+        raise InputError(f"--smallest-cm2 must be positive and finite, got {least:g}; leave it out for {LEAST_CM2:g}")
+    return least
+
+
+def hole_of(head: HeadVolume, least_cm2: float = LEAST_CM2) -> SkullHole:
     """The hole, when there is one inside the image.
 
     Raises:
-        InputError: no hole of 4 square centimeters, or most of it lies outside the image.
+        InputError: no hole of so many square centimeters, or most of it lies outside the image.
     """
-    hole = find_hole(head.skull, head.affine)
+    hole = find_hole(head.skull, head.affine, least_cm2)
     if hole is None:
+        smaller = (
+            "slits and burr holes are smaller: --smallest-cm2 0.2 --size 128 looks for them; "
+            if least_cm2 >= LEAST_CM2
+            else ""
+        )
         raise InputError(
-            f"{head.name} has no hole of {LEAST_CM2:g} cm2 or more in its vault, seen at cells of {head.cell_mm:.1f} mm"
-            " (slits and burr holes are smaller): leave out --defective, raise --threshold, or give a larger --size"
+            f"{head.name} has no hole of {least_cm2:g} cm2 or more in its vault, seen at cells of {head.cell_mm:.1f} mm"
+            f" ({smaller}a larger --size shows finer gaps): leave out --defective, or raise --threshold"
         )
     outside = outside_share(head, hole)
     if outside > OUTSIDE_MOST:
@@ -157,8 +152,13 @@ def find_warnings(head: HeadVolume, hole: SkullHole, mirror: MirrorResult) -> tu
             f"the highest bone is {cap_share(head):.0%} as wide as the head: the vault is cut off, and what looks like"
             " a hole may be a part that no image shows"
         )
+    if hole.area_cm2 < LEAST_CM2:
+        warnings.append(
+            f"a gap of {in_cm2(hole.area_cm2)} may be a slit, a burr hole, or bone too thin for the threshold: look at"
+            " the figure"
+        )
     if hole.others_cm2:
-        areas = " and ".join(f"{area:.0f} cm2" for area in hole.others_cm2)
+        areas = " and ".join(map(in_cm2, hole.others_cm2))
         warnings.append(f"there are further holes, of {areas}, which are not filled: the largest one is")
     return tuple(warnings)
 
