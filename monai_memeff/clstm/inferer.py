@@ -46,7 +46,7 @@ class SlabInferer(Inferer):
     Raises:
         ValueError: slab below 1, prefetch below 0, or memory_budget below 1.
 
-    Example:
+    Examples:
         >>> network = CLSTMUNet(in_channels=1, out_channels=2, channels=(4, 8)).eval()
         >>> SlabInferer(slab=4)(torch.rand(1, 1, 16, 16, 9), network).shape
         torch.Size([1, 2, 16, 16, 9])

@@ -66,7 +66,7 @@ class CLSTMUNet(nn.Module):
     Raises:
         ValueError: an argument out of range.
 
-    Example:
+    Examples:
         >>> network = CLSTMUNet(in_channels=1, out_channels=2, channels=(4, 8))
         >>> network(torch.rand(1, 1, 16, 16, 5)).shape
         torch.Size([1, 2, 16, 16, 5])

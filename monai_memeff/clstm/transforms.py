@@ -131,7 +131,7 @@ class SliceSequenced(MapTransform, InvertibleTransform):
     Raises:
         ValueError: the volumes have different numbers or spacings of slices.
 
-    Example:
+    Examples:
         >>> parts = SliceSequenced("image", slab=2)({"image": torch.rand(1, 16, 16, 5)})["image"]
         >>> [part.shape[-1] for part in parts]
         [2, 2, 1]

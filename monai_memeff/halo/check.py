@@ -32,7 +32,7 @@ def verify(
     Raises:
         NotPartitionableError: if the network cannot be partitioned, or the error exceeds the tolerance.
 
-    Example:
+    Examples:
         >>> verify(torch.nn.Conv3d(1, 2, 3, padding=1), (1, 1, 9, 8, 8)) < 1e-12
         True
     """

@@ -86,7 +86,7 @@ class SpatialPartitionInferer(Inferer):
     Raises:
         ValueError: for partitions < 1 or an unknown word.
 
-    Example:
+    Examples:
         >>> network = torch.nn.Conv3d(1, 2, 3, padding=1)
         >>> SpatialPartitionInferer(partitions=4)(torch.zeros(1, 1, 17, 16, 16), network).shape
         torch.Size([1, 2, 17, 16, 16])

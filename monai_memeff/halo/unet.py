@@ -42,7 +42,7 @@ class VolumeUNet(nn.Module):
         convs: convolutions per level on either side.
         dropout: rate after every convolution but the first, and after every transposed convolution.
 
-    Example:
+    Examples:
         >>> VolumeUNet(1, 3, features=(4, 8))(torch.rand(1, 1, 16, 16, 16)).shape
         torch.Size([1, 3, 16, 16, 16])
     """

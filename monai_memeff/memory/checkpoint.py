@@ -46,7 +46,7 @@ def checkpoint(
         torch.utils.checkpoint.CheckpointError: in the backward pass, if the second pass saved other tensors than the
             first.
 
-    Example:
+    Examples:
         >>> x = torch.rand(4, requires_grad=True)
         >>> checkpoint(torch.exp, x).sum().backward()
         >>> torch.equal(x.grad, x.exp())

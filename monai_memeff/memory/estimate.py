@@ -87,7 +87,7 @@ def estimate_peak(
     Raises:
         ValueError: fewer than two sizes, or all of the same number of voxels.
 
-    Example:
+    Examples:
         >>> network = torch.nn.Conv3d(1, 4, 3, padding=1)
         >>> line = estimate_peak(lambda shape: network(torch.rand(1, 1, *shape)), [(4, 4, 4), (8, 8, 8)])
         >>> line.bytes_per_voxel

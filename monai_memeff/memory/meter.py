@@ -93,7 +93,7 @@ def measure_peak(device: str | torch.device | None = None) -> PeakMeter:
     Raises:
         ValueError: the device is neither CPU nor CUDA, or CUDA is requested and absent.
 
-    Example:
+    Examples:
         >>> with measure_peak() as meter:
         ...     _ = torch.zeros(1000, dtype=torch.float32) + 1
         >>> meter.peak_bytes

@@ -106,7 +106,7 @@ def estimate_network(
         InputError: an unknown system, a shape that the network does not take, a system that the network is not suited
             for, or a budget that nothing fits; one line that says the way out.
 
-    Example:
+    Examples:
         >>> network = torch.nn.Conv3d(1, 4, 3, padding=1)
         >>> estimate_network(network, (1, 1, 32, 32, 32)).peak_bytes
         524288

@@ -52,7 +52,7 @@ def labels_to_mesh(
     Raises:
         ValueError: no voxel has the label; the shape or the affine is none of a volume; a plain tensor has no affine.
 
-    Example:
+    Examples:
         >>> cube = torch.nn.functional.pad(torch.ones(4, 4, 4), [2] * 6)
         >>> float(labels_to_mesh(cube, torch.eye(4)).vertices.max())
         5.5

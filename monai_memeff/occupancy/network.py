@@ -112,7 +112,7 @@ class OccupancyNet(nn.Module):
     Raises:
         ValueError: an unknown variant, an encoder for a variant of the paper, or extents that do not divide.
 
-    Example:
+    Examples:
         >>> OccupancyNet(1, 3, channels=(4, 8, 8)).eval()(torch.rand(1, 1, 16, 16, 16)).shape
         torch.Size([1, 3, 16, 16, 16])
     """

@@ -87,7 +87,7 @@ class RandOccupancyPointsd(Randomizable, MapTransform):
         ValueError: more than one key, or a new key that starts with the label's key and an underscore, which MONAI's
             ``Spacingd`` takes for metadata.
 
-    Example:
+    Examples:
         >>> draw = RandOccupancyPointsd("label", num_samples=64).set_random_state(0)
         >>> draw({"label": torch.ones(1, 16, 16, 16)})["points"].shape
         torch.Size([64, 3])

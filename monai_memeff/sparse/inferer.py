@@ -31,7 +31,7 @@ class SparseInferer(Inferer):
 
     Where the device runs out of memory, the volumes of a batch go through one after the other.
 
-    Example:
+    Examples:
         >>> network = SparseUNet(3, in_channels=1, out_channels=2, channels=(4, 8), strides=(2,)).eval()
         >>> SparseInferer()(torch.eye(16).expand(1, 1, 16, 16, 16), network).shape
         torch.Size([1, 2, 16, 16, 16])

@@ -152,7 +152,7 @@ class CheckVolumed(EachKey):
         keys: Volumes to check.
         allow_missing_keys: Whether a dictionary without a key passes.
 
-    Example:
+    Examples:
         >>> CheckVolumed("image")({"image": torch.full((1, 4, 4, 4), torch.nan)})
         Traceback (most recent call last):
         monai_memeff.errors.InputError: the volume holds NaN

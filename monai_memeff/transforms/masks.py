@@ -158,7 +158,7 @@ class SelectLabeld(EachKey):
         allow_empty: See :class:`SelectLabel`.
         allow_missing_keys: Whether a dictionary without a key passes.
 
-    Example:
+    Examples:
         >>> SelectLabeld("label", 2)({"label": torch.tensor([[[[0, 1, 2]]]])})["label"]
         tensor([[[[0, 0, 1]]]], dtype=torch.uint8)
     """

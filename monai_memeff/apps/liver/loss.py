@@ -23,7 +23,7 @@ class LiverTumorLoss(nn.Module):
         lesion: Class of the Dice term.
         dice_weight: Weight of the Dice term; that of cross entropy is 1 minus this.
 
-    Example:
+    Examples:
         >>> logits = torch.zeros(1, 3, 8, 8, 8, requires_grad=True)
         >>> LiverTumorLoss()(logits, torch.zeros(1, 1, 8, 8, 8)).backward()
     """

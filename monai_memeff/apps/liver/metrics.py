@@ -20,7 +20,7 @@ class LesionDiceMetric(CumulativeIterationMetric):
         overall: Return the global score instead of the mean over cases. A case without the class in truth and
             prediction counts 1 per case and nothing globally.
 
-    Example:
+    Examples:
         >>> metric, label = LesionDiceMetric(), torch.tensor([0, 1, 2, 2]).view(1, 1, 4, 1, 1)
         >>> _ = metric(label, label)
         >>> metric.aggregate()

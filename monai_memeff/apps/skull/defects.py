@@ -233,7 +233,7 @@ class RandSkullDefectd(RandomizableTransform, MapTransform):
         ValueError: when more than one key is given, or a new key begins with the skull's key and an underscore, which
             MONAI's ``Spacingd`` takes for metadata.
 
-    Example:
+    Examples:
         >>> cut = RandSkullDefectd("skull", region="anywhere").set_random_state(0)
         >>> out = cut({"skull": torch.ones(1, 32, 32, 32)})
         >>> torch.equal(out["defective"] + out["implant"], out["skull"])

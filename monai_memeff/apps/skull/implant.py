@@ -74,7 +74,7 @@ class ImplantFromCompletiond(MapTransform):
         largest: see :class:`ImplantFromCompletion`.
         allow_missing_keys: whether a dictionary without a key passes through.
 
-    Example:
+    Examples:
         >>> skull = torch.ones(1, 16, 16, 16)
         >>> defective = skull.index_fill(1, torch.arange(4), 0)
         >>> out = ImplantFromCompletiond("skull", opening=0)({"skull": skull, "defective": defective})

@@ -74,7 +74,7 @@ class SkullShelld(MapTransform):
         ValueError: several keys with an implant, or the target's name begins with another key and an underscore, which
             MONAI's ``Spacingd`` takes for metadata.
 
-    Example:
+    Examples:
         >>> shell = SkullShelld("skull")({"skull": torch.ones(1, 16, 16, 16)})["skull"]
         >>> int(shell.sum()), int(shell[0, 1:-1, 1:-1, 1:-1].sum())
         (1096, 0)

@@ -23,7 +23,7 @@ def explain(network: nn.Module, inputs: Any, axis: int = 0, kwargs: dict[str, An
         axis: spatial axis that is to be cut.
         kwargs: example keyword arguments.
 
-    Example:
+    Examples:
         >>> explain(torch.nn.Conv3d(1, 1, 3), (1, 1, 16, 16, 16))
         []
     """

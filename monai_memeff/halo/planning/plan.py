@@ -123,7 +123,7 @@ def plan(
     Raises:
         NotPartitionableError: what cannot be run in parts, by module, operator and line; or no plan fits the budget.
 
-    Example:
+    Examples:
         >>> network = torch.nn.Conv3d(1, 4, 3, padding=1)
         >>> plan(network, (1, 1, 64, 64, 64), partitions=8).partitions
         8

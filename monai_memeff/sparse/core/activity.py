@@ -25,7 +25,7 @@ def active_voxels(image: Tensor, threshold: float | None = None, background: flo
     Raises:
         ValueError: a value of the image, or the one it is compared with, is NaN or infinite.
 
-    Example:
+    Examples:
         >>> active_voxels(torch.eye(4)[None, None, None]).sum()
         tensor(4)
     """

@@ -33,7 +33,7 @@ class SparseTensor:
     Raises:
         ValueError: shapes or dtypes do not fit, a coordinate lies outside the grid, or two rows share one voxel.
 
-    Example:
+    Examples:
         >>> SparseTensor(torch.ones(1, 8), torch.tensor([[0, 1, 2, 3]]), (32, 32, 16)).dense().shape
         torch.Size([1, 8, 32, 32, 16])
     """

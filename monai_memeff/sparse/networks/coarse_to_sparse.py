@@ -81,7 +81,7 @@ class CoarseToSparseUNet(nn.Module):
     Raises:
         ValueError: an argument is out of range.
 
-    Example:
+    Examples:
         >>> network = CoarseToSparseUNet(3, in_channels=1, out_channels=2, channels=(4, 8), strides=(2,))
         >>> network(torch.rand(1, 1, 16, 16, 16)).shape
         torch.Size([1, 2, 16, 16, 16])

@@ -51,7 +51,7 @@ class SparseCompletionNet(nn.Module):
     The published network has a last 1^3 convolution after the final pruning that is never in the loss; it is kept as
     ``final``, frozen and not computed, so that parameter counts and checkpoints agree.
 
-    Example:
+    Examples:
         >>> skull = torch.eye(64).expand(1, 1, 64, 64, 64)
         >>> SparseCompletionNet().eval()(skull).shape
         torch.Size([1, 1, 64, 64, 64])

@@ -48,7 +48,7 @@ class SparseUNet(UNet):
 
     Shape: dense (B, in_channels, H, W, D) -> dense (B, out_channels, H, W, D); SparseTensor -> SparseTensor.
 
-    Example:
+    Examples:
         >>> network = SparseUNet(3, in_channels=1, out_channels=2, channels=(4, 8), strides=(2,))
         >>> network(torch.eye(16).expand(1, 1, 16, 16, 16)).shape
         torch.Size([1, 2, 16, 16, 16])

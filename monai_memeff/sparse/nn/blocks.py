@@ -230,7 +230,7 @@ class SparseMaxPool3d(_SparsePool3d):
     Equals ``torch.nn.MaxPool3d(kernel_size, stride)`` on a volume filled with -inf, with padding ``(kernel_size - 1) //
     2`` if ``kernel_size > stride``. Where several voxels tie for the maximum they share the gradient.
 
-    Example:
+    Examples:
         >>> x = SparseTensor(torch.ones(2, 8), torch.tensor([[0, 1, 2, 3], [0, 4, 5, 6]]), (32, 32, 16))
         >>> SparseMaxPool3d(2)(x).spatial_shape
         (16, 16, 8)

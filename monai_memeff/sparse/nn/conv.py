@@ -42,7 +42,7 @@ class SparseConv3d(nn.Conv3d):
     Shape: SparseTensor with (N, in_channels) -> SparseTensor with (M, out_channels); M = N for stride 1.
     ``weight`` is (out_channels, in_channels, k, k, k) and ``bias`` (out_channels), as in torch.
 
-    Example:
+    Examples:
         >>> x = SparseTensor(torch.ones(2, 8), torch.tensor([[0, 1, 2, 3], [0, 4, 5, 6]]), (32, 32, 16))
         >>> SparseConv3d(8, 4, kernel_size=3)(x).features.shape
         torch.Size([2, 4])
@@ -91,7 +91,7 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
     Shape: SparseTensor with (N, in_channels) -> SparseTensor with (M, out_channels).
     ``weight`` is (in_channels, out_channels, k, k, k) and ``bias`` (out_channels), as in torch.
 
-    Example:
+    Examples:
         >>> x = SparseTensor(torch.ones(1, 8), torch.tensor([[0, 1, 2, 3]]), (16, 16, 8), stride=2)
         >>> SparseConvTranspose3d(8, 4, kernel_size=2, stride=2, generative=True)(x).features.shape
         torch.Size([8, 4])

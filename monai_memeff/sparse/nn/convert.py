@@ -92,7 +92,7 @@ def to_sparse(network: Network) -> Network:
         TypeError: a layer has no sparse twin (named in the message); nothing has been changed then.
         ValueError: a convolution has groups, non-zero padding mode, or a padding that shifts the voxels.
 
-    Example:
+    Examples:
         >>> network = torch.nn.Sequential(torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.ReLU())
         >>> type(to_sparse(network)[0]).__name__
         'SparseConv3d'

@@ -87,7 +87,7 @@ class SparseCoordinatesd(MapTransform):
     Raises:
         ValueError: the numbers of names differ, a name would be taken for metadata, or the grids differ.
 
-    Example:
+    Examples:
         >>> transform = SparseCoordinatesd("image", coords_key="coords", features_key="features")
         >>> transform({"image": torch.eye(4)[None, None]})["coords"].shape
         torch.Size([4, 3])

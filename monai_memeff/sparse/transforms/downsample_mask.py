@@ -121,7 +121,7 @@ class DownsampleMaskd(MapTransform):
         mode: see :class:`DownsampleMask`.
         allow_missing_keys: pass over masks that are not there.
 
-    Example:
+    Examples:
         >>> transform = DownsampleMaskd("label", spatial_size=(4, 4, 4))
         >>> transform({"label": torch.ones(1, 16, 16, 16)})["label"].shape
         torch.Size([1, 4, 4, 4])

@@ -151,7 +151,7 @@ def spatial_partition(network: nn.Module, mesh: HaloMesh, checkpoint_segments: i
         NotPartitionableError: when called, on every rank, before anything is computed: if the network cannot be run in
             parts, if the ranks differ, or if an argument may be a part or a whole.
 
-    Example:
+    Examples:
         >>> mesh = init_mesh(data=1, spatial=(2,))
         >>> network = DistributedDataParallel(spatial_partition(network, mesh))
         >>> loss = SpatialLoss(DiceCELoss(softmax=True), mesh)
