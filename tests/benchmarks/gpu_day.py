@@ -4,7 +4,8 @@
     python tests/benchmarks/gpu_day.py --sections tests exact stream --minutes 3 --jsonl gpu_day.jsonl
     python tests/benchmarks/gpu_day.py --toy --jsonl rows.jsonl              # a dry run on a fake CUDA device, no times
 
-A section begins only while its seconds are left; what fails is a row with its reason. Peaks are those of torch's
+A section begins only while its seconds are left; what fails is a row with its reason, and one that crashes, hangs or
+leaves the device in an error ends its own process only. Peaks are those of torch's
 allocator above what was there before; seconds are wall time with the device synchronized. The fake device cannot be
 captured in a graph, so the dry run of `exact` and `stream` is the CPU's.
 """
@@ -14,9 +15,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +35,8 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from tests.benchmarks.supervised import BEGINS, POISONED, supervise  # noqa: E402 as a script it has another path
 
 GPU_TESTS = ("tests/test_on_gpu.py", "tests/halo", "tests/sparse/networks", "tests/memory", "tests/occupancy")
 Row = dict[str, Any]
@@ -79,16 +84,29 @@ def tests(day: Day) -> Iterator[Row]:
         yield {"skipped": "a dry run does not run tests in tests"}
         return
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--maxfail=20"]
-    command += ["-n", "10", "-m", "not exhaustive", *GPU_TESTS]
+    command += ["-n", "10"] if importlib.util.find_spec("xdist") else []
+    command += ["-m", "not exhaustive", *GPU_TESTS]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=100)
+        status = run_for(command, 100, stdout=output, stderr=subprocess.STDOUT)
         output.seek(0)
         lines = output.read().splitlines()
     yield {
+        "status": "stopped after 100 s" if status is None else status,
         "summary": lines[-1][-300:] if lines else "",
         "failed": [x for x in lines if x.startswith(("FAILED", "E  "))],
     }
+
+
+def run_for(command: list[str], seconds: float, **streams: Any) -> int | None:
+    """The exit status of a command, None where it was stopped with all that it had started."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # where nothing is installed
+    environment = {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams) as process:
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None
 
 
 def plain_unet(features: tuple[int, ...] = (16, 32, 64, 128), classes: int = 4) -> nn.Module:
@@ -192,7 +210,7 @@ def sparse(day: Day) -> Iterator[Row]:
                 _, row = day.measure(lambda run=step: [run() for _ in range(1 if day.toy else 5)])
                 row["seconds"] = round(row["seconds"] / (1 if day.toy else 5), 4)
                 yield {"engine": engine, "edge": n, "voxels": int(skull.sum()), **row}
-            except (RuntimeError, ValueError, ImportError) as error:
+            except Exception as error:  # a library fails in its own ways
                 yield {"engine": engine, "edge": n, "reason": str(error)[:200]}
             finally:
                 backends.use(None)
@@ -241,22 +259,33 @@ def hou(day: Day) -> Iterator[Row]:
 
 def convolutions(day: Day) -> Iterator[Row]:
     """The table of single sparse convolutions, by its own script."""
-    script = [sys.executable, str(ROOT / "tests/benchmarks/sparse_gpu.py")]
-    rows = Path("gpu_day_convolutions.jsonl")
-    rows.unlink(missing_ok=True)
-    options = (
-        ["--toy", "--channels", "16", "--dtypes", "float32"]
-        if day.toy
-        else ["--cases", "50k", "250k", "--channels", "32", "64", "--minutes", "1"]
-    )
-    run = subprocess.run(
-        [*script, *options, "--patience", "15", "--jsonl", str(rows)], capture_output=True, text=True, check=False
-    )
-    if run.returncode:
-        yield {"reason": run.stderr[-300:]}
-    for line in rows.read_text("utf-8").splitlines() if rows.exists() else ():
-        yield json.loads(line)
-    rows.unlink(missing_ok=True)
+    engines = ("native", "triton", "spconv_triton", "spconv")
+    sizes = ("--cases", "50k", "250k", "--channels", "32", "64", "--minutes", "1", "--patience", "15")
+    yield from convolution_table(day, engines, sizes, 75)
+
+
+def ocnn(day: Day) -> Iterator[Row]:
+    """One row of the same with ocnn, whose tuner compiles a hundred kernels before its first number."""
+    sizes = ("--cases", "50k", "--channels", "32", "--dtypes", "float16", "--minutes", "1", "--patience", "100")
+    yield from convolution_table(day, ("native", "ocnn") if day.toy else ("triton", "ocnn"), sizes, 115)
+
+
+def convolution_table(day: Day, engines: tuple[str, ...], sizes: tuple[str, ...], seconds: float) -> Iterator[Row]:
+    """The rows that the script has written when it ends or is stopped, and why engines have no number."""
+    script = [sys.executable, str(ROOT / "tests/benchmarks/sparse_gpu.py"), "--engines", *engines]
+    options = ("--toy", "--channels", "16", "--dtypes", "float32") if day.toy else sizes
+    with tempfile.TemporaryDirectory() as folder:
+        rows, said, errors = (Path(folder) / name for name in ("rows.jsonl", "said.txt", "errors.txt"))
+        with said.open("w") as output, errors.open("w") as trouble:
+            status = run_for([*script, *options, "--jsonl", str(rows)], seconds, stdout=output, stderr=trouble)
+        for line in rows.read_text("utf-8").splitlines() if rows.exists() else ():
+            yield json.loads(line)
+        for line in said.read_text("utf-8").splitlines():
+            if line.startswith("# ") and (" left out" in line or " no number" in line):
+                yield {"missing": line[2:]}
+        if status != 0:
+            why = f"stopped after {seconds:g} s" if status is None else errors.read_text("utf-8")[-300:]
+            yield {"reason": why}
 
 
 SECTIONS: dict[str, tuple[Callable[[Day], Iterator[Row]], int]] = {
@@ -267,9 +296,13 @@ SECTIONS: dict[str, tuple[Callable[[Day], Iterator[Row]], int]] = {
     "clstm": (clstm, 60),
     "hou": (hou, 60),
     "convolutions": (convolutions, 80),
+    "ocnn": (ocnn, 120),
 }
-"""Name -> what it does, and the seconds that must be left for it to begin."""
+"""Name -> what it does, and the seconds that must be left for it to begin; after twice as many it is stopped."""
 
+
+GRACE = 15.0
+"""Seconds beyond the minutes after which everything is stopped."""
 
 CAPTURED = ("exact", "stream")
 """Sections whose networks are captured as a graph, which the fake device cannot."""
@@ -304,6 +337,7 @@ def run_sections(day: Day, names: list[str], minutes: float, jsonl: Path) -> int
         if not day.toy and time.monotonic() + seconds > end:
             write(jsonl, {"section": name, **about, "skipped": f"less than {seconds} s left"})
             continue
+        print(f"{BEGINS}{name}", flush=True)
         try:
             with fake_device() if day.toy and name not in CAPTURED else contextlib.nullcontext():
                 for row in work(day):
@@ -315,7 +349,33 @@ def run_sections(day: Day, names: list[str], minutes: float, jsonl: Path) -> int
             write(
                 jsonl, {"section": name, **about, "error": f"{type(error).__name__}: {str(error)[:300]}", "at": where}
             )
+            if not day.toy and is_poisoned():
+                sys.exit(POISONED)
     return failed
+
+
+def is_poisoned() -> bool:
+    """Whether the device is in an error that only another process can leave; else what the section held is freed."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
+
+
+def supervise_sections(options: argparse.Namespace) -> int:
+    """Run the sections in processes of their own, and write a row for each that ends its process."""
+
+    def command(names: list[str], seconds: float) -> list[str]:
+        script = [sys.executable, str(Path(__file__).resolve()), "--inside", "--jsonl", str(options.jsonl)]
+        return [*script, *(["--toy"] if options.toy else []), "--minutes", str(seconds / 60), "--sections", *names]
+
+    def report(name: str, reason: str) -> None:
+        write(options.jsonl, {"section": name, "error": reason})
+
+    limits = {name: 2.0 * SECTIONS[name][1] for name in options.sections}
+    return supervise(command, limits, 60 * options.minutes + GRACE, report)
 
 
 def write(jsonl: Path, row: Row) -> None:
@@ -333,11 +393,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--jsonl", type=Path, required=True)
     parser.add_argument("--toy", action="store_true", help="tiny sizes on a fake CUDA device")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.toy:
         torch.set_num_threads(1)
     elif not torch.cuda.is_available():
         sys.exit("this script needs a CUDA device, and torch finds none; --toy is a dry run on a fake one.")
+    if not options.inside:
+        sys.exit(1 if supervise_sections(options) else 0)
     day = Day(torch.device("cuda"), options.toy)
     sys.exit(1 if run_sections(day, options.sections, options.minutes, options.jsonl) else 0)
 

@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The engine with its kernels on CPU tensors; without a GPU they have no candidates for their blocks."""
     pytest.importorskip("ocnn", reason="pip install ocnn")
     triton = pytest.importorskip("triton", reason="Triton comes with the extra [triton], on Linux")
-    if not triton.knobs.runtime.interpret:
+    from monai_memeff.sparse.backends.triton import kernels
+
+    if not kernels.INTERPRETED:
         pytest.skip("Triton was imported without TRITON_INTERPRET=1")
     for module, name in KERNELS.items():
         kernel = getattr(engine.library(f"kernels.{module}"), name)
@@ -51,6 +54,10 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         result = engine._Convolution.apply(features, weight, geometry.kernel_map, True)
         return result if bias is None else result + bias
 
+    try:
+        convolve(*random_tensors(GEOMETRIES["3^3 on one voxel"](), 1, 1)[:3], GEOMETRIES["3^3 on one voxel"]())
+    except triton.runtime.errors.InterpreterError:
+        pytest.skip(f"Triton {triton.__version__} and numpy {np.__version__}: the interpreter cannot run a loop")
     return SimpleNamespace(convolve=convolve)
 
 
