@@ -115,18 +115,7 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
         with torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext():
             output = self.network(scatter(shared["data"], self.mesh))
             loss = self.spatial_loss(output, _cut_like(output, shared["target"], self.mesh))
-        scaler = self.grad_scaler
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        sum_gradients(self.network.parameters(), self.mesh)
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
-        return {"loss": loss.detach().cpu().numpy()}
+        return self.learn_from(loss, lambda: sum_gradients(self.network.parameters(), self.mesh))
 
     def validation_step(self, batch: dict | None) -> dict:
         """Stock's, on the gathered outputs."""

@@ -115,17 +115,7 @@ class OccupancyTrainer(TrainerMixin, nnUNetTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
             loss = self.loss_of_points(self.network(data, points), (values, target))
-        scaler = self.grad_scaler
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
-        return {"loss": loss.detach().cpu().numpy()}
+        return self.learn_from(loss)
 
 
 def edit_plans(plans: dict, configuration: str, dataset_json: dict, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 HINT = " (of monai-memeff: pip install 'monai-memeff[nnunet]')"
 """Follows the trainer's name in checkpoints, so that nnU-Net's "could not find trainer" says where to get it."""
@@ -30,6 +32,22 @@ class TrainerMixin:
                 f"fold {fold} needs a split, and nnU-Net's has five folds for {cases} training cases: train with fold "
                 f"`all`, or write {self.preprocessed_dataset_folder_base}/splits_final.json. ({error})"  # type: ignore[attr-defined]
             ) from error
+
+    def learn_from(self, loss: Tensor, between: Callable[[], None] | None = None) -> dict:
+        """Backward, clip and step as in stock; ``between`` runs on the gradients before they are clipped."""
+        scaler, optimizer = self.grad_scaler, self.optimizer  # type: ignore[attr-defined]
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if between is not None:
+            between()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)  # type: ignore[attr-defined]
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        return {"loss": loss.detach().cpu().numpy()}
 
     def save_checkpoint(self, filename: str) -> None:
         """Write the checkpoint of a trainer of this package under its name with :data:`HINT`; else as in stock."""

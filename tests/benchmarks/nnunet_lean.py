@@ -4,8 +4,9 @@
     python tests/benchmarks/nnunet_lean.py --record lean.jsonl --table
 
 One line of JSON per cell; cells that the record has are not run again, and the table is made of the record. Models
-have random weights and nnU-Net's own plans; the image is smooth noise. Memory is the peak of the proportional set
-sizes of the process tree, seen up to ten times a second; CPU seconds are of all processes.
+have random weights and nnU-Net's own plans; the image is smooth noise. Memory is that of one process, by the system's
+own figure (its largest resident set), or with workers the peak of the proportional set sizes of the process tree, seen
+up to ten times a second. CPU seconds are of all processes.
 With ``--lean-only`` stock is not run; its memory is then computed by the rule in :func:`stock_rule`.
 """
 
@@ -15,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -76,25 +76,25 @@ def predict(way: str, model: str, images: str, options: argparse.Namespace) -> N
 
 
 def measured(arguments: list[str]) -> dict[str, float]:
-    """Run Python with arguments; returns GiB, wall and CPU seconds, and what it printed after RESULT."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
-    process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
-    )
-    peak = 0
-    while process.poll() is None:
-        looked = time.time()
-        peak = max(peak, sum(memory_of(pid) for pid in tree(process.pid)))
-        time.sleep(max(0.1, 9 * (time.time() - looked)))  # looking takes a tenth of the time at most
-    assert process.stdout is not None
-    printed = process.stdout.read()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert process.returncode == 0, printed[-2000:]
-    found = json.loads(
-        next(line for line in printed.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT ")
-    )
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"gib": round(peak / GIB, 3), "wall": round(time.time() - started, 1), "cpu": round(cpu, 1), **found}
+    """Run Python with arguments; returns GiB, wall and CPU seconds, and what it printed after RESULT.
+
+    ``gib`` is of all processes, sampled; ``process_gib`` is the system's own figure for the largest of them.
+    """
+    started, peak = time.time(), 0
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen([sys.executable, *arguments], stdout=printed, stderr=subprocess.DEVNULL)
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            looked = time.time()
+            peak = max(peak, sum(memory_of(pid) for pid in tree(process.pid)))
+            time.sleep(max(0.1, 9 * (time.time() - looked)))  # looking takes a tenth of the time at most
+        _, status, usage = ended
+        process.returncode = os.waitstatus_to_exitcode(status)
+        printed.seek(0)
+        lines = printed.read().splitlines()
+    assert process.returncode == 0, lines[-20:]
+    found = json.loads(next(line for line in lines if line.startswith("RESULT ")).removeprefix("RESULT "))
+    seconds = {"wall": round(time.time() - started, 1), "cpu": round(usage.ru_utime + usage.ru_stime, 1)}
+    return {"gib": round(peak / GIB, 3), "process_gib": round(usage.ru_maxrss * 1024 / GIB, 3), **seconds, **found}
 
 
 def tree(pid: int) -> list[int]:
@@ -171,13 +171,11 @@ def row(found: dict[str, Any]) -> str:
     size = " x ".join(map(str, found["network"])) + " to " + " x ".join(map(str, found["output"]))
     folds = f"{found['folds']}{', mirrored' if found['mirroring'] else ''}"
     lean, stock = found["lean"], found.get("stock")
+    gib = "gib" if found["workers"] else "process_gib"
+    start = f"| {found['classes']} | {size} | {folds} |"
     if stock is None:
-        return f"| {found['classes']} | {size} | {folds} | {found['rule_gib']} by the rule | {lean['gib']} | - | - |"
-    seconds = f"{stock['cpu']}, {lean['cpu']}"
-    return (
-        f"| {found['classes']} | {size} | {folds} | {stock['gib']} | {lean['gib']} | {seconds} "
-        f"| {found['voxels_that_differ']} |"
-    )
+        return f"{start} {found['rule_gib']} by the rule | {lean[gib]} | -, {lean['cpu']} | - |"
+    return f"{start} {stock[gib]} | {lean[gib]} | {stock['cpu']}, {lean['cpu']} | {found['voxels_that_differ']} |"
 
 
 def main() -> None:
