@@ -16,11 +16,11 @@ from monai_memeff.hosts.certify.runs import Run
 from monai_memeff.hosts.certify.sources.subject import Subject, file_sha256
 
 
-def check_number_of_labels(labels: np.ndarray, truth: Sequence[np.ndarray]) -> None:
-    """Refuse true labels that do not say which segment they are.
+def check_true_labels(subject: Subject, labels: np.ndarray, truth: Sequence[np.ndarray]) -> None:
+    """Refuse true labels that do not say which segment or class they are.
 
     Raises:
-        InputError: their number is not that of the segments.
+        InputError: their number is not that of the segments, or none of their values is one of the model's classes.
     """
     segments = len(labels) if labels.ndim == 4 else 1
     if truth and len(truth) != segments:
@@ -28,6 +28,25 @@ def check_number_of_labels(labels: np.ndarray, truth: Sequence[np.ndarray]) -> N
             f"the model gives {segments} segments that may overlap, and --label was given {len(truth)} times: once for "
             "each of them, in their order"
         )
+    strange, known = unknown_values(subject, truth), sorted({n for one in subject.classes.values() for n in one})
+    if labels.ndim == 3 and strange and len(strange) == len(np.unique(truth[0][truth[0] > 0])):
+        raise InputError(
+            f"the label holds {_numbers(strange)} beside 0, and the model's classes are {_numbers(known)}: give a label"
+            " with the model's numbers"
+        )
+
+
+def unknown_values(subject: Subject, truth: Sequence[np.ndarray]) -> list[int]:
+    """Values of one true label that no class of the model has, 0 left out; none where the model does not name any."""
+    if len(truth) != 1 or not subject.classes:
+        return []
+    known = {0, *(number for numbers in subject.classes.values() for number in numbers)}
+    return sorted(set(np.unique(truth[0]).tolist()) - known)
+
+
+def _numbers(values: Sequence[int]) -> str:
+    """At most five of them, in words."""
+    return ", ".join(map(str, values[:5])) + (" and others" if len(values) > 5 else "")
 
 
 def scores(subject: Subject, truth: Sequence[np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -58,14 +77,17 @@ def window_sentence(run: Run, reference: str | None, found: Difference | None) -
     )
 
 
-def notes(subject: Subject, frame: Frame, runs: Mapping[str, Run]) -> list[str]:
+def notes(subject: Subject, frame: Frame, runs: Mapping[str, Run], truth: Sequence[np.ndarray]) -> list[str]:
     """What a reader must know besides the numbers."""
-    found = list(subject.notes)
+    found, strange = list(subject.notes), unknown_values(subject, truth)
+    if strange:
+        found.append(f"The label also holds {_numbers(strange)}, which no class of the model has: no Dice counts them.")
     if frame.padded:
         size = " x ".join(map(str, frame.inputs.shape[2:]))
         found.append(
-            "The network takes no volume of these extents, so whole and streamed network see it with zeros around "
-            f"it to {size} voxels, and their results are cropped; the sliding window sees it as it is."
+            "The network takes no volume of these extents, or returns another one, so whole and streamed network see it"
+            f" with zeros around it to {size} voxels, and their results are cropped; the sliding window sees it as it"
+            " is."
         )
     if runs["whole"].refused and not runs["streamed"].refused:
         found.append("The whole network did not run, so the sliding window is compared with the streamed network.")

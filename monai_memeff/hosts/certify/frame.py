@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from monai_memeff.halo.inferer import whole_peak_bytes
 from monai_memeff.hosts.certify.sources.subject import Subject
+from monai_memeff.memory.dry import DryRun, dry_run
+from monai_memeff.memory.step import tensors_in
 
 DIVISORS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
 """Numbers of which the extents of a volume may have to be multiples, for networks that halve them."""
@@ -51,26 +52,33 @@ class Frame:
 
 
 def frame(subject: Subject) -> Frame:
-    """The volume in extents that the network takes: its own, or the next multiples of a number, with zeros around."""
+    """The volume in extents that come back: its own, or the next multiples of a number, with zeros around.
+
+    A network that halves rounds odd extents up: it takes 15 voxels and returns 16, none of them the volume's.
+    """
     plain = subject.inputs.as_subclass(Tensor)
-    extents = tuple(plain.shape[2:])
+    extents, taken = tuple(plain.shape[2:]), list[Frame]()
     for divisor in DIVISORS:
         size = tuple(-(-extent // divisor) * divisor for extent in extents)
-        needed = _dry_run(subject, (*plain.shape[:2], *size))
-        if needed is not None:
-            more = [new - own for own, new in zip(extents, size, strict=True)]
-            around = [part for extra in reversed(more) for part in (extra // 2, extra - extra // 2)]
-            return Frame(torch.nn.functional.pad(plain, around), extents, needed)
-    return Frame(plain, extents, None)
+        found = _dry_run(subject, (*plain.shape[:2], *size))
+        if found is None:
+            continue
+        more = [new - own for own, new in zip(extents, size, strict=True)]
+        around = [part for extra in reversed(more) for part in (extra // 2, extra - extra // 2)]
+        inputs = torch.nn.functional.pad(plain, around)
+        taken.append(Frame(inputs, extents, found.peak_bytes + inputs.nbytes))
+        if all(tuple(tensor.shape[2:]) == size for tensor in list(tensors_in(found.result))[:1]):
+            return taken[-1]
+    return taken[0] if taken else Frame(plain, extents, None)
 
 
-def _dry_run(subject: Subject, shape: tuple[int, ...]) -> int | None:
-    """Peak bytes of the whole network at a shape; None where it does not take it (or cannot be run without values)."""
+def _dry_run(subject: Subject, shape: tuple[int, ...]) -> DryRun | None:
+    """The whole network at a shape; None where it does not take it (or cannot be run without values)."""
     if subject.args or subject.kwargs:
         return None
     try:
         with _quiet(), subject.precision():
-            return whole_peak_bytes(subject.network, shape, subject.inputs.dtype)
+            return dry_run(subject.network, shape, subject.inputs.dtype, subject.network, False)
     except Exception:  # of the network, of any kind: the run itself says it in words
         return None
 

@@ -101,7 +101,7 @@ class Work:
                 "sha256": digest(self.subject.inputs),
             },
             "rule": self.subject.rule,
-            "notes": content.notes(self.subject, self.frame, self.runs),
+            "notes": content.notes(self.subject, self.frame, self.runs, self.truth),
             "plan": self._plan(),
             "versions": facts.software(),
             "machine": facts.machine(self.subject.device),
@@ -118,7 +118,7 @@ class Work:
         require_finite(run.answer, f"the {way} network gives")
         self.labels[way] = self.subject.labels(run.answer)
         self.dtype = tensors(run.answer)[0].dtype
-        content.check_number_of_labels(self.labels[way], self.truth)
+        content.check_true_labels(self.subject, self.labels[way], self.truth)
         print(f"{way}: {run.seconds:.1f} s", file=sys.stderr, flush=True)
 
     def _repeat(self) -> None:

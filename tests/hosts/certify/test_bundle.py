@@ -90,3 +90,20 @@ def test_a_bundle_without_a_window_gets_one(ct: Path, tmp_path: Path) -> None:
     status = certify(str(bundle), [ct], tmp_path / "out", repeats=1, partitions=2, options=options)
     assert status in (0, command.NOT_EXACT)
     assert certified(tmp_path / "out")["runs"]["window"]["details"]["roi_size"] == [8, 8, 8]
+
+
+@pytest.mark.slow
+def test_a_label_of_other_values_is_refused_or_told(stock: Path, ct: Path, tmp_path: Path) -> None:
+    """No class of the model has them: a Dice of 0 would look like a bad model."""
+    volume = nibabel.load(ct)
+    for values, name in (((0, 7), "seven"), ((0, 1, 7), "both")):
+        label = np.random.default_rng(0).choice(values, volume.shape).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(label, volume.affine), tmp_path / f"{name}.nii.gz")
+    with pytest.raises(InputError, match="the label holds 7 beside 0, and the model's classes are 1: give a label"):
+        certify(str(stock), [ct], tmp_path / "out", [tmp_path / "seven.nii.gz"], repeats=1)
+    assert not (tmp_path / "out").exists()
+    assert certify(str(stock), [ct], tmp_path / "out", [tmp_path / "both.nii.gz"], repeats=1) == 0
+    assert (
+        "The label also holds 7, which no class of the model has: no Dice counts them."
+        in (certified(tmp_path / "out")["notes"])
+    )

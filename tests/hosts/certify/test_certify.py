@@ -105,6 +105,18 @@ def test_extents_that_the_network_does_not_take_are_padded_and_said(
 
 
 @pytest.mark.slow
+def test_odd_extents_that_a_network_rounds_up_are_padded(tmp_path: Path) -> None:
+    """MONAI's UNet takes 15 voxels and returns 16: compared is what belongs to the 15."""
+    values = np.random.default_rng(1).normal(size=(15, 12, 11)).astype(np.float32)
+    image = save(tmp_path / "image.nii.gz", values)
+    assert certify(f"{HERE}:rounding", [image], tmp_path / "out", repeats=1, partitions=2, options=WINDOW) == 0
+    found = certified(tmp_path / "out")
+    assert found["input"]["padded_to"] == [1, 1, 16, 12, 12]
+    whole = logits(networks.rounding().eval(), np.pad(values, [(0, 1), (0, 0), (0, 1)]))[:, :15, :12, :11]
+    assert found["differences"]["streamed"]["largest_logit"] == pytest.approx(float(np.abs(whole).max()), rel=1e-5)
+
+
+@pytest.mark.slow
 def test_a_network_that_cannot_be_partitioned_is_refused_on_the_page(image: Path, tmp_path: Path) -> None:
     assert certify(f"{HERE}:branching", [image], tmp_path / "out", repeats=2, options=WINDOW) == command.NOT_EXACT
     found = certified(tmp_path / "out")
@@ -180,12 +192,14 @@ def damaged(image: Path, folder: Path) -> dict[str, Any]:
     nan = save(folder / "nan.nii.gz", values)
     other = save(folder / "other.nii.gz", np.zeros(SHAPE, np.uint8), np.diag([-1.0, 1.5, 3.1, 1.0]))
     small = save(folder / "small.nii.gz", np.zeros((4, 5, 6), np.uint8))
+    below = save(folder / "below.nii.gz", np.full(SHAPE, -1, np.int16))
     soft = save(folder / "soft.nii.gz", np.full(SHAPE, 0.5, np.float32))
     return {
         "image with NaN": ({"images": [nan]}, "NaN or infinite"),
         "label on another grid": ({"labels": [other]}, "off the image's grid"),
         "label of another size": ({"labels": [small]}, "4 x 5 x 6 voxels and the image 18 x 12 x 15"),
         "label of no whole numbers": ({"labels": [soft]}, "not whole numbers"),
+        "label below 0": ({"labels": [below]}, "not whole numbers from 0 on"),
         "two labels": ({"labels": [save(folder / "l.nii.gz", np.zeros(SHAPE, np.uint8))] * 2}, "--label was given 2"),
         "no image": ({"images": []}, "--image is needed"),
         "absent image": ({"images": [folder / "absent.nii.gz"]}, "does not exist"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ class FigureNames:
     with_prediction: str = "With the predicted implant"
 
 
+CAPTION_LETTERS = 170  # of a line of the caption
 SOFT_HU = 20
 WINDOW = (-250, 1650)
 
@@ -84,7 +86,8 @@ def render_png(
     _views(axes[1], head, gray, true_field, predicted, points, names)
     figure.text(0.5, 0.965, title, ha="center", fontsize=15, weight="bold")
     _legend(figure, true_field is not None, predicted is not None, names)
-    figure.text(0.5, 0.016, caption, ha="center", fontsize=9.5, color="0.3")
+    lines = textwrap.fill(caption, CAPTION_LETTERS, max_lines=2, placeholder=" ...")
+    figure.text(0.5, 0.022, lines, ha="center", va="center", fontsize=9.5, color="0.3")
     with atomic_write(path) as work:
         figure.savefig(work, format="png", metadata={"Software": "monai-memeff"})
 

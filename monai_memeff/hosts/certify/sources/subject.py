@@ -144,8 +144,8 @@ def read_label(file: Path, image: MetaTensor) -> np.ndarray:
     if not off < OFF_GRID:
         raise InputError(f"the label {file} lies {off:.3g} voxels off the image's grid: both must have one grid")
     values = label.as_tensor()[0].numpy()
-    if not np.array_equal(values, np.rint(values)):
-        raise InputError(f"the label {file} holds numbers that are not whole numbers, so it is not a label")
+    if not np.array_equal(values, np.rint(values)) or values.min() < 0:
+        raise InputError(f"the label {file} holds numbers that are not whole numbers from 0 on, so it is not a label")
     return values.astype(np.int32)
 
 
