@@ -1,8 +1,7 @@
-"""Files of a trained nnU-Net model: its JSON files, and a fold's weights without running code."""
+"""Files of a trained nnU-Net model: a fold's weights without running code."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,6 @@ import torch
 from monai_memeff.errors import InputError
 
 CHECKPOINT = "checkpoint_final.pth"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A dictionary from a file of JSON.
-
-    Raises:
-        InputError: it is none.
-    """
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    return found
 
 
 def find_checkpoint(folder: Path, fold: str | None) -> tuple[Path, int]:

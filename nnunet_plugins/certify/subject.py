@@ -19,9 +19,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from monai_memeff.data import read_volume
+from monai_memeff.data.json_object import read_json_object
 from monai_memeff.errors import InputError
 from monai_memeff.hosts.certify.sources.subject import Options, Subject, file_sha256
-from nnunet_plugins.certify.checkpoint import find_checkpoint, load_checkpoint, read_json
+from nnunet_plugins.certify.checkpoint import find_checkpoint, load_checkpoint
 
 
 def nnunet_subject(folder: Path, images: Sequence[Path], options: Options) -> Subject:
@@ -35,7 +36,7 @@ def nnunet_subject(folder: Path, images: Sequence[Path], options: Options) -> Su
     Raises:
         InputError: the model cannot be loaded, is 2D or the second of a cascade, or does not take these images.
     """
-    plans, dataset = PlansManager(read_json(folder / "plans.json")), read_json(folder / "dataset.json")
+    plans, dataset = PlansManager(read_json_object(folder / "plans.json")), read_json_object(folder / "dataset.json")
     file, others = find_checkpoint(folder, options.fold)
     checkpoint = load_checkpoint(file)
     configuration = plans.get_configuration(checkpoint["init_args"]["configuration"])

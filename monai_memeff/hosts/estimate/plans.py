@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
+from monai_memeff.data.json_object import read_json_object
 from monai_memeff.errors import InputError
 from monai_memeff.hosts.estimate.origin import Source, network_of
 from monai_memeff.memory.step import tensors_in
@@ -82,15 +82,9 @@ def _resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _dataset(file: Path) -> dict[str, Any]:
     path = file.parent / "dataset.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"channels and classes stand in dataset.json, which is not beside {file}: copy it there"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
+    absent = f"channels and classes stand in dataset.json, which is not beside {file}: copy it there"
+    content = read_json_object(path, absent)
+    if not isinstance(content.get("labels"), dict):
         raise InputError(f"{path} names no labels: it is not a dataset.json of nnU-Net")
     return content
 

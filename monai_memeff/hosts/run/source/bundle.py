@@ -13,6 +13,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
+from monai_memeff.data.json_object import read_json_object
 from monai_memeff.errors import InputError
 from monai_memeff.hosts.layout import Config, components, get, places, references
 from monai_memeff.hosts.merge import merge_bundle_configs
@@ -54,7 +55,9 @@ class Bundle:
         )
         if base is None:
             raise InputError(f"{folder} is not a bundle for inference: it has no configs/{NAMES[0]}, nor .yaml")
-        self.metadata = _metadata(self.folder / "configs" / "metadata.json")
+        metadata = self.folder / "configs" / "metadata.json"
+        absent = f"a bundle has a configs/metadata.json, which says what its labels are: {metadata} is absent"
+        self.metadata = read_json_object(metadata, absent)
         merged = merge_bundle_configs([base, *(_overlay(name) for name in overlays)])
         self.digest = hashlib.sha256(
             json.dumps([merged, self.metadata], sort_keys=True, default=str).encode()
@@ -205,17 +208,3 @@ def _overlay(name: str) -> Path:
         return Path(name)
     stem = name.removesuffix(".json")
     return overlay_path(f"{stem}_inference" if f"{stem}_inference" in overlay_names() else stem)
-
-
-def _metadata(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"a bundle has a configs/metadata.json, which says what its labels are: {file} is absent"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds no dictionary")
-    return content
