@@ -264,25 +264,10 @@ def convert(
 @app.command()
 def doctor() -> None:
     """Say what is installed and which sparse engines can be used here."""
-    from importlib.metadata import PackageNotFoundError, version
+    from monai_memeff.hosts.doctor import findings
 
-    import torch
-
-    from monai_memeff.sparse import backends
-
-    for package in ("monai-memeff", "monai", "torch", "numpy", "nnunetv2"):
-        try:
-            typer.echo(f"{package:14} {version(package)}")
-        except PackageNotFoundError:
-            typer.echo(f"{package:14} not installed")
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        typer.echo(f"on {device} tensors:")
-        for name, reason in backends.status(device).items():
-            typer.echo(f"sparse engine {name}: {'usable' if reason is None else reason}")
-        try:
-            typer.echo(f"in use: {backends.chosen(device)}")
-        except ValueError as error:
-            typer.echo(f"in use: none. {error}")
+    for line in findings():
+        typer.echo(line)
 
 
 def main() -> None:

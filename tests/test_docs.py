@@ -69,6 +69,18 @@ def test_an_example_does_what_it_says(name: str, text: str) -> None:
     assert runner.run(test, out=told.append).failed == 0, "".join(told)
 
 
+def test_files_of_the_code_are_where_the_pages_say() -> None:
+    files = [
+        path.as_posix()
+        for folder in ("monai_memeff", "nnunet_plugins", "tests")
+        for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    pages = {page: page.read_text("utf-8") for page in (*DOCS.glob("systems/*.md"), DOCS / "architecture.md")}
+    named = {(page.name, name) for page, text in pages.items() for name in re.findall(r"`([\w/]+\.py)`", text)}
+    assert named
+    assert not [found for found in named if not any(path.endswith(f"/{found[1]}") for path in files)]
+
+
 def test_included_files_exist() -> None:
     included = [name for page in PAGES for name in INCLUDE.findall(page.read_text("utf-8"))]
     assert included

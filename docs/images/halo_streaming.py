@@ -53,7 +53,7 @@ def drawing() -> str:
         text(560, 345, "next norm: a sum", 11),
         text(560, 360, "over all tiles", 11), arrow(110, 52, 478, 52, "#999"),
         text(310, 47, "skip connection: stays in the store", 11, "#777"),
-        text(75, 385, "dark: the tile's rows; light: margin under the kernel", 10, "#666"), "</svg>",
+        text(190, 385, "dark: the tile's rows; light: margin under the kernel", 10, "#666"), "</svg>",
     ]  # fmt: skip
     return "\n".join(found) + "\n"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from monai_memeff.errors import InputError
 from monai_memeff.memory import estimate_network, measure_peak
 from monai_memeff.occupancy import OccupancyNet
-from monai_memeff.occupancy.boundaries import Answers, along_a_mask, around_balls
+from monai_memeff.occupancy.estimate.boundaries import Answers, along_a_mask, around_balls
 
 SIZES = ((24, 33, 20), (48, 40, 56))
 

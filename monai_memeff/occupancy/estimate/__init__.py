@@ -17,7 +17,7 @@ from monai_memeff.memory.dry import DryRun, dry_run
 from monai_memeff.memory.forecast import NetworkEstimate, in_units
 from monai_memeff.memory.network import Question, described
 from monai_memeff.memory.step import tensors_in
-from monai_memeff.occupancy.boundaries import RULE, Answers, OctreeCost, along_a_mask, around_balls
+from monai_memeff.occupancy.estimate.boundaries import RULE, Answers, OctreeCost, along_a_mask, around_balls
 from monai_memeff.occupancy.inferer import OctreeInferer
 from monai_memeff.occupancy.network import OccupancyNet
 from monai_memeff.overlays import overlay_path
@@ -38,7 +38,7 @@ def estimate(question: Question) -> NetworkEstimate:
     """The network of the overlay ``occupancy`` in the place of the given one, or itself if it is queried at points.
 
     Inference depends on where labels change. With an image the octree is that along the border of its active voxels;
-    without one the peak is :data:`~monai_memeff.occupancy.boundaries.RULE`.
+    without one the peak is :data:`~monai_memeff.occupancy.estimate.boundaries.RULE`.
 
     Raises:
         InputError: the input is not a volume, or a budget is too small.
