@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.planning.state.overlap import check_overlap
 
 MOST = 4096  # elements; a plan is made again when one of them changes
 _READING = frozenset(  # none of them writes
@@ -90,6 +91,8 @@ class Constants(TorchFunctionMode):
         if func == _SET_DATA:
             raise NotPartitionableError("forward assigns to a tensor's `data`: write into the tensor with copy_")
         name, read = getattr(func, "__name__", ""), list(tensors_in((args, kwargs)))
+        if _writes(name, kwargs) and name != "__set__":
+            check_overlap(name, args, kwargs.get("out"))
         if name not in _READING or not read or not all(map(self._knows, read)):
             if any(map(self._holds, read[:1])) and _writes(name, kwargs):
                 raise NotPartitionableError(
