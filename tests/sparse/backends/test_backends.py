@@ -276,9 +276,20 @@ def test_second_derivatives_in_float32_are_those_of_float64(channels: int) -> No
 def test_blocks_cover_every_row_once(rows: int, elements: int) -> None:
     blocks = product.row_blocks(rows, elements, torch.device("cpu"))
     assert [n for block in blocks for n in range(rows)[block]] == list(range(rows))
-    *sizes, last = [block.stop - block.start for block in blocks]
-    assert {len(bin(size).rstrip("0")) - len("0b") for size in sizes} <= {1, 2, 3}, "shapes that oneDNN plans are few"
-    assert last * elements < product.SPLIT_ELEMENTS or last < product.PLANNED_ROWS or last <= rows / 4 or last % 16 == 0
+    sizes = [block.stop - block.start for block in blocks[:-1]]
+    assert all(size & (size - 1) == 0 for size in sizes), "shapes that oneDNN plans are few"
+
+
+@pytest.mark.skipif(not product.has_onednn(), reason="this torch has no oneDNN")
+def test_rows_are_rounded_to_few_numbers_where_that_is_worth_a_plan() -> None:
+    like, work = torch.zeros(1), product.PLANNED_WORK
+    with torch.no_grad():
+        found = {rows: product.rounded_rows(rows, work, like) for rows in range(1, 600)}
+        assert [product.rounded_rows(rows, work // rows - 1, like) for rows in (5, 77)] == [5, 77]
+        assert product.rounded_rows(77, work, like.double()) == 77
+    assert sorted(set(found.values())) == [4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768]
+    assert all(rows <= to < max(1.5 * rows, 9) for rows, to in found.items())
+    assert product.rounded_rows(77, work, like) == 77, "while a graph of the backward pass is built"
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), ((1, 2, 5), 1)])

@@ -15,23 +15,20 @@ MIN_BLOCK_ROWS = 512
 MIN_BLOCKS = 4
 """A few rows are cut into this many blocks too, so that a block is small beside the features."""
 
-WHOLE_ROWS = 256
-"""Rows of the smallest block that is halved no more ..."""
+PLANNED_ROWS = 256
+"""Rows of the smallest block that is worth a plan of oneDNN's ..."""
 
 PLANNED_ELEMENTS = 2**17
-"""... and its elements, about: halving further costs more calls than it saves."""
+"""... and its elements, about: halving further costs more calls than the better product saves."""
 
 FEW_ELEMENTS = 2**18
 """Gathered elements that are multiplied at once: a megabyte in float32, and a call less costs more than its cache."""
 
-SPLIT_ELEMENTS = 2**15
-"""Elements of the last rows that are worth a block of a round number of rows and one more."""
+PLANNED_WORK = 2**24
+"""Multiplications of the smallest product of few rows that is worth a plan, 0.6 MB for each shape, and rounded rows."""
 
-PLANNED_ROWS = 64
-"""Rows of the smallest block that is worth a plan of oneDNN's."""
-
-PLANNED_WORK = 2**20
-"""Multiplications of the smallest product of few rows that is worth rounding up its rows for oneDNN."""
+COPIED_ELEMENTS = 2**20
+"""Elements of the largest second factor for it: oneDNN makes a copy in its own order, here four megabytes at most."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -43,12 +40,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int) -> None:
     """Add ``a @ b`` of a block of rows in place; ``total`` is in the :func:`accumulator` dtype.
 
     In float32 on the CPU oneDNN multiplies, which uses 512-bit vectors on every processor that has them; torch's own
-    BLAS does so on Intel's only. oneDNN plans every new shape, so it gets blocks of round numbers of rows and torch the
-    last few.
+    BLAS does so on Intel's only. oneDNN plans every new shape, so it gets blocks of 2^n rows and torch the last few.
     """
+    planned = rows >= PLANNED_ROWS and rows & (rows - 1) == 0
     if total.dtype != a.dtype:
         total += a @ b
-    elif rows >= PLANNED_ROWS and rows == _round_down(rows) and _by_onednn(a):
+    elif planned and _by_onednn(a):
         total += _onednn(a, b, None)
     else:
         total.addmm_(a, b)
@@ -56,13 +53,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int) -> None:
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None, work: int) -> Tensor:
     """``a @ b + bias`` for factors of :func:`rounded_rows`, by oneDNN where ``work`` multiplications are worth it."""
-    if work >= PLANNED_WORK and _by_onednn(a):
+    if work >= PLANNED_WORK and b.numel() <= COPIED_ELEMENTS and _by_onednn(a):
         return _onednn(a, b, bias)
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
 def rounded_rows(rows: int, work: int, like: Tensor) -> int:
-    """To how many rows zeros are appended for :func:`product`, so that oneDNN meets few shapes: at most 25 % more.
+    """To how many rows zeros are appended for :func:`product`: 2^n or 3 * 2^n, so that oneDNN plans few shapes.
 
     Args:
         rows: Rows of the block.
@@ -71,19 +68,14 @@ def rounded_rows(rows: int, work: int, like: Tensor) -> int:
     """
     if rows * work < PLANNED_WORK or not _by_onednn(like):
         return rows
-    return -_round_down(-rows)
+    step = 1 << max(rows.bit_length() - 2, 2)
+    return -(-rows // step) * step
 
 
 def padded(block: Tensor, rows: int, value: int = 0) -> Tensor:
     """A block (n, C) with rows of one value appended up to ``rows``."""
     missing = rows - block.shape[0]
     return torch.cat((block, block.new_full((missing, block.shape[1]), value))) if missing else block
-
-
-def _round_down(rows: int) -> int:
-    """The next number whose binary digits after the third are zeros, and of a negative one the next larger in size."""
-    step = 1 << max(rows.bit_length() - 3, 2)
-    return rows // step * step
 
 
 def _by_onednn(like: Tensor) -> bool:
@@ -112,24 +104,12 @@ def row_blocks(rows: int, row_elements: int, device: torch.device) -> list[slice
     columns = max(row_elements, 1)
     budget = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // columns
     most = max(MIN_BLOCK_ROWS, min(budget, max(rows // MIN_BLOCKS, FEW_ELEMENTS // columns)))
-    least = max(WHOLE_ROWS, PLANNED_ELEMENTS // columns)
+    least = max(PLANNED_ROWS, PLANNED_ELEMENTS // columns)
     size, start = 1 << (most.bit_length() - 1), 0
     blocks: list[slice] = []
     while start < rows:
-        left = rows - start
-        while size > max(left, least):
+        while size > max(rows - start, least):
             size //= 2
-        if size > left:
-            return [*blocks, *_last_blocks(start, rows, columns)]
-        blocks.append(slice(start, start + size))
+        blocks.append(slice(start, min(start + size, rows)))
         start += size
     return blocks
-
-
-def _last_blocks(start: int, stop: int, columns: int) -> list[slice]:
-    """A round number of rows and what is left, or all in one where that costs no more."""
-    left = stop - start
-    if left < PLANNED_ROWS or left * columns < SPLIT_ELEMENTS or left == _round_down(left):
-        return [slice(start, stop)]
-    middle = start + _round_down(left)
-    return [slice(start, middle), slice(middle, stop)]
