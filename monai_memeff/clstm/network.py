@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from monai.utils import convert_to_dst_type
@@ -71,6 +71,8 @@ class CLSTMUNet(nn.Module):
         >>> network(torch.rand(1, 1, 16, 16, 5)).shape
         torch.Size([1, 2, 16, 16, 5])
     """
+
+    why_not_in_parts: ClassVar[str] = "it walks through the volume itself: use SlabInferer"
 
     @numbers_checked
     def __init__(

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from monai_memeff.errors import InputError
+from monai_memeff.halo import NotPartitionableError
+from monai_memeff.halo.planning.capture import require_capturable
 
 
 def require_in_use(overlay: str, found: Mapping[str, Any], wanted: Mapping[str, str]) -> None:
@@ -34,6 +36,25 @@ def require_in_use(overlay: str, found: Mapping[str, Any], wanted: Mapping[str, 
                 f"the overlay {overlay} has no effect: the bundle's {part} is {names[0]}, not {kind}; name "
                 f"the overlay after the file that sets it, and combine it with no other overlay that replaces it"
             )
+
+
+def require_partitionable(overlay: str, network: nn.Module) -> None:
+    """Refuse a network that an overlay would run in parts and that is not run in parts: one of another overlay, say.
+
+    Args:
+        overlay: its name, for the message.
+        network: the bundle's.
+
+    Raises:
+        InputError: it names the network and what to use instead.
+    """
+    try:
+        require_capturable(_bare(network))
+    except NotPartitionableError as error:
+        raise InputError(
+            f"the overlay {overlay} runs the bundle's network in parts, and {error}; name no other overlay that "
+            f"replaces the network"
+        ) from None
 
 
 def require_exclusive_classes(overlay: str, network: nn.Module, postprocessing: Any) -> None:

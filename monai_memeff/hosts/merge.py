@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 
 from monai_memeff.errors import InputError
 from monai_memeff.hosts.layout import SIGNS, Config, get, is_steps, places, references, split, used
-from monai_memeff.hosts.suited import require_suited
+from monai_memeff.hosts.suited import require_suited, require_together
 
 OURS = "monai_memeff."
 STEPS = ("imports", "initialize", "run", "finalize")
@@ -34,6 +34,7 @@ def merge_bundle_configs(files: Sequence[Path]) -> Config:
     merged: Config = {}
     ours: list[tuple[Path, Config]] = []
     news: list[tuple[Path, list[str]]] = []
+    contents: list[tuple[str, Config]] = []
     for file in files:
         content = read(file)
         if _is_ours(content):
@@ -43,11 +44,14 @@ def merge_bundle_configs(files: Sequence[Path]) -> Config:
         _check_places(file, content, merged)
         news.append((file, [key for key in content if merged and key not in merged and key.isidentifier()]))
         merged = _merge(merged, content)
+        contents.append((file.name, content))
         if _is_ours(content):
             _check_references(file, content, merged)
+        for overlay, sets in ours:
+            _check_kept(overlay, sets, merged, file)
     for file, content in ours:
-        _check_kept(file, content, merged)
         _check_used(file, content, merged)
+    require_together(contents, merged)
     for file, added in news:
         _check_referred(file, added, merged)
     return merged
@@ -158,15 +162,15 @@ def _moved(content: Config, where: dict[str, str]) -> Config:
     return {re.sub(rf"^(\+?){names}", lambda m: m[1] + moves[m[2]], key): move(v) for key, v in content.items()}
 
 
-def _check_kept(file: Path, content: Config, merged: Config) -> None:
-    """Components and references of an overlay must stand in the end; numbers may be set by later files."""
+def _check_kept(file: Path, content: Config, merged: Config, later: Path) -> None:
+    """Components and references of an overlay must stand after each later file; numbers may be set by these."""
     for key, value in content.items():
         if key.startswith("+"):
             continue
         for place, expected in _structure(key, value):
             if get(merged, place) != expected:
                 raise InputError(
-                    f"{file.name} has no effect: a later file replaces its {key}; name {file.name} after that file, "
+                    f"{file.name} has no effect: {later.name} after it replaces its {key}; name {file.name} last, "
                     f"and do not combine overlays that replace the same"
                 )
 

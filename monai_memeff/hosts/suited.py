@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from monai_memeff.errors import InputError
-from monai_memeff.hosts.layout import Config, get, places, references
+from monai_memeff.hosts.layout import Config, components, get, places, references, used
+
+SWITCH, REPLACE = "monai_memeff.hosts.switch_unet", "monai_memeff.hosts.replace_network"
+SPARSE = "monai_memeff.sparse.SparseUNet"
+IN_PARTS = ("SpatialPartitionInferer", "parallelize", "spatial_partition")
+"""Components that run a network in parts of the volume."""
 
 
 def require_suited(name: str, overlay: Config, bundle: Config) -> None:
@@ -23,13 +30,61 @@ def require_suited(name: str, overlay: Config, bundle: Config) -> None:
     """
     where = places(bundle)
     network = get(bundle, where.get("network_def", "network_def"))
-    if overlay.get("network_def#_target_") == "monai_memeff.hosts.switch_unet":
+    if overlay.get("network_def#_target_") == SWITCH:
         _require_unet(name, network)
     if str(overlay.get("network_def#replacement", "")).endswith("OccupancyNet"):
         evaluator = get(bundle, where.get("validate#evaluator") or where.get("evaluator", "")) or {}
         _require_exclusive(name, network, evaluator.get("postprocessing"), bundle)
     if any("PrepareBatch" in str(value) for value in overlay.values()):
         _require_own_iterations(name, get(bundle, where.get("train#trainer", "")) or {})
+
+
+def require_together(files: Sequence[tuple[str, Config]], merged: Config) -> None:
+    """Refuse files of which one runs the network in parts and another one puts in a network that is not run in parts.
+
+    Args:
+        files: names and contents, in their order.
+        merged: what they give together.
+
+    Raises:
+        InputError: it names both files.
+    """
+    reached = used(merged)
+    parts = [place for place, kind in components(merged) if kind in IN_PARTS and _is_reached(place, reached)]
+    network = get(merged, places(merged).get("network_def", "network_def"))
+    kind = network_class(network)
+    why = getattr(kind, "why_not_in_parts", None)
+    if not parts or kind is None or why is None:
+        return
+    splits = _last_with(files, lambda text: any(f".{name}" in text for name in IN_PARTS))
+    puts = _last_with(files, lambda text: f".{kind.__name__}" in text or str(network["_target_"]) in text)
+    both = f"{splits} and {puts} exclude each other: {splits}" if splits != puts else splits
+    raise InputError(f"{both} runs the network in parts, and {kind.__name__} is not run in parts: {why}")
+
+
+def network_class(network: Any) -> type | None:
+    """The class of this package that a bundle's ``network_def`` makes, seen through the switches of overlays.
+
+    None for other networks and for what is no component.
+    """
+    target = str(network.get("_target_", "")) if isinstance(network, Mapping) else ""
+    target = {SWITCH: SPARSE, REPLACE: str(network.get("replacement"))}.get(target, target) if target else ""
+    module, _, name = target.rpartition(".")
+    if not module.startswith("monai_memeff."):
+        return None
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+    return found if isinstance(found, type) else None
+
+
+def _is_reached(place: str, reached: set[str]) -> bool:
+    return not reached or any(place == other or place.startswith(f"{other}#") for other in reached)
+
+
+def _last_with(files: Sequence[tuple[str, Config]], says: Callable[[str], bool]) -> str:
+    return next((name for name, content in reversed(files) if says(json.dumps(content, default=str))), files[0][0])
 
 
 def _require_own_iterations(name: str, trainer: Mapping[str, Any]) -> None:
@@ -41,8 +96,15 @@ def _require_own_iterations(name: str, trainer: Mapping[str, Any]) -> None:
 
 
 def _require_unet(name: str, network: Any) -> None:
+    ours = network_class(network)
     kind = str(network.get("_target_", "")).rpartition(".")[2] if isinstance(network, Mapping) else ""
-    if kind and kind not in ("UNet", "SparseUNet", "switch_unet"):
+    kind = ours.__name__ if ours is not None else kind
+    if ours is not None and network.get("_target_") == REPLACE:
+        raise InputError(
+            f"{name} switches MONAI's UNet and no other network, and the overlay {network.get('overlay')} before it "
+            f"has put {kind} in its place: name one of the two"
+        )
+    if kind and kind not in ("UNet", "SparseUNet"):
         raise InputError(
             f"{name} switches MONAI's UNet and no other network, and this bundle's network_def is {kind}: choose the "
             f"overlay halo_inference, clstm or occupancy, see docs/overlays.md"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from monai.networks.layers import get_norm_layer
@@ -116,6 +116,8 @@ class OccupancyNet(nn.Module):
         >>> OccupancyNet(1, 3, channels=(4, 8, 8)).eval()(torch.rand(1, 1, 16, 16, 16)).shape
         torch.Size([1, 3, 16, 16, 16])
     """
+
+    why_not_in_parts: ClassVar[str] = "it is queried point by point: use OctreeInferer"
 
     @numbers_checked
     def __init__(

@@ -76,8 +76,15 @@ def _no_hidden_draws() -> Iterator[None]:
         )
 
 
-def _check_modules(network: nn.Module) -> None:
+def require_capturable(network: nn.Module) -> None:
+    """Refuse what cannot be captured at any shape: NotPartitionableError names the module.
+
+    A class says of itself by ``why_not_in_parts`` that it is not run in parts, and what to use instead.
+    """
     for path, module in network.named_modules():
+        why = getattr(type(module), "why_not_in_parts", None)
+        if why is not None:
+            raise NotPartitionableError(f"{path or 'the network'} ({type(module).__name__}) is not run in parts: {why}")
         if isinstance(module, torch.jit.ScriptModule):
             raise NotPartitionableError(
                 f"{path or 'the network'} ({type(module).__name__}): a torch.jit module cannot be captured; "
@@ -144,7 +151,7 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
         NotPartitionableError: what cannot be captured, with the reason of `torch.export` in one sentence.
     """
     network = bare(network)
-    _check_modules(network)
+    require_capturable(network)
     flat, spec = flatten_call(tuple(args), dict(kwargs or {}))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = home(network)

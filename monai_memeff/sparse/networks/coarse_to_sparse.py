@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from monai.networks.layers.factories import Act, Norm
@@ -86,6 +87,8 @@ class CoarseToSparseUNet(nn.Module):
         >>> network(torch.rand(1, 1, 16, 16, 16)).shape
         torch.Size([1, 2, 16, 16, 16])
     """
+
+    why_not_in_parts: ClassVar[str] = "it chooses voxels by the whole volume, and max_active bounds its memory"
 
     @numbers_checked
     def __init__(

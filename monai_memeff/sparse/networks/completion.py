@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import ClassVar
 
 import torch
 from monai.utils import convert_to_dst_type
@@ -56,6 +57,8 @@ class SparseCompletionNet(nn.Module):
         >>> SparseCompletionNet().eval()(skull).shape
         torch.Size([1, 1, 64, 64, 64])
     """
+
+    why_not_in_parts: ClassVar[str] = "it computes active voxels only, wherever they are: use SparseInferer"
 
     @numbers_checked
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from monai.networks.layers.factories import Act, Norm
@@ -53,6 +54,8 @@ class SparseUNet(UNet):
         >>> network(torch.eye(16).expand(1, 1, 16, 16, 16)).shape
         torch.Size([1, 2, 16, 16, 16])
     """
+
+    why_not_in_parts: ClassVar[str] = "it computes active voxels only, wherever they are: use SparseInferer"
 
     @numbers_checked
     def __init__(

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from monai_memeff.arguments import numbers_checked
-from monai_memeff.halo.planning.capture import capture
+from monai_memeff.halo.planning.capture import capture, require_capturable
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.state.fingerprint import fingerprint, mode_key
 from monai_memeff.halo.run.ranks import calls
@@ -148,8 +148,9 @@ def spatial_partition(network: nn.Module, mesh: HaloMesh, checkpoint_segments: i
 
     Raises:
         ValueError: if the network is partitioned already or `checkpoint_segments` is below 1.
-        NotPartitionableError: when called, on every rank, before anything is computed: if the network cannot be run in
-            parts, if the ranks differ, or if an argument may be a part or a whole.
+        NotPartitionableError: if it is of a kind that is never run in parts; when called, on every rank, before
+            anything is computed: if it cannot be run in parts, if the ranks differ, or if an argument may be a part or
+            a whole.
 
     Examples:
         >>> mesh = init_mesh(data=1, spatial=(2,))
@@ -161,6 +162,7 @@ def spatial_partition(network: nn.Module, mesh: HaloMesh, checkpoint_segments: i
         raise ValueError("This network is partitioned already; call unpartition(network) first.")
     if checkpoint_segments < 1:
         raise ValueError(f"checkpoint_segments must be at least 1 but is {checkpoint_segments}.")
+    require_capturable(network)
     _check_sharding(network)
     partition = _Partition(network, mesh, checkpoint_segments)
     network.__dict__[_MARK] = partition
