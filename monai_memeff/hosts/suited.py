@@ -65,7 +65,7 @@ def require_together(files: Sequence[tuple[str, Config]], merged: Config) -> Non
 def network_class(network: Any) -> type | None:
     """The class of this package that a bundle's ``network_def`` makes, seen through the switches of overlays.
 
-    None for other networks and for what is no component.
+    None for other networks, and for what names none.
     """
     target = str(network.get("_target_", "")) if isinstance(network, Mapping) else ""
     target = {SWITCH: SPARSE, REPLACE: str(network.get("replacement"))}.get(target, target) if target else ""
