@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--places", nargs="+", default=list(PLACES), choices=list(PLACES))
     given = parser.parse_args()
-    rows = []
+    print("| head, place | hole found | network | mirror | warning |\n|---|---|---|---|---|", flush=True)
     for text in given.images:
         name, _, said = text.partition(":")
         threshold = float(said) if said else None
@@ -90,9 +90,7 @@ def main() -> None:
                 file = Path(folder) / f"holed_{Path(name).name}"
                 soft = 0.0 if threshold is not None else SOFT_HU
                 save_nifti(file, np.where(truth, np.float32(soft), values), affine)
-                rows.append(row(Path(name).name, place, file, threshold, truth, given))
-    print("| head, place | hole found | network | mirror | warning |\n|---|---|---|---|---|")
-    print("\n".join(rows))
+                print(row(Path(name).name, place, file, threshold, truth, given), flush=True)
 
 
 if __name__ == "__main__":
