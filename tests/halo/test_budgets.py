@@ -14,7 +14,7 @@ NETWORKS = [
 SHARES = (0.8, 0.5, 0.3)  # of the peak with one tile for each step
 
 
-CHOSEN = [pytest.param(n, marks=[] if i < 2 else pytest.mark.exhaustive) for i, n in enumerate(NETWORKS)]
+CHOSEN = [pytest.param(n, marks=[] if i < 2 else pytest.mark.slow) for i, n in enumerate(NETWORKS)]
 
 
 @pytest.mark.parametrize("name", CHOSEN)

@@ -113,7 +113,7 @@ DEPEND_ON_DATA: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNLISTED)
 def test_operators_that_nobody_listed(name: str) -> None:
     x = x_of()
