@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import tempfile
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from nnunet_lean import measured
 
 from nnunet_plugins.lean.trial import TrialModel, write_image
 
-STARTUP = Path(__file__).resolve().parents[2] / "nnunet_plugins" / "_startup"
 TRAINER = "nnUNetTrainerNoMirroring"
 
 
@@ -59,8 +59,7 @@ def predict(way: str, folder: Path, options: argparse.Namespace) -> None:
         os.environ[f"nnUNet_{name}"] = str(folder / "models")
     if way == "lean":  # as after pip install of this package, with the variable set
         os.environ["MEMEFF_NNUNET"] = "lean"
-        sys.path.insert(0, str(STARTUP))
-        __import__("_monai_memeff_nnunet").watch()
+        import_module("nnunet_plugins._startup._monai_memeff_nnunet").watch()
     from nnunetv2.inference import export_prediction
     from totalsegmentator.map_to_binary import map_taskid_to_partname_ct
     from totalsegmentator.nnunet import nnUNet_predict_image
