@@ -18,6 +18,8 @@ from monai.deploy.operators.monai_bundle_inference_operator import (
 )
 from pydicom.sr.codedict import codes
 
+from monai_memeff.hosts.deploy import require_deploy_reads
+
 
 class SpleenApp(Application):
     """DICOM folder -> series -> volume -> bundle with the overlay halo_inference -> DICOM SEG."""
@@ -26,6 +28,7 @@ class SpleenApp(Application):
         """Join the operators."""
         context: AppContext = Application.init_app_context(self.argv)
         source, target = Path(context.input_path), Path(context.output_path)
+        require_deploy_reads(source)  # the SDK's reader changes some series without a word
         loader = DICOMDataLoaderOperator(self, CountCondition(self, 1), input_folder=source, name="loader")
         selector = DICOMSeriesSelectorOperator(self, rules="", name="selector")
         volume = DICOMSeriesToVolumeOperator(self, name="volume")
