@@ -9,11 +9,12 @@ from monai.bundle import ConfigParser
 
 from monai_memeff.data import atomic_write
 from monai_memeff.errors import InputError
-from monai_memeff.hosts.layout import Config, places
+from monai_memeff.hosts.layout import Config, get, places
 from monai_memeff.hosts.merge import merge_bundle_configs
 
 SUFFIXES = (".json", ".yaml", ".yml")
 HOSTS = ("label",)
+KEPT_PATH = "path_of_image"
 
 
 def write_merged(configs: Sequence[Path], output: Path, host: str | None = None) -> list[str]:
@@ -33,6 +34,8 @@ def write_merged(configs: Sequence[Path], output: Path, host: str | None = None)
         raise InputError(f"a configuration is .json or .yaml, got {output.name!r}; give --output such a name")
     merged = merge_bundle_configs(configs)
     target = output if host is None else _for_label(merged, output)
+    if host is not None:
+        _hide_path(merged)
     with atomic_write(target, *configs) as work:
         ConfigParser.export_config_file(merged, str(work), fmt=target.suffix.lstrip("."), indent=2)
     return [f"wrote {target}", *(_beside(target) if host else ())]
@@ -54,6 +57,26 @@ def _for_label(merged: Config, output: Path) -> Path:
     if output.suffix == ".yaml" and output.with_suffix(".json").exists():
         raise InputError(f"MONAI Label reads {output.with_suffix('.json')} before {output}: write that, or remove it")
     return output
+
+
+def _hide_path(merged: Config) -> None:
+    """Take Label's ``image_path``, a text, out of the data while Spacingd works, and put it back afterwards.
+
+    MONAI 1.6's Spacingd takes all that is called ``image_...`` for metadata of an image from NIfTI, and stops there.
+    """
+    place = "preprocessing#transforms" if get(merged, "preprocessing#transforms") is not None else "preprocessing"
+    steps = get(merged, place)
+    for step in list(steps) if isinstance(steps, list) else ():
+        keys = step.get("keys", ()) if isinstance(step, dict) else ()
+        if "image" not in keys or str(step.get("_target_")).rpartition(".")[2] not in ("Spacingd", "SpacingD"):
+            continue
+        index = steps.index(step)
+        steps[index : index + 1] = [*_renamed("image_path", KEPT_PATH), step, *_renamed(KEPT_PATH, "image_path")]
+
+
+def _renamed(old: str, new: str) -> list[Config]:
+    copy = {"_target_": "CopyItemsd", "keys": old, "times": 1, "names": new, "allow_missing_keys": True}
+    return [copy, {"_target_": "DeleteItemsd", "keys": old}]
 
 
 def _beside(target: Path) -> list[str]:

@@ -9,14 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from monai.bundle import ConfigParser
 
 from monai_memeff import cli
 from monai_memeff.errors import InputError
 from monai_memeff.hosts import merge_bundle_configs
 from monai_memeff.overlays import overlay_names, overlay_path
-from tests.bundles.conftest import STOCK
+from tests.bundles.conftest import STOCK, save_nifti
 
 Memeff = Callable[..., tuple[int, str, str]]
 STOCK_FILES = {file.stem: file for file in (STOCK / "configs").glob("*.json")}
@@ -153,6 +155,32 @@ def test_label_gets_the_name_that_it_reads(name: str, kind: str, memeff: Memeff,
         status, _, err = memeff(*words, tmp_path / output)
         assert (status, len(err.strip().splitlines())) == (2, 1)
         assert f"MONAI Label reads configs/{kind}.json" in err
+
+
+def test_spacing_of_nifti_does_not_stop_at_labels_path(memeff: Memeff, tmp_path: Path) -> None:
+    """MONAI's Spacingd takes Label's ``image_path`` for metadata: the merged steps give it all else as it is."""
+    base, file = json.loads(STOCK_FILES["inference"].read_text()), tmp_path / "image.nii.gz"
+    spacing = {"_target_": "Spacingd", "keys": ["image"], "pixdim": [2.0, 1.5, 3.0]}
+    base["preprocessing"]["transforms"] = [
+        {"_target_": "LoadImaged", "keys": "image", "image_only": False},
+        {"_target_": "EnsureChannelFirstd", "keys": "image"},
+        spacing,
+    ]
+    (tmp_path / "inference.json").write_text(json.dumps(base))
+    save_nifti(file, np.random.default_rng(0).normal(size=(9, 8, 7)).astype(np.float32), np.diag([1.0, 1.0, 2.0, 1.0]))
+    data = {"image": str(file), "image_path": str(file)}
+    words = ("merge", tmp_path / "inference.json", overlay_path("halo_inference"), "--output", tmp_path / "bundle")
+    assert memeff(*words, "--host", "label")[0] == 0
+    merged = ConfigParser.load_config_file(str(tmp_path / "bundle" / "configs" / "inference.json"))
+    steps, plain = (ConfigParser(c).get_parsed_content("preprocessing") for c in (merged, base))
+    with pytest.raises(RuntimeError, match="Spacingd"):
+        plain(data)
+    found, expected = steps(data), plain({"image": str(file)})
+    assert (found["image_path"], found["image"].shape) == (str(file), expected["image"].shape)
+    assert torch.equal(found["image"], expected["image"])
+    assert torch.equal(found["image"].affine, expected["image"].affine)
+    back, known = steps.inverse({"image": found["image"]}), plain.inverse({"image": expected["image"]})
+    assert torch.equal(back["image"], known["image"])
 
 
 # A bundle with other names
