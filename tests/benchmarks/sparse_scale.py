@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def main() -> None:
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16 (native)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="append every cell as a line of JSON")
+    parser.add_argument(
+        "--output", type=Path, help="append every cell as a line of JSON, with the calls of torch that it makes"
+    )
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
@@ -137,11 +140,29 @@ def _run(cell: dict) -> dict:
     with measure_peak() as meter:
         step()
     found["tensor_bytes"] = meter.peak_bytes
+    step.net.zero_grad(set_to_none=True)
+    found["calls"] = _calls_of(step)
     while times[0] < ENOUGH_SECONDS and len(times) < 1 + cell["repeats"]:
         timed()
     found["cpu_seconds"] = min(times)
     found["candidates"] = found["result"] if cell["mode"] == "test" else ""
     return found
+
+
+def _calls_of(step: Callable[[], object]) -> int:
+    """How many operations of torch's a step starts."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counting() as counting:
+        step()
+    return counting.calls
 
 
 def _dense_bytes(cell: dict, channels: int) -> float:
