@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from monai.losses import DiceCELoss
 from torch import Tensor
 
+from monai_memeff.halo import SpatialLoss
+from monai_memeff.halo.run.ranks.comm.mesh import single_rank_mesh
 from monai_memeff.occupancy import (
     OccupancyLoss,
     OccupancyNet,
@@ -201,6 +203,8 @@ def loss_of(trainer: type, regions: bool) -> Any:
     self.is_ddp, self.enable_deep_supervision = False, trainer.__name__ == "SparseTrainer"
     self.settings = {"coarse_weight": 0.1}
     loss = self._build_loss()
+    if trainer.__name__ == "HaloTrainer":  # stock's loss, which it runs on parts
+        return SpatialLoss(loss, single_rank_mesh(), averaged=False)
     return getattr(self, "loss_of_points", loss)
 
 
@@ -222,7 +226,7 @@ def targets_of(label: Tensor, regions: bool, scales: list[list[float]] | None) -
 
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("regions", [False, True])
-@pytest.mark.parametrize("name", ["SparseTrainer", "CLSTMTrainer"])
+@pytest.mark.parametrize("name", ["SparseTrainer", "CLSTMTrainer", "HaloTrainer"])
 def test_the_trainers_losses_leave_out_ignored_voxels_at_every_resolution(
     name: str, regions: bool, everything: bool
 ) -> None:
