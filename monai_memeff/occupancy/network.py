@@ -99,8 +99,7 @@ class OccupancyNet(nn.Module):
             them (finest first) with the numbers of features in ``channels``, such as MONAI's ResNetFeatures.
         width: Number of features in the decoder; None: 512 as published, 128 in ``"interpolated"``.
         blocks: Number of residual blocks of the decoder; None: 5 as published, 3 in ``"interpolated"``.
-        statistics: Statistics of the conditional batch norm, ``"scalar"`` as in the authors' code or ``"feature"``;
-            None: ``"scalar"``, in the variant ``"interpolated"`` ``"feature"``.
+        statistics: Those of the conditional batch norm, ``"scalar"`` (authors' code), ``"feature"``; None: as above.
         act: ``"PADE"`` or an activation as in MONAI; None: as above.
         norm: Norm of the encoder, as in MONAI; None: batch norm as published, groups of up to 8 in ``"interpolated"``.
         normalize_coordinates: Coordinates in the unit cube instead of voxel indices; None: as above.
@@ -209,8 +208,7 @@ class OccupancyNet(nn.Module):
         """
         plain = plain_tensor(volume)
         points = checked_points(points, plain)
-        shape = tuple(plain.shape[2:])
-        dtype = self._dtype_of(plain)
+        shape, dtype = tuple(plain.shape[2:]), self._dtype_of(plain)
         points = points.to(torch.promote_types(points.dtype, dtype))  # never rounded to half precision
         unit = index_to_unit(points, shape)
         known = [unit if self.normalize_coordinates else points]
