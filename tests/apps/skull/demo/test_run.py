@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel
@@ -73,3 +78,28 @@ def test_training_learns(threads, monkeypatch):
     found = methods.implant(method, methods.DefectSampler(skull, 1, 1)()[0][0])
     assert found.shape == (64, 64, 64)
     assert found.dtype == bool
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("words", [(), ("--systems",)], ids=["skull", "systems"])
+def test_an_interrupt_at_any_moment_leaves_nothing(words: tuple[str, ...], tmp_path: Path) -> None:
+    """Ctrl-C while it starts, reads, trains: status 130, or by the signal before Python has its handler; no folder."""
+    for delay in np.random.default_rng(0).uniform(2, 30, 2):
+        command = [
+            sys.executable,
+            "-m",
+            "monai_memeff",
+            "demo",
+            *words,
+            "--seconds",
+            "60",
+            "--output",
+            tmp_path / "out",
+        ]
+        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=120)
+        assert running.returncode in (130, -signal.SIGINT), said
+        assert "Traceback" not in said or running.returncode == -signal.SIGINT
+        assert not list(tmp_path.iterdir())
