@@ -31,7 +31,8 @@ def require_weights(network: Network, purpose: str = "") -> Network:
     Example::
 
         network = require_weights(OccupancyNet(1, 2), "the overlay occupancy_inference")
-        network.load_state_dict(torch.load("models/model.pt"), strict=False)  # raises if it is another network's
+        state = torch.load("models/model.pt", weights_only=True)
+        network.load_state_dict(state, strict=False)  # raises if it is another network's
     """
     guard = _Guard(type(network).__name__, purpose)
     network.register_load_state_dict_pre_hook(guard.on_load)
