@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from monai_memeff.arguments import numbers_checked
 from monai_memeff.checks import as_device
+from monai_memeff.halo.frame import around, attempt_dry, cropped, extents_taken
 from monai_memeff.halo.planning.capture import bare, home
 from monai_memeff.halo.planning.estimate import dry_peak
 from monai_memeff.halo.planning.plan import Plan, make_plan
@@ -28,6 +30,8 @@ from monai_memeff.halo.run.stores import FolderStore, HostStore, Store, availabl
 from monai_memeff.halo.run.stream import Stream
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
+_LOG = logging.getLogger(__name__)
+_PADDED = "%s takes multiples only: %s voxels run with zeros around, as %s, and results are cropped"
 GPU_SHARE = 0.7  # of a GPU's free memory: the rest is for the kernels' workspace and fragments
 HOST_SHARE = 0.5  # of the free host memory: other programs want some
 
@@ -45,6 +49,7 @@ class StreamingReport:
         budget_bytes: what the plan was allowed, None if the number of partitions was given.
         store_bytes: highest number of bytes in the store, the output included.
         plan_seconds: the part of `seconds` that made the plan; 0 if it was at hand.
+        padded_to: extents with zeros around the volume (`pad`), None where the network took its own.
     """
 
     partitions: int
@@ -55,13 +60,15 @@ class StreamingReport:
     budget_bytes: int | None = None
     store_bytes: int = 0
     plan_seconds: float = 0.0
+    padded_to: tuple[int, ...] | None = None
 
 
 class SpatialPartitionInferer(Inferer):
     """Runs an existing network on a whole volume, a tile at a time, with the result of the whole network.
 
     The network is captured as a graph at the volume's shape. Every operator is computed tile by tile from whole tensors
-    in a store; norms use the statistics of the whole volume. Any size is taken as it is: nothing is padded or cropped.
+    in a store; norms use the statistics of the whole volume. Any size that the network takes is run as it is: nothing
+    is padded or cropped, unless `pad` is set and the network takes it no other way.
     The idea of halo rows is that of Hou et al. 2019 (https://arxiv.org/abs/1909.03108), streamed through one device.
 
     The network is unchanged afterwards, running statistics included, in training mode too. Random numbers of torch are
@@ -79,6 +86,8 @@ class SpatialPartitionInferer(Inferer):
         memory_budget: bytes for activations on the device; by default 70 % of a GPU's free memory. On a CPU, where the
             store shares the memory, half of what is free, less what the store needs.
         progress: show a progress bar.
+        pad: True puts zeros around a volume whose extents the network itself does not take or rounds up, to the next
+            multiples it takes, says so in a log line, and crops the results. Other volumes are not padded.
 
     Attributes:
         last_report: a `StreamingReport` of the last call, None before it.
@@ -102,6 +111,7 @@ class SpatialPartitionInferer(Inferer):
         labels: bool | str = False,
         memory_budget: int | None = None,
         progress: bool = False,
+        pad: bool = False,
     ) -> None:
         wrong = isinstance(partitions, bool) or not isinstance(partitions, int) or partitions < 1
         if partitions != "auto" and wrong:
@@ -113,8 +123,9 @@ class SpatialPartitionInferer(Inferer):
         self.partitions, self.store, self.axis = partitions, store, axis
         self.device = None if device is None else as_device(device)
         self.labels, self.memory_budget, self.progress = labels, memory_budget, progress
+        self.pad = pad
         self.last_report: StreamingReport | None = None
-        self._calls = 0
+        self._calls, self._extents = 0, dict[Hashable, tuple[int, ...]]()
         self._plans: dict[Hashable, tuple[weakref.ref[nn.Module], Plan]] = {}
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,6 +148,27 @@ class SpatialPartitionInferer(Inferer):
         if not isinstance(network, nn.Module):
             raise TypeError(f"SpatialPartitionInferer needs an nn.Module but got {type(network).__name__}.")
         network = bare(network)
+        size = self._taken(network, inputs) if self.pad and not args and not kwargs else None
+        if size is None:
+            return _with_meta(self._run(inputs, network, *args, **kwargs), inputs)
+        own = tuple(inputs.shape[2:])
+        padded = torch.nn.functional.pad(inputs.as_subclass(torch.Tensor), around(own, size))
+        answer = cropped(self._run(padded, network), own, size)
+        assert self.last_report is not None
+        self.last_report = replace(self.last_report, padded_to=size)
+        return _with_meta(answer, inputs)
+
+    def _taken(self, network: nn.Module, inputs: torch.Tensor) -> tuple[int, ...] | None:
+        """Larger extents at which the network runs, None for the volume's own."""
+        own, key = tuple(inputs.shape[2:]), (fingerprint(network), mode_key(), tuple(inputs.shape), inputs.dtype)
+        if key not in self._extents:
+            size, _ = extents_taken(own, attempt_dry(network, tuple(inputs.shape[:2]), inputs.dtype))
+            self._extents = dict(list(self._extents.items())[-15:]) | {key: size}
+            if size != own:
+                _LOG.warning(_PADDED, type(network).__name__, *(" x ".join(map(str, e)) for e in (own, size)))
+        return None if self._extents[key] == own else self._extents[key]
+
+    def _run(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
         flat, spec = flatten_call((inputs, *args), kwargs)
         flat = [leaf.as_subclass(torch.Tensor) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
@@ -165,7 +197,7 @@ class SpatialPartitionInferer(Inferer):
             plan.store_bytes,
             planned,
         )
-        return _with_meta(whole, inputs)
+        return whole
 
     def prepare(self, inputs: torch.Tensor, network: nn.Module, program: Program | None = None) -> Plan:
         """The plan of a later call of the same network on a volume of the same shape and type, which will use it.

@@ -85,6 +85,57 @@ def test_odd_sizes_run_as_they_are(axis: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_network_of_multiples_only_runs_with_zeros_around_where_that_is_set(
+    labels: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = nets.UNet(3, 1, 2, (4, 8, 16), (2, 2), norm="batch").double().eval()
+    x = MetaTensor(torch.randn(1, 1, 17, 16, 14, dtype=torch.float64), affine=torch.diag(torch.tensor([2.0, 1, 1, 1])))
+    with pytest.raises((RuntimeError, NotPartitionableError), match="Sizes of tensors"):
+        SpatialPartitionInferer(3, labels=labels)(x, network)
+    inferer = SpatialPartitionInferer(3, labels=labels, pad=True)
+    logits = whole(network, torch.nn.functional.pad(x.as_tensor(), (1, 1, 0, 0, 1, 2)))[:, :, 1:18, :, 1:15]
+    for _ in range(2):
+        got = inferer(x, network)
+        assert torch.equal(got.affine, x.affine)
+        if labels:
+            assert torch.equal(got.as_tensor(), logits.argmax(1, keepdim=True).to(torch.uint8))
+        else:
+            torch.testing.assert_close(got.as_tensor(), logits, atol=1e-11, rtol=0)
+    assert inferer.last_report is not None
+    assert inferer.last_report.padded_to == (20, 16, 16)
+    said = [r.getMessage() for r in caplog.records if "zeros" in r.getMessage()]
+    assert len(said) == 1
+    assert "17 x 16 x 14" in said[0]
+    assert "20 x 16 x 16" in said[0]
+
+
+def test_what_a_network_takes_is_not_padded_and_what_cannot_be_cropped_is_refused() -> None:
+    class Two(nn.Module):
+        """Joins levels, so that odd extents do not fit, and returns the coarse one as well."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Conv3d(1, 2, 2, 2), nn.ConvTranspose3d(2, 1, 2, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            coarse = self.down(x)
+            return self.up(coarse) + x, coarse
+
+    odd, convolution = torch.randn(1, 1, 7, 5, 6), nn.Conv3d(1, 1, 3, padding=1)
+    got = SpatialPartitionInferer(2, pad=True)(odd, convolution)
+    torch.testing.assert_close(got, whole(convolution, odd), atol=1e-6, rtol=0)
+    with pytest.raises(NotPartitionableError, match=r"\(7, 5, 6\) voxels only with zeros around.*\(8, 6, 6\)"):
+        SpatialPartitionInferer(2, pad=True)(odd, Two())
+    fine, coarse = SpatialPartitionInferer(2, pad=True)(odd[:, :, :6, :4], network := Two())
+    torch.testing.assert_close(fine, whole(network, odd[:, :, :6, :4])[0], atol=1e-6, rtol=0)
+    assert coarse.shape[2:] == (3, 2, 3)
+    smaller = nn.Conv3d(1, 1, 3)
+    torch.testing.assert_close(
+        SpatialPartitionInferer(2, pad=True)(odd, smaller), whole(smaller, odd), atol=1e-6, rtol=0
+    )
+
+
 def test_labels_are_the_argmax(tmp_path: Path) -> None:
     network, x = unet().eval(), torch.randn(1, 1, 16, 8, 8)
     for store in ("host", tmp_path):

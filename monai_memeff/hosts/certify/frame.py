@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from monai_memeff.halo.frame import around, attempt_dry, extents_taken
 from monai_memeff.hosts.certify.sources.subject import Subject
-from monai_memeff.memory.dry import DryRun, dry_run
-from monai_memeff.memory.step import tensors_in
-
-DIVISORS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
-"""Numbers of which the extents of a volume may have to be multiples, for networks that halve them."""
-
-TRIAL_LOG = "torch._subclasses.fake_tensor"
-"""Logger that reports every shape a network does not take."""
+from monai_memeff.memory.dry import DryRun
 
 
 @dataclass
@@ -52,42 +43,19 @@ class Frame:
 
 
 def frame(subject: Subject) -> Frame:
-    """The volume in extents that come back: its own, or the next multiples of a number, with zeros around.
-
-    A network that halves rounds odd extents up: it takes 15 voxels and returns 16, none of them the volume's.
-    """
+    """The volume in extents that come back (:func:`monai_memeff.halo.frame.extents_taken`)."""
     plain = subject.inputs.as_subclass(Tensor)
-    extents, taken = tuple(plain.shape[2:]), list[Frame]()
-    for divisor in DIVISORS:
-        size = tuple(-(-extent // divisor) * divisor for extent in extents)
-        found = _dry_run(subject, (*plain.shape[:2], *size))
-        if found is None:
-            continue
-        more = [new - own for own, new in zip(extents, size, strict=True)]
-        around = [part for extra in reversed(more) for part in (extra // 2, extra - extra // 2)]
-        inputs = torch.nn.functional.pad(plain, around)
-        taken.append(Frame(inputs, extents, found.peak_bytes + inputs.nbytes))
-        if all(tuple(tensor.shape[2:]) == size for tensor in list(tensors_in(found.result))[:1]):
-            return taken[-1]
-    return taken[0] if taken else Frame(plain, extents, None)
+    extents = tuple(plain.shape[2:])
+    size, found = extents_taken(extents, lambda size: _dry_run(subject, (*plain.shape[:2], *size)))
+    if found is None:
+        return Frame(plain, extents, None)
+    inputs = torch.nn.functional.pad(plain, around(extents, size))
+    return Frame(inputs, extents, found.peak_bytes + inputs.nbytes)
 
 
 def _dry_run(subject: Subject, shape: tuple[int, ...]) -> DryRun | None:
     """The whole network at a shape; None where it does not take it (or cannot be run without values)."""
     if subject.args or subject.kwargs:
         return None
-    try:
-        with _quiet(), subject.precision():
-            return dry_run(subject.network, shape, subject.inputs.dtype, subject.network, False)
-    except Exception:  # of the network, of any kind: the run itself says it in words
-        return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    log = logging.getLogger(TRIAL_LOG)
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
+    with subject.precision():
+        return attempt_dry(subject.network, shape[:2], subject.inputs.dtype)(shape[2:])

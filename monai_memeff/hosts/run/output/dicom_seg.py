@@ -20,6 +20,9 @@ TYPE_2 = (
 )  # fmt: skip
 """What a SEG repeats of its source, and what may be empty there."""
 
+REFERRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
+"""What a SEG refers to, and cannot be without."""
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -117,10 +120,17 @@ def write_seg(
 
 
 def _completed(image: Any) -> Any:
-    """With what a SEG must repeat, empty where the source lacks it."""
+    """With what a SEG must repeat, empty where the source lacks it; an instance's numbers stand in its file's head."""
     for keyword in TYPE_2:
         if keyword not in image:
             setattr(image, keyword, None if keyword not in ("PatientID", "StudyID", "AccessionNumber") else "")
-    if "FrameOfReferenceUID" not in image:
-        raise InputError("the series has no FrameOfReferenceUID, which a DICOM SEG needs; use --format nifti")
+    for keyword in ("SOPClassUID", "SOPInstanceUID"):
+        if not image.get(keyword):
+            setattr(image, keyword, image.file_meta.get(f"MediaStorage{keyword}"))
+    lacking = [keyword for keyword in REFERRED if not image.get(keyword)]
+    if lacking:
+        raise InputError(
+            f"the series has no {' and no '.join(lacking)}, which a DICOM SEG refers to; export it again, or use"
+            " --format nifti"
+        )
     return image
