@@ -55,7 +55,7 @@ def attempt_dry(network: nn.Module, leading: Extents, dtype: torch.dtype) -> Cal
     Args:
         network: not changed.
         leading: batch and channels.
-        dtype: of the volume.
+        dtype: the volume's number type.
     """
 
     def attempt(size: Extents) -> DryRun | None:
