@@ -118,7 +118,8 @@ def test_points_go_on_after_running_out(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.slow
 def test_sparse_volumes_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     network = SparseUNet(3, 1, 2, channels=(4, 8), strides=(2,), num_res_units=1).eval()
-    volume = torch.rand(3, 1, 12, 13, 14) * (torch.rand(3, 1, 12, 13, 14) < 0.2)
+    # large enough that a single volume is not gathered in one product, which takes more than parts of three do
+    volume = torch.rand(3, 1, 24, 26, 28) * (torch.rand(3, 1, 24, 26, 28) < 0.2)
     whole, free = peak(lambda: SparseInferer()(volume, network))
     with pytest.raises(InputError, match="needs more than memory_budget = 1000, it took") as caught:
         SparseInferer(memory_budget=1000)(volume, network)
