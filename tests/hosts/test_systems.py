@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -66,17 +64,8 @@ def padded() -> BasicUNet:
     return BasicUNet(features=(4, 4, 8, 8, 8, 4)).eval()  # pads its skips
 
 
-@pytest.fixture
-def _no_collector() -> Iterator[None]:
-    """Memory that only the garbage collector would free counts."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("build", [unet, padded], ids=["UNet", "BasicUNet"])
 def test_halo_keeps_every_budget(build: Any) -> None:
     network, volume = build(), torch.rand(SHAPE)

@@ -157,15 +157,6 @@ def test_recomputation_is_seen() -> None:
     assert peaks[1][1] >= 4 * 4 * KIB
 
 
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    """Nothing of earlier tests dies during this one."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.slow
 def test_agrees_with_a_walk_over_the_graph() -> None:
