@@ -87,7 +87,8 @@ class SpatialPartitionInferer(Inferer):
             store shares the memory, half of what is free, less what the store needs.
         progress: show a progress bar.
         pad: True puts zeros around a volume whose extents the network itself does not take or rounds up, to the next
-            multiples it takes, says so in a log line, and crops the results. Other volumes are not padded.
+            multiples it takes, says so in a log line, and crops the results. Other volumes are not padded, nor are
+            those that come with other arguments.
 
     Attributes:
         last_report: a `StreamingReport` of the last call, None before it.
@@ -211,6 +212,9 @@ class SpatialPartitionInferer(Inferer):
             NotPartitionableError: see :meth:`__call__`.
         """
         network = bare(network)
+        size = self._taken(network, inputs) if self.pad else None
+        if size is not None:
+            inputs = inputs.new_empty((*inputs.shape[:2], *size), device="meta")
         return self._plan(network, ((inputs,), {}), [inputs], self._device(network), program)
 
     def _device(self, network: nn.Module) -> torch.device:

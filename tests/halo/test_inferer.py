@@ -94,6 +94,7 @@ def test_a_network_of_multiples_only_runs_with_zeros_around_where_that_is_set(
     with pytest.raises((RuntimeError, NotPartitionableError), match="Sizes of tensors"):
         SpatialPartitionInferer(3, labels=labels)(x, network)
     inferer = SpatialPartitionInferer(3, labels=labels, pad=True)
+    planned = inferer.prepare(x.as_tensor(), network)
     logits = whole(network, torch.nn.functional.pad(x.as_tensor(), (1, 1, 0, 0, 1, 2)))[:, :, 1:18, :, 1:15]
     for _ in range(2):
         got = inferer(x, network)
@@ -104,6 +105,7 @@ def test_a_network_of_multiples_only_runs_with_zeros_around_where_that_is_set(
             torch.testing.assert_close(got.as_tensor(), logits, atol=1e-11, rtol=0)
     assert inferer.last_report is not None
     assert inferer.last_report.padded_to == (20, 16, 16)
+    assert inferer.last_report.planned_peak_bytes == planned.peak_bytes
     said = [r.getMessage() for r in caplog.records if "zeros" in r.getMessage()]
     assert len(said) == 1
     assert "17 x 16 x 14" in said[0]
