@@ -101,8 +101,10 @@ def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
     try:
         for _ in range(3000):
             assert process.poll() is None
+            process.send_signal(signal.SIGSTOP)  # so that it has them mapped when it is killed, not a moment before
             if mapped(process.pid, tmp_path):
                 break
+            process.send_signal(signal.SIGCONT)
             time.sleep(0.1)
         assert mapped(process.pid, tmp_path)
     finally:
