@@ -33,9 +33,9 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Exhaustive tests are slow too. Files with slow tests come first: of two processes none waits for a last file."""
+    """Long and exhaustive tests are slow too. Files with slow tests come first, so that no process waits for a last."""
     for item in items:
-        if item.get_closest_marker("exhaustive"):
+        if item.get_closest_marker("exhaustive") or item.get_closest_marker("long"):
             item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

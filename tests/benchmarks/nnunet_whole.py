@@ -1,11 +1,13 @@
 """Whole volumes against tiles for a model of stock nnU-Net: voxels that differ, and Dice of both on real labels.
 
 Stock nnU-Net trains on OpenKBP as in ``nnunet_organs.py`` (five organs, 14 patients), with fewer features so that
-minutes are enough. The six test patients are predicted in tiles (``MEMEFF_NNUNET=lean``, the labels of stock) and whole
-(``MEMEFF_NNUNET=whole``), once as the crops that were trained on and once as the scans are, which are mostly air.
+minutes are enough; or ``--model`` names the folder TRAINER__PLANS__3d_fullres of a training there. The six test
+patients are predicted in tiles (``MEMEFF_NNUNET=lean``, the labels of stock) and whole (``MEMEFF_NNUNET=whole``), once
+as the crops that were trained on and once as the scans are, which are mostly air.
 
     python tests/benchmarks/nnunet_organs.py prepare --work W --data OPENKBP --crop 64 64 96 --plan-gb 0.25
     python tests/benchmarks/nnunet_whole.py --work W --data OPENKBP --iterations 600
+    python tests/benchmarks/nnunet_whole.py --work W --data OPENKBP --model FOLDER
 
 One line of JSON for crops and one for scans. A training that was stopped goes on.
 """
@@ -41,6 +43,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="the folder that nnunet_organs.py prepared")
     parser.add_argument("--data", type=Path, required=True, help="the OpenKBP folder")
     parser.add_argument("--iterations", type=int, default=600)
+    parser.add_argument("--model", type=Path, help="a trained model's folder, in the place of a training")
     options = parser.parse_args()
     options.work = options.work.resolve()
     return options
@@ -109,11 +112,12 @@ def compare(tiles: Path, whole: Path, labels: Path) -> dict[str, Any]:
 def main() -> None:
     """Train, predict both ways, compare."""
     options = parsed()
-    model = train(options.work, options.iterations)
+    model = options.model.resolve() if options.model else train(options.work, options.iterations)
     for kind in ("crops", "scans"):
         images, labels = images_of(kind, options.work, options.data)
         tiles, whole = (predict(model, images, way) for way in ("lean", "whole"))
-        print(json.dumps({"images": kind, "iterations": options.iterations, **compare(tiles, whole, labels)}))
+        name = options.model.name if options.model else f"{options.iterations} iterations"
+        print(json.dumps({"images": kind, "model": name, **compare(tiles, whole, labels)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ CHOSEN = [pytest.param(n, marks=[] if i < 2 else pytest.mark.slow) for i, n in e
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-@pytest.mark.slow
+@pytest.mark.long
 def test_measured_peaks_are_the_planned_ones(name: str) -> None:
     network, args = ENTRIES[name].network().float(), tuple(a.float() for a in ENTRIES[name].arguments())
     most, least = (plan(network, args, partitions=p).peak_bytes for p in (1, 10_000))

@@ -17,7 +17,7 @@ def test_networks_in_parts(name: str, tmp_path: Path) -> None:
     assert row.exact == 1, row.refused
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if e.slow])
 def test_more_networks_in_more_settings(name: str, tmp_path: Path) -> None:
     entry = ENTRIES[name]

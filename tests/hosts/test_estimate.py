@@ -109,7 +109,7 @@ def ball(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
         ("occupancy", "occupancy", (1.0, 0.8, 0.6)),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_systems_written_overlay_keeps_its_budget(
     system: str, overlay: str, shares: tuple[float, ...], wide: Path, ball: tuple[Path, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -136,7 +136,7 @@ def test_every_systems_written_overlay_keeps_its_budget(
     assert all("memory_budget" in setting for setting in settings)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_slabs_of_a_written_overlay_keep_their_budget(tmp_path: Path) -> None:
     """The overlay's own network has 126 MB of weights: a small one takes its place here."""
     network, volume = (

@@ -40,7 +40,7 @@ def peak(action: Callable[[], Tensor]) -> tuple[Tensor, int]:
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("labels", [False, True])
-@pytest.mark.slow
+@pytest.mark.long
 def test_slabs_stay_within_the_budget(bidirectional: bool, labels: bool) -> None:
     network, volume = clstm(bidirectional), torch.randn(1, 1, 20, 24, 21, dtype=torch.float64)
     whole, free = peak(lambda: SlabInferer(slab=16, labels=labels)(volume, network))
@@ -77,7 +77,7 @@ def test_two_walks_at_once_have_limits_of_their_own() -> None:
         assert torch.equal(torch.cat([pair[n] for pair in found], -1), inferer(volume, network))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_points_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     network, volume = OccupancyNet(1, 3, channels=(4, 8)).eval(), torch.randn(1, 1, 14, 12, 11)
     whole = OctreeInferer(stride=1)(volume, network)

@@ -14,7 +14,7 @@ pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 
 from tests.nnunet_plugins.host import ROOT, Host, labels_of, write_dataset
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 NAME = "Dataset901_Organs"
 TRAINER = "ShortSparseTrainer"

@@ -69,6 +69,7 @@ def assert_validated(host: Host, trainer: str) -> None:
     assert list(labels_of(folder)) == ["c_001.nii.gz"]
 
 
+@pytest.mark.long
 def test_two_processes_of_torchrun_train_and_validate_by_the_true_command(host: Host) -> None:
     assert_validated(host, HALO)
     (log,) = (model_of(host, HALO) / "fold_0").glob("training_log*.txt")  # the first process's alone

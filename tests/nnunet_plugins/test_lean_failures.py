@@ -40,7 +40,7 @@ def last_line(done: subprocess.CompletedProcess) -> str:
     return last
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_kill_then_a_dying_worker_and_then_the_rest(world: World, capsys: Any) -> None:
     options = ["-i", world.images, "-o", world.new("out"), "-m", world.model, "-f", 0, 1, "-device", "cpu"]
     options += ["--save_probabilities", "--continue_prediction"]
@@ -87,7 +87,7 @@ exit $status
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_disk_that_is_full(world: World) -> None:
     """The results of two cases fit."""
     out, kept = world.new("small"), world.new("kept")

@@ -209,7 +209,7 @@ def test_splines_take_half_of_the_memory() -> None:
 
 
 @pytest.mark.parametrize("name", TRIALS)
-@pytest.mark.slow
+@pytest.mark.long
 def test_files_are_stocks(tmp_path: Path, name: str) -> None:
     trial = TRIALS[name]
     described = {"labels": exclusive(4), "patch": (6, 6, 6), "features": (3, 4), **trial.model}
@@ -224,7 +224,7 @@ def test_files_are_stocks(tmp_path: Path, name: str) -> None:
     assert_same(tmp_path, names | ({"a.json"} if model.reader == "Tiff3DIO" else set()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_parts_continuing_and_the_fold_of_all_cases(tmp_path: Path) -> None:
     folder = TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3)).write(tmp_path / "model")
     (folder / "fold_0").rename(folder / "fold_all")

@@ -105,7 +105,7 @@ def noise(shape: Any, margin: int = 0, seed: int = 0) -> np.ndarray:
     return image
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_voxel_is_stocks(tmp_path_factory) -> None:
     predicted_by_stock = []
 
@@ -346,7 +346,7 @@ def other_ways() -> dict[str, Any]:
     return {**ways, "export": exported}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_changed_steps_of_nnunet_stay_changed(tmp_path: Path, capsys: Any) -> None:
     folder = TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3), folds=2, mirroring=(0,)).write(tmp_path)
     image, spacing = noise((9, 8, 10)), (1.0, 1.0, 1.5)

@@ -120,7 +120,7 @@ def step_peak(network: torch.nn.Module, patch: tuple[int, int, int], scales: lis
 
 
 @pytest.mark.parametrize("heads", [2, 14])
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_estimates_are_near_what_a_training_step_needs(heads):
     features = [16, 32, 64]
     stock = architecture(STRIDES[:3], features)

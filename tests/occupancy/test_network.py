@@ -72,7 +72,7 @@ def test_what_is_remembered_of_a_volume(variant: str, codes: int, coarse: tuple[
 
 @pytest.mark.parametrize("variant", PUBLISHED)
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.slow
+@pytest.mark.long
 def test_same_as_cutting_out_all_patches(variant: str, training: bool) -> None:
     network = shaken(small(variant)).train(training)
     points = torch.cat(list(grid_points(SHAPE, 10**6))).expand(2, -1, -1)

@@ -60,7 +60,7 @@ def test_dice_counts_hidden_slices_only(scan: Scan) -> None:
     assert all(value in (None, 0.0) for value in hidden_dice(scan.target * 0, scan))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_time_that_is_up_ends_a_training_and_is_told(scan: Scan, results: list[SystemResult]) -> None:
     done, _ = train(DenseSystem(scan), scan, 50, 1e-9, lambda *_: None)
     assert done == 1

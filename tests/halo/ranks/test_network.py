@@ -70,7 +70,7 @@ def made(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, *MORE])
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_parts_equal_the_whole(name: str) -> None:
     space = next((s for prefix, s in SIZES.items() if name.startswith(prefix)), (20, 8, 8))
     assert worst(made({**NETWORKS, **MORE}[name]), [volume(2, 1, *space)]) < 1e-10

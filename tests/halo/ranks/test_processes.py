@@ -86,7 +86,7 @@ for step in range(10**9):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_rank_ends_all_others_with_a_clear_error(tmp_path: Path) -> None:
     processes = launch(3, "-c", FOREVER, store=tmp_path / "store")
     try:
