@@ -13,11 +13,13 @@ import pytest
 import torch
 
 import monai_memeff
+from monai_memeff.sparse.backends import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+MOST_LINES = 6
 INCLUDE = re.compile(r'--8<-- "([^"]+)"')
 
 
@@ -49,24 +51,58 @@ def test_every_subpackage_that_configurations_name_has_a_page_of_the_api() -> No
     assert shown >= {f"monai_memeff.{name}" for name in doors}
 
 
-def examples() -> Iterator[tuple[str, str]]:
-    """Names of what the pages of the API show, and their docstrings that hold a runnable example."""
+@pytest.mark.parametrize("page", sorted(DOCS.glob("api/*.md")), ids=lambda page: page.stem)
+def test_a_page_of_the_api_says_what_its_examples_import(page: Path) -> None:
+    text = page.read_text("utf-8")
+    (module,) = re.findall("::: (.+)", text)
+    assert f"`import torch` and `from {module} import *`" in text
+
+
+def public() -> Iterator[tuple[str, str, str]]:
+    """What the pages of the API show: module, name, docstring."""
     for page in sorted(DOCS.glob("api/*.md")):
         for module in re.findall("::: (.+)", page.read_text("utf-8")):
-            for name in importlib.import_module(module).__all__:
-                text = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
-                if ">>>" in text and "init_mesh" not in text:  # a mesh needs processes
-                    yield f"{module}.{name}", text
+            here = importlib.import_module(module)
+            things = {name: getattr(here, name) for name in here.__all__}
+            yield from (
+                (module, name, inspect.getdoc(thing) or "") for name, thing in things.items() if callable(thing)
+            )
+
+
+def points_to_its_array_transform(module: str, name: str, text: str) -> bool:
+    """Whether a dictionary transform names the array transform beside it, whose example is its own."""
+    array = re.sub("(d|D|Dict)$", "", name)
+    return array != name and array in importlib.import_module(module).__all__ and f":class:`{array}`" in text
+
+
+def test_every_public_name_has_an_example() -> None:
+    without = {
+        f"{module}.{name}"
+        for module, name, text in public()
+        if ">>>" not in text and not points_to_its_array_transform(module, name, text)
+    }
+    complete = re.compile(r"monai_memeff\.(sparse|transforms|data|geometry)\b")
+    assert {name for name in without if complete.match(name)} == set()
+
+
+def examples() -> Iterator[tuple[str, str]]:
+    """Names of what the pages of the API show, and their docstrings that hold a runnable example, aliases once."""
+    found = {text: f"{module}.{name}" for module, name, text in public() if ">>>" in text}
+    yield from ((name, text) for text, name in found.items() if "init_mesh" not in text)  # a mesh needs processes
 
 
 @pytest.mark.parametrize(("name", "text"), [pytest.param(*found, id=found[0]) for found in examples()])
 @pytest.mark.slow
-def test_an_example_does_what_it_says(name: str, text: str) -> None:
-    named = {**vars(importlib.import_module(name.rpartition(".")[0])), "torch": torch}
+def test_an_example_does_what_it_says(name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "BACKENDS", dict(registry.BACKENDS))
+    module = importlib.import_module(name.rpartition(".")[0])
+    named = {**{known: getattr(module, known) for known in module.__all__}, "torch": torch}
     test = doctest.DocTestParser().get_doctest(text, named, name, None, 0)
+    assert sum(example.source.count("\n") for example in test.examples) <= MOST_LINES
     told: list[str] = []
-    runner = doctest.DocTestRunner(optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
-    assert runner.run(test, out=told.append).failed == 0, "".join(told)
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=told.append).failed == 0, "".join(told)
+    registry.use(None)
 
 
 def test_files_of_the_code_are_where_the_pages_say() -> None:

@@ -70,9 +70,9 @@ def test_all_is_what_a_module_offers(name: str) -> None:
 
 def test_every_sparse_layer_is_offered() -> None:
     from monai_memeff import sparse
-    from monai_memeff.sparse.nn import blocks, conv
+    from monai_memeff.sparse.nn import activations, blocks, conv
 
-    files = (vars(blocks) | vars(conv)).items()
+    files = (vars(activations) | vars(blocks) | vars(conv)).items()
     layers = {name for name, thing in files if inspect.isclass(thing) and issubclass(thing, nn.Module)}
     layers = {name for name in layers if name.startswith("Sparse")}
     assert {"SparseELU", "SparseDropout", "SparseConv3d"} <= layers <= set(sparse.__all__)

@@ -29,10 +29,11 @@ def atomic_write(path: str | os.PathLike[str], *sources: str | os.PathLike[str])
         InputError: ``path`` is one of the sources, or a folder.
         OSError: the folder cannot be written.
 
-    Example::
-
-        with atomic_write("report.json") as work:
-            work.write_text("{}")
+    Examples:
+        >>> with atomic_write("report.json") as work:
+        ...     characters = work.write_text("{}")
+        >>> open("report.json").read()
+        '{}'
     """
     path = Path(path)
     check_other_file(path, *sources)
@@ -63,6 +64,12 @@ def check_other_file(target: str | os.PathLike[str], *sources: str | os.PathLike
 
     Raises:
         InputError: the target is one of the sources.
+
+    Examples:
+        >>> check_other_file("result.nii", "head.nii")
+        >>> check_other_file("head.nii", "head.nii")
+        Traceback (most recent call last):
+        monai_memeff.errors.InputError: head.nii is the input itself and would be destroyed: give another name.
     """
     for source in sources:
         if os.path.realpath(target) == os.path.realpath(source) or _same_inode(target, source):

@@ -27,9 +27,14 @@ class VolumeReader(ImageReader):
         resample: for DICOM, interpolate uneven or tilted slices.
         modality: for DICOM, what a series must be.
 
-    Example::
+    Raises:
+        InputError: in the call of ``LoadImage``: see :func:`read_volume`, and files on different grids.
 
-        image = LoadImage(reader=VolumeReader(), ensure_channel_first=True)("study/head")
+    Examples:
+        >>> from monai.transforms import LoadImage
+        >>> save_nifti("head.nii.gz", torch.zeros(4, 5, 6), torch.eye(4))
+        >>> LoadImage(reader=VolumeReader(), ensure_channel_first=True)("head.nii.gz").shape
+        torch.Size([1, 4, 5, 6])
     """
 
     def __init__(self, series: str | None = None, resample: bool = False, modality: str | None = None) -> None:

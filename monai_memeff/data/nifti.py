@@ -33,8 +33,13 @@ def save_nifti(path: str | os.PathLike[str], values: np.ndarray | Tensor, affine
         affine: (4, 4), voxel index -> RAS millimeters.
 
     Raises:
-        InputError: another ending, a volume that is not 3D or empty, complex or no numbers, an affine that maps to no
-            millimeters.
+        InputError: another ending, a volume that is not 3D or empty, complex or no numbers.
+        ValueError: an affine that maps to no millimeters.
+
+    Examples:
+        >>> save_nifti("labels.nii.gz", torch.zeros(4, 5, 6, dtype=torch.int64), torch.eye(4))
+        >>> open_nifti("labels.nii.gz").get_data_dtype().name
+        'int32'
     """
     path = Path(path)
     if not path.name.lower().endswith((".nii", ".nii.gz")):
@@ -63,11 +68,13 @@ class LabelFile:
 
     Raises:
         InputError: another ending, or the source itself.
+        ValueError: an affine that maps to no millimeters, or a finished file is written to.
 
-    Example::
-
-        with LabelFile("labels.nii", (64, 64, 40), affine) as labels:
-            labels[..., :20] = 1
+    Examples:
+        >>> with LabelFile("labels.nii", (4, 5, 6), torch.eye(4)) as labels:
+        ...     labels[..., :2] = 1
+        >>> read_volume("labels.nii").image.sum()
+        metatensor(40.)
     """
 
     @numbers_checked
@@ -75,7 +82,7 @@ class LabelFile:
         self,
         path: str | os.PathLike[str],
         shape: Sequence[int],
-        affine: np.ndarray,
+        affine: np.ndarray | Tensor,
         source: str | os.PathLike[str] | None = None,
     ) -> None:
         self.path = Path(path)

@@ -33,6 +33,11 @@ def open_nifti(path: str | os.PathLike[str], keep_file_open: bool = False) -> An
     Raises:
         InputError: the file is missing, damaged, of another format (Analyze 7.5 has no left and right), shorter or
             longer than its header says, of complex or color voxels, without orientation, or not in millimeters.
+
+    Examples:
+        >>> save_nifti("head.nii.gz", torch.zeros(4, 5, 6), torch.eye(4))
+        >>> open_nifti("head.nii.gz").shape
+        (4, 5, 6)
     """
     path = check_file(path)
     if not path.name.lower().endswith(ENDINGS):

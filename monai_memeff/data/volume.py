@@ -24,6 +24,11 @@ class ReadVolume(NamedTuple):
     Attributes:
         image: float32 (1, H, W, D), with the affine to RAS millimeters.
         notes: sentences for a report: what was chosen, left out, interpolated.
+
+    Examples:
+        >>> save_nifti("head.nii.gz", torch.zeros(4, 5, 6), torch.eye(4))
+        >>> read_volume("head.nii.gz").notes
+        ()
     """
 
     image: MetaTensor
@@ -41,12 +46,18 @@ def read_volume(
         resample: for DICOM, interpolate slices that are uneven or tilted onto an even grid.
         modality: for DICOM, what the series must be, such as "CT".
 
+    Returns:
+        The volume (1, H, W, D) with its affine to RAS millimeters, and notes for a report.
+
     Raises:
-        InputError: the file is damaged, no single regular volume, or in a format that is not read exactly.
+        InputError: the file is damaged, no single regular volume, or in a format that is not read exactly; or
+            ``series`` or ``resample`` is given for a file that is not DICOM.
 
-    Example::
-
-        image, notes = read_volume("study/head", resample=True)
+    Examples:
+        >>> save_nifti("head.nii.gz", torch.zeros(4, 5, 6), torch.eye(4))
+        >>> image, notes = read_volume("head.nii.gz")
+        >>> image.shape
+        torch.Size([1, 4, 5, 6])
     """
     path = Path(path)
     if not path.is_dir():

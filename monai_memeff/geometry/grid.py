@@ -25,6 +25,13 @@ def index_to_unit(index: Tensor, spatial_shape: Sequence[int]) -> Tensor:
 
     Returns:
         (..., d) positions in [-1, 1] for points inside the volume; floating point.
+
+    Raises:
+        ValueError: the components are not as many as the extents, or an extent is less than 1.
+
+    Examples:
+        >>> index_to_unit(torch.tensor([0, 1]), (2, 4))
+        tensor([-0.5000, -0.2500])
     """
     extent = _extent(index, spatial_shape)
     return (2 * index + 1) / extent - 1
@@ -44,19 +51,34 @@ def sample_at(image: Tensor, unit: Tensor, mode: str = "bilinear", padding_mode:
 
     Returns:
         (B, C, N) values.
+
+    Examples:
+        >>> volume = torch.arange(8.0).view(1, 1, 2, 2, 2)
+        >>> sample_at(volume, torch.tensor([[[0.5, -0.5, -0.5]]]))  # the center of voxel (1, 0, 0)
+        tensor([[[4.]]])
     """
     grid = unit.flip(-1)[:, :, None, None, :]
     return F.grid_sample(image, grid, mode=mode, padding_mode=padding_mode, align_corners=False)[..., 0, 0]
 
 
 def index_to_mm(index: Tensor, affine: Tensor) -> Tensor:
-    """Map (..., 3) voxel indices to millimeters with a (4, 4) affine; computed in float64."""
+    """Map (..., 3) voxel indices to millimeters with a (4, 4) affine; float64. Errors: see :func:`check_affine`.
+
+    Examples:
+        >>> index_to_mm(torch.tensor([1, 2, 3]), torch.diag(torch.tensor([2.0, 2.0, 5.0, 1.0])))
+        tensor([ 2.,  4., 15.], dtype=torch.float64)
+    """
     matrix = check_affine(affine).to(index.device)
     return index.to(torch.float64) @ matrix[:3, :3].T + matrix[:3, 3]
 
 
 def mm_to_index(points: Tensor, affine: Tensor) -> Tensor:
-    """Map (..., 3) millimeters to fractional voxel indices with a (4, 4) affine; computed in float64."""
+    """Map (..., 3) millimeters to fractional indices with a (4, 4) affine; float64. Errors: see :func:`check_affine`.
+
+    Examples:
+        >>> mm_to_index(torch.tensor([2.0, 4.0, 16.0]), torch.diag(torch.tensor([2.0, 2.0, 5.0, 1.0])))
+        tensor([1.0000, 2.0000, 3.2000], dtype=torch.float64)
+    """
     matrix = check_affine(affine).to(points.device)
     offset = points.to(torch.float64) - matrix[:3, 3]
     return offset @ torch.linalg.inv(matrix[:3, :3]).T
@@ -73,6 +95,11 @@ def check_affine(affine: Tensor | np.ndarray) -> Tensor:
 
     Raises:
         ValueError: wrong shape, values that are not finite, or axes that do not span space.
+
+    Examples:
+        >>> check_affine(torch.zeros(3, 3))
+        Traceback (most recent call last):
+        ValueError: An affine must be 4x4, got shape (3, 3); 2D images need a third axis.
     """
     try:
         matrix = torch.as_tensor(affine).detach().as_subclass(Tensor).to(torch.float64)
@@ -92,18 +119,33 @@ def check_affine(affine: Tensor | np.ndarray) -> Tensor:
 
 
 def spacing(affine: Tensor | np.ndarray) -> tuple[float, float, float]:
-    """Voxel size in millimeters along (i, j, k): the lengths of the columns of a (4, 4) affine."""
+    """Voxel size in millimeters along (i, j, k): the lengths of the columns of a (4, 4) affine.
+
+    Examples:
+        >>> spacing(torch.diag(torch.tensor([-2.0, 2.0, 5.0, 1.0])))
+        (2.0, 2.0, 5.0)
+    """
     lengths = check_affine(affine)[:3, :3].norm(dim=0).tolist()
     return lengths[0], lengths[1], lengths[2]
 
 
 def voxel_volume(affine: Tensor | np.ndarray) -> float:
-    """Volume of one voxel in cubic millimeters; right for sheared axes too."""
+    """Volume of one voxel in cubic millimeters by a (4, 4) affine; right for sheared axes too.
+
+    Examples:
+        >>> voxel_volume(torch.diag(torch.tensor([-2.0, 2.0, 5.0, 1.0])))
+        20.0
+    """
     return float(torch.linalg.det(check_affine(affine)[:3, :3]).abs())
 
 
 def is_anisotropic(affine: Tensor | np.ndarray, tolerance: float = 1e-2) -> bool:
-    """Whether voxels differ from cubes: the longest edge exceeds the shortest by the fraction ``tolerance``."""
+    """Whether voxels differ from cubes: the longest edge exceeds the shortest by more than the fraction ``tolerance``.
+
+    Examples:
+        >>> is_anisotropic(torch.diag(torch.tensor([2.0, 2.0, 5.0, 1.0])))
+        True
+    """
     edges = spacing(affine)
     return max(edges) > (1 + tolerance) * min(edges)
 
@@ -114,6 +156,10 @@ def is_oblique(affine: Tensor | np.ndarray, tolerance: float = 1e-3) -> bool:
     Args:
         affine: (4, 4), voxel index to millimeters.
         tolerance: largest component across, as a fraction of the axis' length; 1e-3 is 0.06 degrees.
+
+    Examples:
+        >>> is_oblique(torch.diag(torch.tensor([-2.0, 2.0, 5.0, 1.0])))
+        False
     """
     matrix = check_affine(affine)[:3, :3]
     directions = (matrix / matrix.norm(dim=0)).abs()
@@ -122,7 +168,14 @@ def is_oblique(affine: Tensor | np.ndarray, tolerance: float = 1e-3) -> bool:
 
 
 def crop_affine(affine: Tensor | np.ndarray, start: Sequence[int]) -> Tensor:
-    """Affine of the part of a volume that begins at voxel ``start`` (i, j, k): every voxel keeps its millimeters."""
+    """Affine of the part of a volume that begins at voxel ``start`` (i, j, k): every voxel keeps its millimeters.
+
+    (4, 4) to (4, 4) float64.
+
+    Examples:
+        >>> crop_affine(torch.eye(4), (10, 0, 5))[:3, 3]
+        tensor([10.,  0.,  5.], dtype=torch.float64)
+    """
     matrix = check_affine(affine).clone()
     offset = torch.tensor(tuple(start), dtype=torch.float64, device=matrix.device)
     matrix[:3, 3] += matrix[:3, :3] @ offset
@@ -141,6 +194,10 @@ def resize_affine(affine: Tensor | np.ndarray, spatial_shape: Sequence[int], new
 
     Returns:
         (4, 4) float64 affine of the resampled volume.
+
+    Examples:
+        >>> resize_affine(torch.eye(4), (8, 8, 8), (4, 4, 4))[0]
+        tensor([2.0000, 0.0000, 0.0000, 0.5000], dtype=torch.float64)
     """
     matrix = check_affine(affine).clone()
     ratios = [old / new for old, new in zip(spatial_shape, new_shape, strict=True)]

@@ -30,6 +30,10 @@ def space_of(volume: Any, item: int = 0) -> str:
 
     Raises:
         ValueError: another space.
+
+    Examples:
+        >>> space_of(torch.zeros(1, 2, 2, 2))
+        'RAS'
     """
     found = (getattr(volume, "meta", None) or {}).get("space", "RAS")
     if isinstance(found, list | tuple) and found:
@@ -45,8 +49,25 @@ def space_of(volume: Any, item: int = 0) -> str:
 
 
 def to_ras(affine: Tensor | np.ndarray, space: str) -> Tensor:
-    """A (4, 4) affine to millimeters of ``space`` as one to RAS millimeters; it also leads back, as signs do."""
+    """A (4, 4) affine to millimeters of ``space`` as one to RAS millimeters; it also leads back, as signs do.
+
+    Args:
+        affine: (4, 4), voxel index to millimeters.
+        space: "RAS", "LPS" or "LAS".
+
+    Returns:
+        (4, 4) float64.
+
+    Raises:
+        ValueError: another space, or no affine of a volume.
+
+    Examples:
+        >>> to_ras(torch.eye(4), "LPS").diag()
+        tensor([-1., -1.,  1.,  1.], dtype=torch.float64)
+    """
     matrix = check_affine(affine)
+    if space not in TO_RAS:
+        raise ValueError(f"space must be one of {', '.join(TO_RAS)}, got {space!r}.")
     signs = torch.tensor((*TO_RAS[space], 1.0), dtype=matrix.dtype, device=matrix.device)
     return signs[:, None] * matrix
 
@@ -63,10 +84,10 @@ def ras_affine(volume: Any, item: int = 0) -> Tensor:
     Raises:
         ValueError: there is no affine, it spans no space, or the volume names an unknown space.
 
-    Example::
-
-        image = MetaTensor(torch.zeros(1, 2, 2, 2), meta={"affine": torch.eye(4), "space": "LPS"})
-        assert ras_affine(image)[0, 0] == -1
+    Examples:
+        >>> from monai.data import MetaTensor
+        >>> ras_affine(MetaTensor(torch.zeros(1, 2, 2, 2), affine=torch.eye(4), meta={"space": "LPS"})).diag()
+        tensor([-1., -1.,  1.,  1.], dtype=torch.float64)
     """
     affine = getattr(volume, "affine", None)
     if affine is None:

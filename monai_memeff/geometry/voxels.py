@@ -49,7 +49,11 @@ def coordinates_to_keys(coordinates: Tensor, spatial_shape: Sequence[int]) -> Te
         spatial_shape: voxels along the axes (i, j, k).
 
     Returns:
-        (N,) int64 keys ``((batch * H + i) * W + j) * D + k``.
+        (N,) int64 keys ``((batch * H + i) * W + j) * D + k``; a coordinate outside the grid is not noticed.
+
+    Examples:
+        >>> coordinates_to_keys(torch.tensor([[0, 0, 0, 3], [1, 0, 0, 0]]), (4, 4, 4))
+        tensor([ 3, 64])
     """
     _, width, depth = spatial_shape
     batch, i, j, k = coordinates.to(torch.int64).unbind(1)
@@ -57,7 +61,13 @@ def coordinates_to_keys(coordinates: Tensor, spatial_shape: Sequence[int]) -> Te
 
 
 def keys_to_coordinates(keys: Tensor, spatial_shape: Sequence[int]) -> Tensor:
-    """Invert :func:`coordinates_to_keys`: (N,) keys to (N, 4) int64 [batch, i, j, k]."""
+    """Invert :func:`coordinates_to_keys`: (N,) int64 keys to (N, 4) int64 [batch, i, j, k].
+
+    Examples:
+        >>> keys_to_coordinates(torch.tensor([3, 64]), (4, 4, 4))
+        tensor([[0, 0, 0, 3],
+                [1, 0, 0, 0]])
+    """
     height, width, depth = spatial_shape
     line = _floor_divided(keys, depth)
     plane = _floor_divided(line, width)

@@ -12,23 +12,25 @@ from monai_memeff.sparse.loss import SparseCompletionLoss
 from monai_memeff.sparse.networks.coarse_to_sparse import CoarseToSparseUNet
 from monai_memeff.sparse.networks.completion import SparseCompletionNet
 from monai_memeff.sparse.networks.unet import SparseUNet
-from monai_memeff.sparse.nn.blocks import (
-    SparseAvgPool3d,
-    SparseBatchNorm3d,
+from monai_memeff.sparse.nn.activations import (
     SparseDropout,
     SparseDropout3d,
     SparseELU,
     SparseGELU,
-    SparseGlobalAvgPool3d,
-    SparseGroupNorm,
-    SparseInstanceNorm3d,
     SparseLeakyReLU,
-    SparseMaxPool3d,
     SparsePReLU,
     SparseReLU,
     SparseSigmoid,
     SparseSiLU,
     SparseTanh,
+)
+from monai_memeff.sparse.nn.blocks import (
+    SparseAvgPool3d,
+    SparseBatchNorm3d,
+    SparseGlobalAvgPool3d,
+    SparseGroupNorm,
+    SparseInstanceNorm3d,
+    SparseMaxPool3d,
 )
 from monai_memeff.sparse.nn.conv import SparseConv3d, SparseConvTranspose3d
 from monai_memeff.sparse.nn.convert import to_sparse

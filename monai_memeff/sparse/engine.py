@@ -15,8 +15,9 @@ from monai_memeff.sparse.core.tensor import SparseTensor
 class PrepareBatchSparse(PrepareBatch):
     """Make sparse tensors of a batch from :class:`SparseCollate`, for ``prepare_batch`` of MONAI's trainers.
 
-    Returns ``(inputs, target, (), {})``; with ``pass_target`` the target is also handed to the network as its second
-    argument, as :class:`SparseCompletionNet` needs in training.
+    A call returns ``(inputs, target, (), {})``: the input as a :class:`SparseTensor`, the target as one, as a dense
+    label, or None. With ``pass_target`` the last is ``{"target": target}``: the network is called with the target too,
+    as :class:`SparseCompletionNet` needs in training.
 
     Args:
         coords_key: key of the coordinates (N, 4).
@@ -25,7 +26,13 @@ class PrepareBatchSparse(PrepareBatch):
         target_features_key: key of the target's features.
         extent_key: key of the grid (B, 3).
         label_key: key of a dense label, used when ``target_coords_key`` is None and left out when the batch lacks it.
-        pass_target: whether the network takes the target too.
+        pass_target: whether the network takes the target too, as the argument ``target``.
+
+    Examples:
+        >>> sample = SparseCoordinatesd("image", drop=True)({"image": torch.eye(4)[None, None]})
+        >>> inputs, *_ = PrepareBatchSparse(target_coords_key=None)(sparse_collate([sample, sample]))
+        >>> inputs.batch_size, inputs.features.shape
+        (2, torch.Size([8, 1]))
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class PrepareBatchSparse(PrepareBatch):
 
         Raises:
             ValueError: the volumes of the batch have different extents.
+            KeyError: the batch lacks a key.
         """
         extents = batchdata[self.extent_key]
         if not bool((extents == extents[0]).all()):

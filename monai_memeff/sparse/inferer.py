@@ -60,7 +60,9 @@ class SparseInferer(Inferer):
 
         Raises:
             TypeError: the network does not say which voxels are active.
-            InputError: the network's voxels lie on another grid than the volume, whose space they would be given.
+            InputError: the network's voxels lie on another grid than the volume, whose space they would be given; or a
+                volume needs more than ``memory_budget`` or the device's memory; or, with a budget, there are further
+                arguments, or several volumes in training.
         """
         bare = getattr(network, "module", network)
         device = self.device or next(bare.parameters()).device

@@ -31,7 +31,12 @@ class SparseCompletionLoss(nn.Module):
             turns to the missing piece soon, since most candidates repeat the input and are easy.
 
     Raises:
-        ValueError: gamma is negative, infinite or NaN.
+        ValueError: gamma is negative, infinite or NaN, or ``ignore_index`` is 0 or a fraction.
+
+    Examples:
+        >>> logits = SparseTensor(torch.zeros(1, 1), torch.tensor([[0, 1, 2, 3]]), (4, 4, 4))
+        >>> SparseCompletionLoss()([logits], torch.ones(1, 1, 4, 4, 4))
+        tensor(0.6931)
     """
 
     @numbers_checked

@@ -32,9 +32,9 @@ __all__ = [
 class CheckVolume(Transform):
     """Pass one finite 3D volume (1, H, W, D), and refuse everything else.
 
-    Example::
-
-        CheckVolume()(torch.zeros(1, 4, 4, 4))
+    Examples:
+        >>> CheckVolume()(torch.zeros(1, 4, 4, 4)).shape
+        torch.Size([1, 4, 4, 4])
     """
 
     backend = [TransformBackends.TORCH]
@@ -66,9 +66,11 @@ class CheckForeground(Transform):
     Raises:
         ValueError: ``max_fraction`` is out of range.
 
-    Example::
-
-        CheckForeground(0.5, name="bone", threshold=300, option="--bone_threshold")(torch.eye(4)[None, None])
+    Examples:
+        >>> check = CheckForeground(0.5, name="bone", threshold=300, option="--bone_threshold")
+        >>> check(torch.zeros(1, 4, 4, 4))
+        Traceback (most recent call last):
+        monai_memeff.errors.InputError: the volume: 0.0% of the voxels are bone at the threshold 300, more than 0 ...
     """
 
     backend = [TransformBackends.TORCH]
@@ -115,9 +117,9 @@ class CheckLabels(Transform):
     Raises:
         ValueError: there is no name.
 
-    Example::
-
-        CheckLabels(["liver", "tumor"])(torch.tensor([0, 1, 2]))
+    Examples:
+        >>> CheckLabels(["liver", "tumor"])(torch.tensor([0, 1, 2]))
+        tensor([0, 1, 2])
     """
 
     backend = [TransformBackends.TORCH]
@@ -155,7 +157,7 @@ class CheckVolumed(EachKey):
     Examples:
         >>> CheckVolumed("image")({"image": torch.full((1, 4, 4, 4), torch.nan)})
         Traceback (most recent call last):
-        monai_memeff.errors.InputError: the volume holds NaN
+        monai_memeff.errors.InputError: the volume has the shape (1, 4, 4, 4) with 64 values that are not finite; ...
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
@@ -163,7 +165,7 @@ class CheckVolumed(EachKey):
 
 
 class CheckForegroundd(EachKey):
-    """Dictionary version of :class:`CheckForeground`.
+    """Dictionary version of :class:`CheckForeground`, which has an example; in a copy, each key gets its own result.
 
     Args:
         keys: Volumes to check.
@@ -188,7 +190,7 @@ class CheckForegroundd(EachKey):
 
 
 class CheckLabelsd(EachKey):
-    """Dictionary version of :class:`CheckLabels`.
+    """Dictionary version of :class:`CheckLabels`, which has an example; in a copy, each key gets its own result.
 
     Args:
         keys: Label volumes to check.

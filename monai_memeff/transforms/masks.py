@@ -35,15 +35,15 @@ __all__ = [
 
 
 class SelectLabel(Transform):
-    """Make the binary mask of one label, or of all labels but 0.
+    """Make the binary mask of one label, or of all labels but 0, of a tensor of any shape; see ``__call__``.
 
     Args:
         label: Value of the structure; None takes everything that is not zero.
         allow_empty: Whether a volume without the structure passes.
 
-    Example::
-
-        SelectLabel(2)(torch.tensor([[0, 1, 2, 2]]))  # [[0, 0, 1, 1]]
+    Examples:
+        >>> SelectLabel(2)(torch.tensor([[[[0, 1, 2, 2]]]]))
+        tensor([[[[0, 0, 1, 1]]]], dtype=torch.uint8)
     """
 
     backend = [TransformBackends.TORCH]
@@ -70,14 +70,16 @@ class SelectLabel(Transform):
 class PredictMask(Transform):
     """Make a binary mask with a network, one volume at a time, in evaluation mode and without gradients.
 
+    The network sees the whole volume at once; for windows use MONAI's inferers.
+
     Args:
         network: Maps (1, C, H, W, D) to logits (1, C', H, W, D).
-        threshold: Logits above it are 1.
+        threshold: Logits above it are 1; 0 is a probability of one half.
         device: Where the network is; None: the device of the volume.
 
-    Example::
-
-        PredictMask(torch.nn.Conv3d(1, 1, 3, padding=1))(torch.randn(1, 8, 8, 8))
+    Examples:
+        >>> PredictMask(torch.nn.Conv3d(1, 2, 3, padding=1))(torch.zeros(1, 8, 8, 8)).shape
+        torch.Size([2, 8, 8, 8])
     """
 
     backend = [TransformBackends.TORCH]
@@ -94,7 +96,7 @@ class PredictMask(Transform):
 
 
 class DilateMask(Transform):
-    """Grow a mask by a cube.
+    """Grow a mask (C, H, W, D) by a cube, every channel on its own.
 
     Args:
         size: Edge of the cube in voxels, odd; 1 changes nothing.
@@ -102,9 +104,9 @@ class DilateMask(Transform):
     Raises:
         ValueError: ``size`` is even or less than 1.
 
-    Example::
-
-        DilateMask(3)(torch.nn.functional.one_hot(torch.tensor([[[2]]]), 5))
+    Examples:
+        >>> DilateMask(3)(torch.tensor([[[[0, 0, 1, 0, 0]]]]))
+        tensor([[[[0, 1, 1, 1, 0]]]])
     """
 
     backend = [TransformBackends.TORCH]
@@ -122,17 +124,17 @@ class DilateMask(Transform):
 
 
 class OpenMask(Transform):
-    """Open a mask by a cube: remove what the cube does not fit into, and keep the rest as it is.
+    """Open a mask (C, H, W, D) by a cube: remove what the cube does not fit into, and keep the rest as it is.
 
     Args:
-        size: Edge of the cube in voxels, odd.
+        size: Edge of the cube in voxels, odd; 1 changes nothing.
 
     Raises:
         ValueError: ``size`` is even or less than 1.
 
-    Example::
-
-        OpenMask(3)(torch.ones(1, 5, 5, 5))
+    Examples:
+        >>> OpenMask(3)(torch.tensor([[[[0, 1, 0, 1, 1, 1, 0]]]]))
+        tensor([[[[0, 0, 0, 1, 1, 1, 0]]]])
     """
 
     backend = [TransformBackends.TORCH]
@@ -175,7 +177,7 @@ class SelectLabeld(EachKey):
 
 
 class PredictMaskd(EachKey):
-    """Dictionary version of :class:`PredictMask`.
+    """Dictionary version of :class:`PredictMask`, which has an example; in a copy, each key gets its own result.
 
     Args:
         keys: Volumes that become masks.
@@ -198,7 +200,7 @@ class PredictMaskd(EachKey):
 
 
 class DilateMaskd(EachKey):
-    """Dictionary version of :class:`DilateMask`.
+    """Dictionary version of :class:`DilateMask`, which has an example; in a copy, each key gets its own result.
 
     Args:
         keys: Masks to grow.
@@ -212,7 +214,7 @@ class DilateMaskd(EachKey):
 
 
 class OpenMaskd(EachKey):
-    """Dictionary version of :class:`OpenMask`.
+    """Dictionary version of :class:`OpenMask`, which has an example; in a copy, each key gets its own result.
 
     Args:
         keys: Masks to open.

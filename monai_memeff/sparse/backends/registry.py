@@ -53,6 +53,12 @@ def register(name: str, module: str) -> None:
 
     Raises:
         ValueError: the name is taken.
+
+    Examples:
+        >>> register("mine", "my_package.my_engine")
+        >>> register("mine", "my_package.another_engine")
+        Traceback (most recent call last):
+        ValueError: sparse backend 'mine' is registered already (my_package.my_engine); choose another name.
     """
     if name in BACKENDS or name == AUTO:
         owner = BACKENDS.get(name, "the automatic choice")
@@ -68,6 +74,10 @@ def status(device: torch.device | str | None = None) -> dict[str, str | None]:
 
     Args:
         device: where the tensors are; default CUDA if there is such a device, else the CPU.
+
+    Examples:
+        >>> [name for name, reason in status("cpu").items() if reason is None][0]
+        'native'
     """
     where = _devices()[0] if device is None else as_device(device)
     return {name: _reason(name, where) for name in BACKENDS}
@@ -81,6 +91,12 @@ def use(name: str | None) -> None:
 
     Raises:
         ValueError: the name is unknown or the engine can be used on no device here; the message says why.
+
+    Examples:
+        >>> use("native")
+        >>> chosen("cpu")
+        'native'
+        >>> use(None)
     """
     global _chosen
     if name is not None and name != AUTO:
@@ -94,8 +110,15 @@ def chosen(device: torch.device | str) -> str:
     That is the one chosen by :func:`use`, else by MEMEFF_SPARSE_BACKEND, else the first usable one of
     :data:`PREFERRED`.
 
+    Args:
+        device: where the tensors are.
+
     Raises:
         ValueError: the engine that was chosen by name cannot be used on this device.
+
+    Examples:
+        >>> chosen("cpu")
+        'native'
     """
     where = as_device(device)
     choice = _choice()
@@ -107,7 +130,14 @@ def chosen(device: torch.device | str) -> str:
 
 
 def current(device: torch.device) -> ModuleType:
-    """The engine in use on a device: see :func:`chosen`. Looked up at every convolution, so remembered."""
+    """The module of the engine in use on a device: see :func:`chosen`, which names the errors.
+
+    It is looked up at every convolution, so remembered.
+
+    Examples:
+        >>> current(torch.device("cpu")).__name__
+        'monai_memeff.sparse.backends.native'
+    """
     key = (_choice(), device.type)
     engine = _engines.get(key)
     if engine is None:

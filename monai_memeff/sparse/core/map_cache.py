@@ -36,12 +36,18 @@ def keep_kernel_maps(folder: str | os.PathLike[str] | None, max_bytes: int = 20 
     kernel's shape, so different data may share a folder, and processes too; damaged files are planned anew.
 
     Args:
-        folder: made if it is not there; None: keep nothing (the default).
+        folder: made if it is not there; None: keep nothing, as before the first call.
         max_bytes: no file is added that would let the folder hold more; a voxel takes 40 bytes for each kernel of 3^3.
+
+    Sets of fewer than 4096 voxels are not kept: they are planned faster than a file is opened.
 
     Raises:
         ValueError: ``max_bytes`` is negative.
         OSError: the folder cannot be made.
+
+    Examples:
+        >>> keep_kernel_maps("maps")  # for this process, from now on
+        >>> keep_kernel_maps(None)
     """
     global _folder, _max_bytes
     if max_bytes < 0:

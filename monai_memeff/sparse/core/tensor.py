@@ -31,7 +31,8 @@ class SparseTensor:
         batch_size: number of volumes; by default one more than the largest batch index (1 without voxels).
 
     Raises:
-        ValueError: shapes or dtypes do not fit, a coordinate lies outside the grid, or two rows share one voxel.
+        ValueError: shapes or dtypes do not fit, a coordinate lies outside the grid, two rows share one voxel, or a
+            feature is NaN or infinite.
 
     Examples:
         >>> SparseTensor(torch.ones(1, 8), torch.tensor([[0, 1, 2, 3]]), (32, 32, 16)).dense().shape
@@ -68,10 +69,7 @@ class SparseTensor:
     def on(cls, voxel_set: VoxelSet, features: Tensor, recompute: Recompute | None = None) -> SparseTensor:
         """Features (N, C) on an existing voxel set, whose plans are shared.
 
-        Args:
-            voxel_set: where the features are.
-            features: (N, C).
-            recompute: computes the same features once more, for graphs to keep in their place where that is cheaper.
+        ``recompute`` computes the same features once more, for graphs to keep in their place where that is cheaper.
         """
         tensor = cls.__new__(cls)
         tensor.features, tensor.voxels, tensor.recompute = _plain(features), voxel_set, recompute
@@ -86,7 +84,7 @@ class SparseTensor:
             mask: (B, 1, H, W, D) boolean.
 
         Raises:
-            ValueError: the shapes do not fit or the mask is not boolean.
+            ValueError: the shapes do not fit, the mask is not boolean, or an active voxel is NaN or infinite.
         """
         image, mask = image.as_subclass(Tensor), mask.as_subclass(Tensor)  # MONAI's metadata does not travel along
         if image.ndim != 5:
@@ -123,19 +121,10 @@ class SparseTensor:
         return SparseTensor.on(self.voxels, features)
 
     def prune(self, keep: Tensor) -> SparseTensor:
-        """Drop voxels.
-
-        Args:
-            keep: (N,) boolean, True for the voxels that stay.
-
-        Raises:
-            ValueError: ``keep`` is not boolean with one value per voxel.
-        """
+        """The voxels that ``keep``, (N,) boolean, marks; ValueError where it is anything else."""
         if keep.dtype != torch.bool or keep.shape != (len(self),):
-            raise ValueError(
-                f"keep must be boolean of shape ({len(self)},), got {keep.dtype} of {tuple(keep.shape)}; "
-                "give one value per voxel, as in x.features[:, 0] > 0."
-            )
+            found = f"{keep.dtype} of {tuple(keep.shape)}; give one value per voxel, as in x.features[:, 0] > 0."
+            raise ValueError(f"keep must be boolean of shape ({len(self)},), got {found}")
         rows = keep.nonzero().view(-1)
         return SparseTensor.on(self.voxels.select(rows), self.features.index_select(0, rows))
 
@@ -220,10 +209,15 @@ def nonzero_voxels(volume: SparseTensor | Tensor) -> SparseTensor:
 
 
 def union_add(first: SparseTensor, second: SparseTensor) -> SparseTensor:
-    """Sum over the union of two voxel sets; a voxel that one of them lacks counts as zero there.
+    """Sum over the union of two voxel sets, ``first + second``; a voxel that one of them lacks counts as zero there.
 
     Raises:
         ValueError: the grids or the channel counts differ.
+
+    Examples:
+        >>> first = SparseTensor(torch.ones(1, 8), torch.tensor([[0, 1, 2, 3]]), (4, 4, 4))
+        >>> union_add(first, SparseTensor(torch.ones(1, 8), torch.tensor([[0, 3, 2, 1]]), (4, 4, 4))).features.shape
+        torch.Size([2, 8])
     """
     if first.features.shape[1] != second.features.shape[1]:
         raise ValueError(
@@ -261,6 +255,11 @@ def concatenate_channels(tensors: Sequence[SparseTensor]) -> SparseTensor:
 
     Raises:
         ValueError: no tensor is given, or the grids differ.
+
+    Examples:
+        >>> x = SparseTensor(torch.ones(1, 8), torch.tensor([[0, 1, 2, 3]]), (4, 4, 4))
+        >>> concatenate_channels([x, x]).features.shape
+        torch.Size([1, 16])
     """
     if not tensors:
         raise ValueError("concatenate_channels needs at least one SparseTensor, got none; pass a list of them.")

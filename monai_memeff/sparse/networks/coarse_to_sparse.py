@@ -55,8 +55,8 @@ class CoarseToSparseUNet(nn.Module):
         channels: features per level of the coarse UNet.
         strides: strides of the coarse UNet; a leading 1 gives it a level at the resolution of the cells. One number or
             one per axis for each level.
-        kernel_size: Kernel size of convolutions, in both networks.
-        up_kernel_size: Kernel size of transposed convolutions, in both networks.
+        kernel_size: Kernel size of convolutions in both networks, odd.
+        up_kernel_size: Kernel size of transposed convolutions in both networks, odd.
         num_res_units: residual sub-units per level, in both networks.
         act: activation, as in MONAI.
         norm: "instance", "batch" or "group", as in MONAI.
@@ -80,7 +80,7 @@ class CoarseToSparseUNet(nn.Module):
     h, w, d) with h = ceil(H / coarse_factor).
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range; in the call another shape, NaN, infinity, or another dtype.
 
     Examples:
         >>> network = CoarseToSparseUNet(3, in_channels=1, out_channels=2, channels=(4, 8), strides=(2,))

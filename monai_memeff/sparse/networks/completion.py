@@ -19,7 +19,8 @@ from monai_memeff.sparse.core.annotation import check_ignore_index, foreground_a
 from monai_memeff.sparse.core.tensor import SparseTensor, nonzero_voxels
 from monai_memeff.sparse.core.voxel_set import VoxelSet
 from monai_memeff.sparse.networks.budget import check_budget, check_candidates, prune_to_budget
-from monai_memeff.sparse.nn.blocks import SparseBatchNorm3d, SparseReLU
+from monai_memeff.sparse.nn.activations import SparseReLU
+from monai_memeff.sparse.nn.blocks import SparseBatchNorm3d
 from monai_memeff.sparse.nn.conv import SparseConv3d, SparseConvTranspose3d
 
 
@@ -51,6 +52,9 @@ class SparseCompletionNet(nn.Module):
 
     The published network has a last 1^3 convolution after the final pruning that is never in the loss; it is kept as
     ``final``, frozen and not computed, so that parameter counts and checkpoints agree.
+
+    Raises:
+        ValueError: not seven channels, ``max_voxels`` below 64 or ``ignore_index`` 0; ``forward`` names its own.
 
     Examples:
         >>> skull = torch.eye(64).expand(1, 1, 64, 64, 64)
@@ -98,8 +102,8 @@ class SparseCompletionNet(nn.Module):
             target: the complete structure on the same grid, sparse or dense; required in training, ignored otherwise.
 
         Raises:
-            ValueError: no target is given in training, shapes do not fit, or a volume has more voxels than
-                ``max_voxels`` to begin with.
+            ValueError: no target is given in training, shapes do not fit, the volume holds NaN, infinity or negative
+                numbers, or a volume has more voxels than ``max_voxels`` to begin with.
         """
         if self.training and target is None:
             raise ValueError("SparseCompletionNet prunes with the target in training: call network(x, target).")

@@ -33,8 +33,8 @@ class SparseUNet(UNet):
         out_channels: output channels.
         channels: features per level.
         strides: per level.
-        kernel_size: Kernel size of convolutions.
-        up_kernel_size: Kernel size of transposed convolutions.
+        kernel_size: Kernel size of convolutions, odd.
+        up_kernel_size: Kernel size of transposed convolutions, odd.
         num_res_units: residual sub-units per level.
         act: activation, as in MONAI.
         norm: "instance", "batch" or "group", as in MONAI.
@@ -48,6 +48,10 @@ class SparseUNet(UNet):
             elsewhere (background in channel 0), or -10 for a single channel.
 
     Shape: dense (B, in_channels, H, W, D) -> dense (B, out_channels, H, W, D); SparseTensor -> SparseTensor.
+
+    Raises:
+        ValueError: another number of dimensions than 3, an even kernel, an unknown norm or activation, or
+            ``inactive_logits`` not as many as channels; in the call NaN, infinity, or another dtype than the weights'.
 
     Examples:
         >>> network = SparseUNet(3, in_channels=1, out_channels=2, channels=(4, 8), strides=(2,))

@@ -1,4 +1,4 @@
-"""Layers on sparse tensors besides convolution: norms, activations, dropout, pooling."""
+"""Norms over active voxels, and pooling of them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ from monai_memeff.sparse.core.fused import Recompute, norm_act
 from monai_memeff.sparse.core.kernel_map import kernel_map_between
 from monai_memeff.sparse.core.neighbors import KernelShape
 from monai_memeff.sparse.core.tensor import SparseTensor
+from monai_memeff.sparse.nn.activations import slope_below_zero
 from monai_memeff.sparse.nn.conv import Size, steps
 
 
 class SparseBatchNorm3d(nn.BatchNorm3d):
-    """Batch norm over all active voxels of the batch; arguments and ``state_dict`` of ``torch.nn.BatchNorm3d``.
+    """Batch norm over all active voxels of the batch, (N, C) to (N, C); arguments as ``torch.nn.BatchNorm3d``.
 
-    In training a level with fewer than two active voxels has no variance: it is normalized with the running statistics,
-    which then stay as they are, instead of raising as torch does; where none are kept, its normalized value is zero.
+    The ``state_dict`` is torch's too. In training a level with fewer than two active voxels has no variance: it is
+    normalized with the running statistics, which then stay as they are, instead of raising as torch does; where none
+    are kept, its normalized value is zero.
+
+    Examples:
+        >>> where = torch.tensor([[0, 1, 2, 3], [0, 3, 2, 1]])
+        >>> x = SparseTensor(torch.tensor([[1.0], [3.0]]), where, (4, 4, 4))
+        >>> SparseBatchNorm3d(1)(x).features.flatten().round().tolist()
+        [-1.0, 1.0]
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -63,8 +71,15 @@ class SparseBatchNorm3d(nn.BatchNorm3d):
 class SparseInstanceNorm3d(nn.InstanceNorm3d):
     """Instance norm: every channel of every batch item over that item's active voxels.
 
-    Arguments and ``state_dict`` of ``torch.nn.InstanceNorm3d`` without running statistics. An item with one active
-    voxel has no variance; its normalized value is zero.
+    Arguments and ``state_dict`` of ``torch.nn.InstanceNorm3d`` without running statistics: with
+    ``track_running_stats=True`` a call raises ValueError. (N, C) to (N, C). An item with one active voxel has no
+    variance; its normalized value is zero.
+
+    Examples:
+        >>> where = torch.tensor([[0, 1, 2, 3], [0, 3, 2, 1], [1, 0, 0, 0]])  # two volumes
+        >>> x = SparseTensor(torch.tensor([[1.0], [3.0], [9.0]]), where, (4, 4, 4))
+        >>> SparseInstanceNorm3d(1)(x).features.flatten().round().tolist()
+        [-1.0, 1.0, 0.0]
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -92,7 +107,13 @@ class SparseInstanceNorm3d(nn.InstanceNorm3d):
 class SparseGroupNorm(nn.GroupNorm):
     """Group norm: groups of channels of every batch item over that item's active voxels, as ``torch.nn.GroupNorm``.
 
-    A group of one channel has no variance in an item with one active voxel; its normalized value is zero.
+    (N, C) to (N, C). A group of one channel has no variance in an item with one active voxel; its normalized value is
+    zero.
+
+    Examples:
+        >>> x = SparseTensor(torch.tensor([[1.0, 3.0]]), torch.tensor([[0, 1, 2, 3]]), (4, 4, 4))
+        >>> SparseGroupNorm(1, 2)(x).features.flatten().round().tolist()
+        [-1.0, 1.0]
     """
 
     def forward(self, x: SparseTensor) -> SparseTensor:
@@ -125,71 +146,6 @@ def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> T
     if weight is not None:
         normalized = normalized * weight
     return normalized if bias is None else normalized + bias
-
-
-class _Featurewise(nn.Module):
-    """Mixin: apply a module that works on single values to the features."""
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        """Apply to (N, C) features."""
-        return x.replace(super().forward(x.features))
-
-
-class SparseReLU(_Featurewise, nn.ReLU):
-    """``torch.nn.ReLU`` on features."""
-
-
-class SparseLeakyReLU(_Featurewise, nn.LeakyReLU):
-    """``torch.nn.LeakyReLU`` on features."""
-
-
-class SparsePReLU(_Featurewise, nn.PReLU):
-    """``torch.nn.PReLU`` on features."""
-
-
-def slope_below_zero(act: nn.Module | None) -> float | Tensor | None:
-    """The slope of an activation that is linear on either side of zero, learned or not; None for any other."""
-    if type(act) is SparseReLU:
-        return 0.0
-    if type(act) is SparseLeakyReLU:
-        return act.negative_slope
-    return act.weight if type(act) is SparsePReLU else None
-
-
-class SparseELU(_Featurewise, nn.ELU):
-    """``torch.nn.ELU`` on features."""
-
-
-class SparseGELU(_Featurewise, nn.GELU):
-    """``torch.nn.GELU`` on features."""
-
-
-class SparseSiLU(_Featurewise, nn.SiLU):
-    """``torch.nn.SiLU`` on features."""
-
-
-class SparseSigmoid(_Featurewise, nn.Sigmoid):
-    """``torch.nn.Sigmoid`` on features."""
-
-
-class SparseTanh(_Featurewise, nn.Tanh):
-    """``torch.nn.Tanh`` on features."""
-
-
-class SparseDropout(_Featurewise, nn.Dropout):
-    """``torch.nn.Dropout`` on single feature values."""
-
-
-class SparseDropout3d(nn.Dropout3d):
-    """Drop whole channels of a batch item, as ``torch.nn.Dropout3d`` does on volumes."""
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        """Apply to (N, C) features."""
-        if not self.training or self.p == 0:
-            return x
-        keep = functional.dropout(x.features.new_ones(x.batch_size, x.features.shape[1]), self.p)
-        bounds = torch.tensor(x.voxels.batch_bounds(), device=x.device)
-        return x.replace(x.features * keep.repeat_interleave(bounds.diff(), dim=0))
 
 
 class _SparsePool3d(nn.Module):
@@ -228,7 +184,14 @@ class SparseMaxPool3d(_SparsePool3d):
     """Maximum over the active voxels of each window (inactive ones do not count as zero).
 
     Equals ``torch.nn.MaxPool3d(kernel_size, stride)`` on a volume filled with -inf, with padding ``(kernel_size - 1) //
-    2`` if ``kernel_size > stride``. Where several voxels tie for the maximum they share the gradient.
+    2`` if ``kernel_size > stride``; but an axis of n voxels has ceil(n / stride) results, as a window that reaches past
+    the end counts what is in it. Where several voxels tie for the maximum they share the gradient.
+
+    Args:
+        kernel_size: edge of a window in voxels, one number or one per axis.
+        stride: step from window to window; the default is the kernel size.
+
+    Shape: SparseTensor (N, C) on (H, W, D) -> SparseTensor (M, C) on (ceil(H / stride), ...), M <= N.
 
     Examples:
         >>> x = SparseTensor(torch.ones(2, 8), torch.tensor([[0, 1, 2, 3], [0, 4, 5, 6]]), (32, 32, 16))
@@ -240,13 +203,25 @@ class SparseMaxPool3d(_SparsePool3d):
 
 
 class SparseAvgPool3d(_SparsePool3d):
-    """Mean over the active voxels of each window (inactive ones do not count)."""
+    """Mean over the active voxels of each window (inactive ones do not count); arguments as :class:`SparseMaxPool3d`.
+
+    Examples:
+        >>> x = SparseTensor(torch.tensor([[1.0], [3.0]]), torch.tensor([[0, 2, 2, 2], [0, 2, 3, 3]]), (4, 4, 4))
+        >>> SparseAvgPool3d(2)(x).features  # of the one window with active voxels
+        tensor([[2.]])
+    """
 
     reduction = "mean"
 
 
 class SparseGlobalAvgPool3d(nn.Module):
-    """Mean over all active voxels of each batch item: SparseTensor (N, C) -> Tensor (B, C); zero for an empty item."""
+    """Mean over all active voxels of each batch item: SparseTensor (N, C) -> Tensor (B, C); zero for an empty item.
+
+    Examples:
+        >>> x = SparseTensor(torch.tensor([[1.0], [3.0]]), torch.tensor([[0, 2, 2, 2], [0, 1, 3, 3]]), (4, 4, 4))
+        >>> SparseGlobalAvgPool3d()(x)
+        tensor([[2.]])
+    """
 
     def forward(self, x: SparseTensor) -> Tensor:
         """Pool (see the class)."""

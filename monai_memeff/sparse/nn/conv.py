@@ -42,6 +42,10 @@ class SparseConv3d(nn.Conv3d):
     Shape: SparseTensor with (N, in_channels) -> SparseTensor with (M, out_channels); M = N for stride 1.
     ``weight`` is (out_channels, in_channels, k, k, k) and ``bias`` (out_channels), as in torch.
 
+    Raises:
+        ValueError: an argument is not a whole number of at least 1, or (in the call) the channels do not fit.
+        TypeError: the layer is called with a dense tensor.
+
     Examples:
         >>> x = SparseTensor(torch.ones(2, 8), torch.tensor([[0, 1, 2, 3], [0, 4, 5, 6]]), (32, 32, 16))
         >>> SparseConv3d(8, 4, kernel_size=3)(x).features.shape
@@ -88,6 +92,8 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
             instead of using known ones.
         padding: default ``dilation * (kernel_size - 1) // 2``, the transpose of :class:`SparseConv3d`.
 
+    A call takes the coarse features and, if wanted, ``target``: see ``forward``, which names its errors.
+
     Shape: SparseTensor with (N, in_channels) -> SparseTensor with (M, out_channels).
     ``weight`` is (in_channels, out_channels, k, k, k) and ``bias`` (out_channels), as in torch.
 
@@ -127,7 +133,8 @@ class SparseConvTranspose3d(nn.ConvTranspose3d):
 
         Raises:
             ValueError: no finer voxels are known, they or the target lie on a grid that is not ``stride`` times finer,
-                or a target is given to a generative layer.
+                a target is given to a generative layer, or the channels do not fit.
+            TypeError: ``x`` is a dense tensor.
         """
         _check_channels(self, x)
         shape = _shape_of(self)

@@ -10,7 +10,7 @@ from monai.networks.nets.unet import UNet
 from torch import nn
 
 from monai_memeff.sparse.core.tensor import SparseTensor, concatenate_channels
-from monai_memeff.sparse.nn import blocks
+from monai_memeff.sparse.nn import activations, blocks
 from monai_memeff.sparse.nn.conv import SparseConv3d, SparseConvTranspose3d
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -43,10 +43,10 @@ class SparseADN(ADN):
 def _fuses(norm: nn.Module, act: nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooked = any(getattr(layer, kind) for layer in (norm, act) for kind in kinds)
-    return isinstance(norm, FUSED) and blocks.slope_below_zero(act) is not None and not hooked
+    return isinstance(norm, FUSED) and activations.slope_below_zero(act) is not None and not hooked
 
 
-DROPOUT = (blocks.SparseDropout, blocks.SparseDropout3d)
+DROPOUT = (activations.SparseDropout, activations.SparseDropout3d)
 
 FUSED = (blocks.SparseBatchNorm3d, blocks.SparseInstanceNorm3d)
 """Norms that take the activation behind them."""
@@ -57,16 +57,16 @@ SPARSE_TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm3d: blocks.SparseBatchNorm3d,
     nn.InstanceNorm3d: blocks.SparseInstanceNorm3d,
     nn.GroupNorm: blocks.SparseGroupNorm,
-    nn.ReLU: blocks.SparseReLU,
-    nn.LeakyReLU: blocks.SparseLeakyReLU,
-    nn.PReLU: blocks.SparsePReLU,
-    nn.ELU: blocks.SparseELU,
-    nn.GELU: blocks.SparseGELU,
-    nn.SiLU: blocks.SparseSiLU,
-    nn.Sigmoid: blocks.SparseSigmoid,
-    nn.Tanh: blocks.SparseTanh,
-    nn.Dropout: blocks.SparseDropout,
-    nn.Dropout3d: blocks.SparseDropout3d,
+    nn.ReLU: activations.SparseReLU,
+    nn.LeakyReLU: activations.SparseLeakyReLU,
+    nn.PReLU: activations.SparsePReLU,
+    nn.ELU: activations.SparseELU,
+    nn.GELU: activations.SparseGELU,
+    nn.SiLU: activations.SparseSiLU,
+    nn.Sigmoid: activations.SparseSigmoid,
+    nn.Tanh: activations.SparseTanh,
+    nn.Dropout: activations.SparseDropout,
+    nn.Dropout3d: activations.SparseDropout3d,
     SkipConnection: SparseSkipConnection,
     ADN: SparseADN,
 }
@@ -90,7 +90,8 @@ def to_sparse(network: Network) -> Network:
 
     Raises:
         TypeError: a layer has no sparse twin (named in the message); nothing has been changed then.
-        ValueError: a convolution has groups, non-zero padding mode, or a padding that shifts the voxels.
+        ValueError: a convolution has groups, another padding mode than zeros, or a padding that shifts the voxels; an
+            instance norm keeps running statistics; a skip connection multiplies.
 
     Examples:
         >>> network = torch.nn.Sequential(torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.ReLU())

@@ -10,6 +10,8 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_memeff.arguments import numbers_checked
+from monai_memeff.checks import check_finite, check_mask
+from monai_memeff.errors import InputError
 from monai_memeff.geometry import grid, ras_affine, space_of, to_ras, voxels
 from monai_memeff.sparse.core.tensor import SparseTensor
 from monai_memeff.sparse.points.data import Data, attributes, batch_of, check_points, with_attributes
@@ -32,16 +34,23 @@ def points_from_mask(mask: Tensor, image: Tensor | None = None, labels: Tensor |
         voxels, ``x`` (N, C) float32, and ``y`` (N,) int64 where labels are given.
 
     Raises:
-        ValueError: the mask is not (1, H, W, D), or the others are not on its grid.
+        ValueError: the mask is not (1, H, W, D), or the others are not on its grid; the mask holds NaN, infinity or
+            negative numbers; within it, the image holds NaN or infinity, or the labels fractions.
+
+    Examples:
+        >>> points_from_mask(torch.eye(4)[None, None])
+        Data(pos=[4, 3], x=[4, 1])
     """
     shape = _spatial_shape("mask", mask)
     for name, other in (("image", image), ("labels", labels)):
         if other is not None and (other.ndim != 4 or tuple(other.shape[1:]) != shape):
             raise ValueError(f"{name} must be (C, H, W, D) on the mask's grid {shape}, got {tuple(other.shape)}.")
+    check_mask(mask, "points_from_mask")
     active = _plain(mask)[0] != 0
     pos = grid.index_to_mm(active.nonzero(), _affine(mask)).float()
     x = pos.new_ones(len(pos), 1) if image is None else _plain(image)[:, active].t().float().contiguous()
-    return Data(pos, x, None if labels is None else _plain(labels)[0][active].to(torch.int64))
+    check_finite(x, "points_from_mask")
+    return Data(pos, x, None if labels is None else _whole(_plain(labels)[0][active]))
 
 
 def mask_from_points(
@@ -62,7 +71,13 @@ def mask_from_points(
         (1, H, W, D) with the reference's metadata; int64, uint8 for ``values=None``; 0 where nothing is written.
 
     Raises:
-        ValueError: the points hold several clouds or lack the attribute, or a point lies outside the grid.
+        ValueError: the points hold several clouds or lack the attribute, a point lies outside the grid, or there are
+            voxels to fill and no point.
+
+    Examples:
+        >>> mask = torch.eye(4)[None, None]
+        >>> bool((mask_from_points(points_from_mask(mask), reference=mask, values=None) == mask).all())
+        True
     """
     check_points(data)
     shape, affine = _spatial_shape("reference", reference, channels=None), _affine(reference)
@@ -71,6 +86,7 @@ def mask_from_points(
     if within is not None:
         if tuple(within.shape) != (1, *shape):
             raise ValueError(f"within must be (1, H, W, D) on the grid {shape}, got {tuple(within.shape)}.")
+        check_mask(within, "mask_from_points")
         volume = _by_nearest(pos, written, _plain(within)[0] != 0, affine)
     else:
         volume = _by_voxel(pos, written, shape, affine)
@@ -84,8 +100,16 @@ def to_sparse_tensor(data: Any) -> SparseTensor:
     Args:
         data: Points as :class:`GridSampling3D` leaves them with ``quantize_coords=True``.
 
+    Returns:
+        A tensor on a grid that may begin below zero: see :func:`placed_coordinates`.
+
     Raises:
         ValueError: there are no ``coords``, or two points share a voxel.
+
+    Examples:
+        >>> points = GridSampling3D(2.0, quantize_coords=True)(Data(torch.tensor([[0.0, 0.0, 1.0], [5.0, 5.0, 5.0]])))
+        >>> to_sparse_tensor(points).features.shape
+        torch.Size([2, 1])
     """
     found = attributes(data)
     if "coords" not in found:
@@ -114,7 +138,14 @@ def data_from_sparse(x: SparseTensor, like: Any = None, grid_size: float | None 
         ``batch``, ``coords`` (the finest level's) and ``grid_size`` (of this level).
 
     Raises:
-        ValueError: neither or both of ``like`` and ``grid_size`` are given, or a point of ``like`` has no voxel.
+        ValueError: neither or both of ``like`` and ``grid_size`` are given, a point of ``like`` has no voxel, or ``x``
+            was not made from points.
+
+    Examples:
+        >>> x = nn.SparseTensor(torch.ones(2, 8), torch.tensor([[-1, 0, 0], [3, 4, 5]]))
+        >>> data_from_sparse(x, grid_size=2.0).pos
+        tensor([[-2.,  0.,  0.],
+                [ 6.,  8., 10.]])
     """
     if (like is None) == (grid_size is None):
         raise ValueError("data_from_sparse needs like=points or grid_size=..., one of the two.")
@@ -177,6 +208,13 @@ def _values_of(data: Any, name: str | None) -> Tensor:
             "values=None for a mask."
         )
     return values.reshape(-1).to(torch.int64)
+
+
+def _whole(labels: Tensor) -> Tensor:
+    """Labels as int64; fractions, NaN and infinity are none."""
+    if labels.is_floating_point() and not bool((labels == labels.round()).all() & labels.isfinite().all()):
+        raise InputError("labels must be whole numbers, got fractions, NaN or infinity; take argmax or a threshold.")
+    return labels.to(torch.int64)
 
 
 def _spatial_shape(name: str, volume: Tensor, channels: int | None = 1) -> tuple[int, int, int]:

@@ -26,6 +26,14 @@ class SphereSampling(PointTransform):
         radius: Radius in the unit of ``pos`` (millimeters); points at exactly this distance are kept.
         sphere_center: (3,) the center.
         align_origin: move the center to the origin.
+
+    Raises:
+        ValueError: the radius is not positive, or the center not three numbers.
+
+    Examples:
+        >>> cloud = Data(torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 2.0], [9.0, 9.0, 9.0]]))
+        >>> SphereSampling(radius=3.0, sphere_center=(0, 0, 0))(cloud)
+        Data(pos=[2, 3])
     """
 
     @numbers_checked
@@ -52,7 +60,13 @@ class RandomSphere(Randomizable, PointTransform):
         center: move the center to the origin.
 
     Raises:
-        ValueError: an unknown strategy or weight, or labels ``y`` are wanted and missing.
+        ValueError: an unknown strategy or weight, a radius that is not positive, no point, or labels ``y`` are wanted
+            and missing.
+
+    Examples:
+        >>> cloud = Data(torch.rand(100, 3))
+        >>> RandomSphere(radius=2.0).set_random_state(seed=0)(cloud)  # the whole unit cube is nearer than 2
+        Data(pos=[100, 3])
     """
 
     @numbers_checked
@@ -100,6 +114,14 @@ class CubeCrop(Randomizable, PointTransform):
         rot_z: Largest angle about z.
         grid_size_center: edge of the cells that make centers even, in the unit of ``pos``; the default of
             torch-points3d is in meters: give some millimeters.
+
+    Raises:
+        ValueError: ``c`` or ``grid_size_center`` is not positive, or there is no point.
+
+    Examples:
+        >>> cloud = Data(torch.rand(100, 3))
+        >>> CubeCrop(c=2.0, grid_size_center=0.1).set_random_state(seed=0)(cloud)  # every point is nearer than 2
+        Data(pos=[100, 3])
     """
 
     @numbers_checked
@@ -138,6 +160,14 @@ class RandomSphereDropout(Randomizable, PointTransform):
         radius: Radius of every ball, in the unit of ``pos``.
         grid_size_center: edge of the cells that make centers even, in the unit of ``pos``; the default of
             torch-points3d is in meters: give some millimeters.
+
+    Raises:
+        ValueError: ``num_sphere`` is negative, or ``radius`` or ``grid_size_center`` not positive.
+
+    Examples:
+        >>> cloud = Data(torch.rand(100, 3))
+        >>> RandomSphereDropout(num_sphere=1, radius=2.0, grid_size_center=0.1)(cloud)  # one ball holds all points
+        Data(pos=[0, 3])
     """
 
     @numbers_checked
@@ -170,6 +200,13 @@ class FixedPoints(Randomizable, PointTransform):
         replace: draw with replacement.
         allow_duplicates: without replacement, take points again once all are taken, so that there are always ``num``;
             else a smaller cloud keeps all its points.
+
+    Raises:
+        ValueError: ``num`` is less than 1, or there is no point.
+
+    Examples:
+        >>> FixedPoints(10, replace=False).set_random_state(seed=0)(Data(torch.rand(100, 3)))
+        Data(pos=[10, 3])
     """
 
     @numbers_checked

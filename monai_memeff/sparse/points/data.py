@@ -29,6 +29,12 @@ class Data:
         x: (N, C) or (N,) features.
         y: (N,) labels.
         batch: (N,) integers, which cloud of a batch each point belongs to.
+
+    Nothing is checked here; the transforms refuse a ``pos`` that is not floating point (N, 3) or not finite.
+
+    Examples:
+        >>> Data(torch.rand(100, 3), y=torch.zeros(100))
+        Data(pos=[100, 3], y=[100])
     """
 
     def __init__(
@@ -62,7 +68,7 @@ class PointTransform(Transform, ABC):
 
         Raises:
             TypeError: the object has no tensor ``pos``.
-            ValueError: ``pos`` is not floating point (N, 3), or the object has edges or faces.
+            ValueError: ``pos`` is not floating point (N, 3) or not finite, or the object has edges or faces.
         """
         if isinstance(data, list):
             return [self(one) for one in data]

@@ -13,7 +13,12 @@ from monai_memeff.sparse.points.data import PointTransform, attributes, with_att
 
 
 class AddOnes(PointTransform):
-    """Add the attribute ``ones``, (N, 1) float32 ones: the feature of points that have none."""
+    """Add the attribute ``ones``, (N, 1) float32 ones: the feature of points that have none.
+
+    Examples:
+        >>> AddOnes()(Data(torch.rand(100, 3)))
+        Data(pos=[100, 3], ones=[100, 1])
+    """
 
     def _process(self, data: Any) -> Any:
         return with_attributes(data, {"ones": torch.ones(len(data.pos), 1, device=data.pos.device)})
@@ -25,7 +30,11 @@ class XYZFeature(PointTransform):
     Args:
         add_x: whether to add ``pos_x``.
         add_y: whether to add ``pos_y``.
-        add_z: whether to add ``pos_z``.
+        add_z: whether to add ``pos_z``; the only one by default.
+
+    Examples:
+        >>> XYZFeature()(Data(torch.rand(100, 3)))
+        Data(pos=[100, 3], pos_z=[100])
     """
 
     def __init__(self, add_x: bool = False, add_y: bool = False, add_z: bool = True) -> None:
@@ -48,7 +57,12 @@ class AddFeatsByKeys(PointTransform):
         delete_feats: for every name, whether to remove the attribute afterwards; default none.
 
     Raises:
-        ValueError: no name is given, or the lists differ in length.
+        ValueError: no name is given, or the lists differ in length; in the call, an attribute is missing or has other
+            columns than it must have, or not one row per point.
+
+    Examples:
+        >>> AddFeatsByKeys([True, True], ["pos", "pos_z"])(XYZFeature()(Data(torch.rand(100, 3)))).x.shape
+        torch.Size([100, 4])
     """
 
     @numbers_checked

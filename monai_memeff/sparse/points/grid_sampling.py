@@ -39,7 +39,13 @@ class GridSampling3D(Randomizable, PointTransform):
         verbose: accepted for old configurations; nothing is logged.
 
     Raises:
-        ValueError: the size is not positive or the mode unknown.
+        ValueError: the size is not positive or the mode unknown; the points span more than 2^18 cells along an axis.
+
+    Examples:
+        >>> cloud = Data(torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.8], [-3.0, 0.0, 0.0]]))
+        >>> GridSampling3D(2.0)(cloud).pos
+        tensor([[-3.0000,  0.0000,  0.0000],
+                [ 0.0000,  0.0000,  0.4000]])
     """
 
     @numbers_checked

@@ -13,7 +13,7 @@ from monai_memeff.checks import as_device
 from monai_memeff.sparse import backends
 from monai_memeff.sparse.backends import registry
 from monai_memeff.sparse.core import tensor as sparse_tensor
-from monai_memeff.sparse.nn import blocks, conv
+from monai_memeff.sparse.nn import activations, blocks, conv
 from monai_memeff.sparse.points.placed import place
 
 __all__ = ["BatchNorm", "Conv3d", "Conv3dTranspose", "ReLU", "SparseTensor", "cat", "set_backend"]
@@ -37,6 +37,11 @@ class Conv3d(conv.SparseConv3d):
         stride: one number or one per axis; 1 keeps the voxels.
         dilation: spacing of the kernel's points.
         bias: whether to learn an additive bias.
+
+    Examples:
+        >>> x = SparseTensor(torch.ones(2, 1), torch.tensor([[-1, 0, 0], [3, 4, 5]]))
+        >>> Conv3d(1, 4)(x).features.shape
+        torch.Size([2, 4])
     """
 
     @numbers_checked
@@ -63,6 +68,12 @@ class Conv3dTranspose(conv.SparseConvTranspose3d):
         dilation: spacing of the kernel's points.
         bias: whether to learn an additive bias.
         transpose: accepted as in torch-points3d, where it did nothing either: the layer is always transposed.
+
+    Examples:
+        >>> x = SparseTensor(torch.ones(2, 1), torch.tensor([[-1, 0, 0], [3, 4, 5]]))
+        >>> coarse = Conv3d(1, 4, kernel_size=2, stride=2)(x)
+        >>> Conv3dTranspose(4, 1, kernel_size=2, stride=2)(coarse).features.shape
+        torch.Size([2, 1])
     """
 
     @numbers_checked
@@ -86,6 +97,11 @@ class BatchNorm(blocks.SparseBatchNorm3d):
         num_features: channels.
         eps: added to the variance.
         momentum: Momentum of the running statistics.
+
+    Examples:
+        >>> x = SparseTensor(torch.ones(2, 1), torch.tensor([[-1, 0, 0], [3, 4, 5]]))
+        >>> BatchNorm(1)(x).features.shape
+        torch.Size([2, 1])
     """
 
     @numbers_checked
@@ -93,11 +109,15 @@ class BatchNorm(blocks.SparseBatchNorm3d):
         super().__init__(num_features, eps=eps, momentum=momentum)
 
 
-class ReLU(blocks.SparseReLU):
+class ReLU(activations.SparseReLU):
     """:class:`monai_memeff.sparse.SparseReLU`, never in place, as torch-points3d's on MinkowskiEngine.
 
     Args:
         inplace: accepted, and without effect: features may be shared with a skip connection.
+
+    Examples:
+        >>> ReLU()(SparseTensor(torch.tensor([[-1.0]]), torch.tensor([[3, 4, 5]]))).features
+        tensor([[0.]])
     """
 
     def __init__(self, inplace: bool = False) -> None:
@@ -105,7 +125,16 @@ class ReLU(blocks.SparseReLU):
 
 
 def cat(*args: sparse_tensor.SparseTensor) -> sparse_tensor.SparseTensor:
-    """Stack the channels of tensors of one level; a voxel that one of them lacks counts as zero there."""
+    """Stack the channels of tensors of one level; a voxel that one of them lacks counts as zero there.
+
+    Raises:
+        ValueError: no tensor is given, or the grids differ.
+
+    Examples:
+        >>> x = SparseTensor(torch.ones(2, 1), torch.tensor([[-1, 0, 0], [3, 4, 5]]))
+        >>> cat(x, x).features.shape
+        torch.Size([2, 2])
+    """
     return sparse_tensor.concatenate_channels(args)
 
 
@@ -124,7 +153,12 @@ def SparseTensor(  # noqa: N802 - torch-points3d's name
         device: where to put the tensor; default where ``feats`` are (torch-points3d: the CPU).
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or two rows share a voxel.
+        ValueError: shapes or dtypes do not fit, a feature is NaN or infinite, two rows share a voxel, or they span more
+            than 2^18 voxels along an axis.
+
+    Examples:
+        >>> SparseTensor(torch.ones(2, 8), torch.tensor([[3, 4, 5], [-1, 0, 0]])).features.shape
+        torch.Size([2, 8])
     """
     device = feats.device if device is None else as_device(device)
     batch = coordinates.new_zeros(len(coordinates)) if batch is None else batch.reshape(-1)
@@ -137,10 +171,13 @@ def set_backend(name: str) -> None:
     """Choose the engine of the convolutions, for this process.
 
     Args:
-        name: a name of ``monai_memeff.sparse.backends``: ``"native"`` always works.
+        name: a name of ``monai_memeff.sparse.backends``, or "auto": ``"native"`` always works.
 
     Raises:
         ValueError: the name is unknown or the engine cannot be used here; the message says why.
+
+    Examples:
+        >>> set_backend("native")
     """
     if name == "torchsparse":
         raise ValueError(f"{TORCHSPARSE}.")

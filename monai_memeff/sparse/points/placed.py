@@ -63,10 +63,14 @@ def origin_of(x: SparseTensor) -> Origin:
     """Where the grid of a tensor begins, in the user's coordinates of the finest level.
 
     Args:
-        x: made by :func:`place`, or by layers from such a tensor.
+        x: made by ``points.nn.SparseTensor`` or :func:`to_sparse_tensor`, or by layers from such a tensor.
 
     Raises:
         ValueError: the tensor does not come from one with an origin.
+
+    Examples:
+        >>> origin_of(nn.SparseTensor(torch.ones(1, 8), torch.tensor([[-1, 0, 70]])))  # multiples of 64
+        (-64, 0, 64)
     """
     level: VoxelSet | None = x.voxels
     while level is not None:
@@ -85,10 +89,14 @@ def placed_coordinates(x: SparseTensor) -> Tensor:
     After a stride they are multiples of the stride: the first voxel of every cell, as MinkowskiEngine counts them.
 
     Args:
-        x: made by :func:`place`, or by layers from such a tensor.
+        x: made by ``points.nn.SparseTensor`` or :func:`to_sparse_tensor`, or by layers from such a tensor.
 
     Raises:
         ValueError: the tensor does not come from one with an origin.
+
+    Examples:
+        >>> placed_coordinates(nn.SparseTensor(torch.ones(1, 8), torch.tensor([[-1, 0, 70]])))
+        tensor([[ 0, -1,  0, 70]])
     """
     origin = torch.tensor((0, *origin_of(x)), device=x.device)
     return x.coordinates * torch.tensor((1, *x.stride), device=x.device) + origin
@@ -98,7 +106,7 @@ def rows_at(x: SparseTensor, coordinates: Tensor, batch: Tensor) -> Tensor:
     """(M,) int64, the rows of ``x`` that hold the given user's coordinates; len(x) where the voxel is not active.
 
     Args:
-        x: made by :func:`place`, or by layers from such a tensor.
+        x: made by ``points.nn.SparseTensor`` or :func:`to_sparse_tensor`, or by layers from such a tensor.
         coordinates: (M, 3) integers of the finest level; at a coarser one, the cell that holds them is looked up.
         batch: (M,) integers.
     """

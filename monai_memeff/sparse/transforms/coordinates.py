@@ -25,6 +25,14 @@ class SparseCoordinates(Transform):
             ``background``.
         background: the value of inactive voxels, used when ``threshold`` is None.
         constant: give every active voxel this one feature instead of the intensities; 1.0 for binary structures.
+
+    Raises:
+        ValueError: an argument is NaN or infinite.
+
+    Examples:
+        >>> coordinates, features = SparseCoordinates()(torch.eye(4)[None, None])
+        >>> coordinates.shape, features.shape
+        (torch.Size([4, 3]), torch.Size([4, 1]))
     """
 
     backend = [TransformBackends.TORCH]
@@ -49,7 +57,8 @@ class SparseCoordinates(Transform):
             with ``constant``.
 
         Raises:
-            ValueError: the volume is not (C, H, W, D), or holds NaN or infinity.
+            ValueError: the volume is not (C, H, W, D), holds NaN or infinity, or integers beyond 2^24.
+            TypeError: ``img`` is not a tensor or an array.
         """
         volume = convert_to_tensor(img, track_meta=False)
         if not isinstance(volume, Tensor):
@@ -151,12 +160,17 @@ SparseCoordinatesD = SparseCoordinatesDict = SparseCoordinatesd
 class SparseCollate:
     """Batch samples whose volumes have different numbers of active voxels.
 
-    Coordinates (N, 3) become (sum of N, 4) with the batch index first, features are concatenated, everything else goes
-    through MONAI's ``list_data_collate``.
+    Coordinates (N, 3) become (sum of N, 4) with the batch index first, features (N, C) become (sum of N, C), everything
+    else goes through MONAI's ``list_data_collate``: the extents (3,) become (B, 3).
 
     Args:
-        coords_keys: keys that hold coordinates; those that a sample lacks are passed over.
-        features_keys: keys that hold features.
+        coords_keys: keys that hold coordinates; a key that any sample lacks is left out of the batch.
+        features_keys: keys that hold features; left out likewise.
+
+    Examples:
+        >>> samples = [SparseCoordinatesd("image", drop=True)({"image": torch.eye(4)[None, None]}) for _ in range(2)]
+        >>> SparseCollate()(samples)["coords"].shape
+        torch.Size([8, 4])
     """
 
     def __init__(
@@ -189,5 +203,11 @@ def _with_batch_index(coordinates: list[Tensor]) -> Tensor:
 
 
 def sparse_collate(batch: Sequence[Any]) -> dict[Hashable, Any]:
-    """:class:`SparseCollate` with its default keys, for ``collate_fn`` in a configuration."""
+    """:class:`SparseCollate` with its default keys, for ``collate_fn`` in a configuration.
+
+    Examples:
+        >>> samples = [SparseCoordinatesd("image", drop=True)({"image": torch.eye(4)[None, None]}) for _ in range(2)]
+        >>> sparse_collate(samples)["extent"].shape
+        torch.Size([2, 3])
+    """
     return SparseCollate()(batch)

@@ -43,7 +43,12 @@ class DownsampleMask(Transform):
     or, where the extent does not divide, a little smaller.
 
     Raises:
-        ValueError: not one of the three is given, or a value is out of range.
+        ValueError: not one of the three is given, a value is out of range, or the mode is unknown.
+
+    Examples:
+        >>> from monai.data import MetaTensor
+        >>> DownsampleMask(pixdim=2.0)(MetaTensor(torch.ones(1, 8, 8, 9))).shape  # voxels of 1 mm
+        torch.Size([1, 4, 4, 5])
     """
 
     backend = [TransformBackends.TORCH]
@@ -89,7 +94,9 @@ class DownsampleMask(Transform):
             (C, h, w, d), uint8 of 0 and 1, or float32 with "fraction".
 
         Raises:
-            ValueError: the volume is not (C, H, W, D), or has an empty axis.
+            ValueError: the volume is not (C, H, W, D), has an empty axis, holds NaN, infinity or negative numbers, or
+                cells are in millimeters and it is no MetaTensor.
+            TypeError: ``img`` is not a tensor or an array.
         """
         volume = checked_volume(img, "DownsampleMask")
         extents, shape = volume.shape[1:], self.coarse_shape(volume)

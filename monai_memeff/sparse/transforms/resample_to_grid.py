@@ -37,6 +37,13 @@ class ResampleToGrid(Transform):
             values between the centers of cells, to compare with.
         align: "affine": by the affines of both MetaTensors; "extent": the grids cover the same space, face to face;
             "auto": by affine if both are MetaTensors, else by extent.
+
+    Raises:
+        ValueError: ``mode`` or ``align`` is unknown.
+
+    Examples:
+        >>> ResampleToGrid(align="extent")(torch.ones(1, 4, 4, 4), torch.zeros(1, 8, 8, 9)).shape
+        torch.Size([1, 8, 8, 9])
     """
 
     backend = [TransformBackends.TORCH]
@@ -56,8 +63,9 @@ class ResampleToGrid(Transform):
             (C, H, W, D), uint8 of 0 and 1 (float32 with "trilinear"), with the metadata of ``reference``.
 
         Raises:
-            ValueError: a volume is not (C, H, W, D), an affine is missing, or what is occupied lies outside of the
-                fine grid as a whole.
+            ValueError: a volume is not (C, H, W, D) or not finite, the mask has negative numbers, an affine is missing,
+                or what is occupied lies outside of the fine grid as a whole.
+            TypeError: a volume is not a tensor or an array.
         """
         coarse, fine = checked_volume(img, "ResampleToGrid"), checked_volume(reference, "ResampleToGrid")
         to_coarse, shape = fine_to_coarse(coarse, fine, self.align), fine.shape[1:]
@@ -87,6 +95,11 @@ class ResampleToGridd(MapTransform):
         mode: see :class:`ResampleToGrid`.
         align: see :class:`ResampleToGrid`.
         allow_missing_keys: pass over masks that are not there.
+
+    Examples:
+        >>> data = {"coarse": torch.ones(1, 4, 4, 4), "image": torch.zeros(1, 8, 8, 9)}
+        >>> ResampleToGridd("coarse", reference_key="image", placed_key="fine")(data)["fine"].shape
+        torch.Size([1, 8, 8, 9])
     """
 
     backend = ResampleToGrid.backend

@@ -39,6 +39,12 @@ class RandSegmentationErrors(RandomizableTransform):
 
     Raises:
         ValueError: a value is out of range.
+
+    Examples:
+        >>> errors = RandSegmentationErrors(prob=1.0).set_random_state(seed=0)
+        >>> mask = torch.ones(1, 8, 8, 8).triu()
+        >>> bool((errors(mask) != mask).any())
+        True
     """
 
     backend = [TransformBackends.TORCH]
@@ -95,7 +101,8 @@ class RandSegmentationErrors(RandomizableTransform):
             comes back without errors, an empty one empty.
 
         Raises:
-            ValueError: ``img`` is not (C, h, w, d).
+            ValueError: ``img`` is not (C, h, w, d), or holds NaN, infinity or negative numbers.
+            TypeError: ``img`` is not a tensor or an array.
         """
         volume = checked_volume(img, "RandSegmentationErrors")
         check_mask(volume, "RandSegmentationErrors")
@@ -121,7 +128,7 @@ class RandSegmentationErrors(RandomizableTransform):
 
 
 class RandSegmentationErrorsd(RandomizableTransform, MapTransform):
-    """Dictionary version of :class:`RandSegmentationErrors`; every mask gets a draw of its own.
+    """Dictionary version of :class:`RandSegmentationErrors`, which has an example; every mask gets a draw of its own.
 
     Args:
         keys: coarse masks.

@@ -34,7 +34,7 @@ class ThresholdAtSpacing(InvertibleTransform):
     ``Spacing`` holds the resampled CT and three coordinates of 64 bits for every voxel of it: 16 GB for a CT of
     512 x 512 x 234 at half its spacing. Here one slab of voxels exists at a time, only where bone can be, and one byte
     per voxel stays. The interpolation is the same (trilinear, 64 bits, edges repeated), so is the grid. The inverse
-    interpolates as that of ``Spacing``, in slabs as well. Pieces are counted within the box that holds all bone.
+    interpolates as that of ``Spacing``, in slabs as well.
 
     Args:
         pixdim: millimeters per voxel, one number or one per axis; an axis with a number that is not positive keeps its
@@ -43,7 +43,12 @@ class ThresholdAtSpacing(InvertibleTransform):
         components: Number of largest 26-connected pieces to keep in every channel; 0 keeps all.
 
     Raises:
-        ValueError: ``components`` is negative.
+        ValueError: ``components`` is negative, or a number is NaN or infinite.
+
+    Examples:
+        >>> ct = torch.full((1, 8, 8, 8), 400.0)  # without an affine, voxels are 1 mm
+        >>> ThresholdAtSpacing(pixdim=2.0, threshold=300)(ct).shape
+        torch.Size([1, 4, 4, 4])
     """
 
     backend = [TransformBackends.TORCH]
@@ -69,7 +74,8 @@ class ThresholdAtSpacing(InvertibleTransform):
             (C, h, w, d) uint8, 1 is bone, with the metadata of ``img`` and the affine of the new grid.
 
         Raises:
-            ValueError: ``img`` is not (C, H, W, D).
+            ValueError: ``img`` is not (C, H, W, D), or holds NaN or infinity.
+            TypeError: ``img`` is not a tensor or an array.
         """
         img = as_volume(img)
         img = img if isinstance(img, MetaTensor) else MetaTensor(img)
@@ -104,7 +110,7 @@ class ThresholdAtSpacing(InvertibleTransform):
 
 
 class ThresholdAtSpacingd(MapTransform, InvertibleTransform):
-    """Dictionary version of :class:`ThresholdAtSpacing`.
+    """Dictionary version of :class:`ThresholdAtSpacing`, which has an example; ``Invertd`` undoes it.
 
     Args:
         keys: CTs.

@@ -17,14 +17,18 @@ from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask
 
 
 class RandVoxelDropout(RandomizableTransform):
-    """Empty random voxels of a mask; off in the paper, so there is no default.
+    """Empty random voxels of a mask (Kroviakov et al. 2021, Methods); off in the paper, so ``p`` has no default.
 
     Args:
         p: fraction of the occupied voxels to empty, in [0, 1]; of n voxels int(n * (1 - p)) stay.
         prob: probability that it happens.
 
     Raises:
-        ValueError: ``p`` is outside [0, 1].
+        ValueError: ``p`` or ``prob`` is outside [0, 1].
+
+    Examples:
+        >>> RandVoxelDropout(p=0.25)(torch.ones(1, 4, 4, 4)).sum()
+        tensor(48.)
     """
 
     backend = [TransformBackends.TORCH]
@@ -48,8 +52,12 @@ class RandVoxelDropout(RandomizableTransform):
             img: (C, H, W, D); it is left as it is.
             randomize: whether to draw, or empty the same voxels of the same mask again.
 
+        Returns:
+            (C, H, W, D), dtype and metadata of ``img``.
+
         Raises:
-            ValueError: ``img`` is not (C, H, W, D).
+            ValueError: ``img`` is not (C, H, W, D), or holds NaN, infinity or negative numbers.
+            TypeError: ``img`` is not a tensor or an array.
         """
         img = as_volume(img)
         where = foreground_mask(img).any(0).flatten().nonzero()[:, 0]
@@ -61,9 +69,9 @@ class RandVoxelDropout(RandomizableTransform):
 
 
 class RandVoxelDropoutd(RandomizableTransform, MapTransform):
-    """Dictionary version of :class:`RandVoxelDropout`; every mask gets a draw of its own.
+    """Dictionary version of :class:`RandVoxelDropout`, which has an example; every mask gets a draw of its own.
 
-    In the authors' code what is dropped from the defective skull stays in the target: pepper after the target is made.
+    In the authors' code what is dropped from the defective skull stays in the target: use it once the target is made.
 
     Args:
         keys: masks.

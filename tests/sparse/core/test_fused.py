@@ -20,7 +20,7 @@ from monai_memeff.sparse import (
     to_sparse,
 )
 from monai_memeff.sparse.core import fused
-from monai_memeff.sparse.nn.blocks import SparseELU
+from monai_memeff.sparse.nn.activations import SparseELU
 from tests.oracles import assert_less_memory
 from tests.sparse.reference import random_mask
 

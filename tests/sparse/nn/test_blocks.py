@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_memeff.sparse import SparseTensor
-from monai_memeff.sparse.nn import blocks
+from monai_memeff.sparse.nn import activations, blocks
 from tests.oracles import assert_same_as_dense, asymmetric
 from tests.sparse.reference import mask_of, random_mask
 
@@ -33,14 +33,14 @@ TWINS: list[tuple[nn.Module, nn.Module]] = [
     (blocks.SparseInstanceNorm3d(CHANNELS, affine=True, eps=0.1), nn.InstanceNorm3d(CHANNELS, affine=True, eps=0.1)),
     (blocks.SparseGroupNorm(2, CHANNELS), nn.GroupNorm(2, CHANNELS)),
     (blocks.SparseGroupNorm(1, CHANNELS, affine=False), nn.GroupNorm(1, CHANNELS, affine=False)),
-    (blocks.SparseReLU(), nn.ReLU()),
-    (blocks.SparseLeakyReLU(0.2), nn.LeakyReLU(0.2)),
-    (blocks.SparsePReLU(CHANNELS), nn.PReLU(CHANNELS)),
-    (blocks.SparseELU(), nn.ELU()),
-    (blocks.SparseGELU(), nn.GELU()),
-    (blocks.SparseSiLU(), nn.SiLU()),
-    (blocks.SparseSigmoid(), nn.Sigmoid()),
-    (blocks.SparseTanh(), nn.Tanh()),
+    (activations.SparseReLU(), nn.ReLU()),
+    (activations.SparseLeakyReLU(0.2), nn.LeakyReLU(0.2)),
+    (activations.SparsePReLU(CHANNELS), nn.PReLU(CHANNELS)),
+    (activations.SparseELU(), nn.ELU()),
+    (activations.SparseGELU(), nn.GELU()),
+    (activations.SparseSiLU(), nn.SiLU()),
+    (activations.SparseSigmoid(), nn.Sigmoid()),
+    (activations.SparseTanh(), nn.Tanh()),
 ]
 
 
@@ -246,7 +246,7 @@ def test_global_average_pooling_of_many_voxels_stays_within_half_precision() -> 
 def test_dropout3d_drops_whole_channels_of_an_item() -> None:
     x = partial(channels=200)
     x = x.replace(torch.ones_like(x.features).requires_grad_())
-    layer = blocks.SparseDropout3d(0.25)
+    layer = activations.SparseDropout3d(0.25)
     y = layer(x).features
     for item in (0, 2):
         rows = y[x.coordinates[:, 0] == item]
@@ -261,7 +261,7 @@ def test_dropout3d_drops_whole_channels_of_an_item() -> None:
 
 def test_dropout_drops_single_values() -> None:
     x = partial(channels=50)
-    y = blocks.SparseDropout(0.5)(x.replace(torch.ones_like(x.features))).features
+    y = activations.SparseDropout(0.5)(x.replace(torch.ones_like(x.features))).features
     assert set(y.unique().tolist()) == {0.0, 2.0}
     assert int((y.sum(0) > 0).sum()) > 0
-    assert blocks.SparseDropout(0.5).eval()(x).features is not None
+    assert activations.SparseDropout(0.5).eval()(x).features is not None
