@@ -11,6 +11,7 @@ from monai.utils import TransformBackends
 from torch import Tensor, nn
 
 from monai_memeff.arguments import numbers_checked
+from monai_memeff.checks import as_network_input, check_finite, check_mask
 from monai_memeff.errors import InputError
 from monai_memeff.transforms.each_key import EachKey, name_of
 
@@ -56,8 +57,9 @@ class SelectLabel(Transform):
         """Return the mask, uint8 of 0 and 1, with the shape and the metadata of ``img``.
 
         Raises:
-            InputError: the mask is empty, and must not be.
+            InputError: ``img`` holds NaN or infinity, or the mask is empty and must not be.
         """
+        check_finite(img, name_of(img))
         mask = (img != 0 if self.label is None else img == self.label).to(torch.uint8)
         if not self.allow_empty and not bool(mask.any()):
             wanted = "all are 0" if self.label is None else f"label {self.label:g}"
@@ -89,9 +91,14 @@ class PredictMask(Transform):
         self.network, self.threshold, self.device = network, threshold, device
 
     def __call__(self, img: Tensor) -> Tensor:
-        """Return the mask (C', H, W, D) of (C, H, W, D): uint8 of 0 and 1, on the device of ``img``."""
+        """Return the mask (C', H, W, D) of (C, H, W, D): uint8 of 0 and 1, on the device of ``img``.
+
+        Raises:
+            InputError: a logit is NaN or infinite.
+        """
         with eval_mode(self.network):
             logits = self.network(img[None].to(img.device if self.device is None else self.device))[0]
+        check_finite(logits, "PredictMask")
         return (logits > self.threshold).to(torch.uint8).to(img.device)
 
 
@@ -118,9 +125,15 @@ class DilateMask(Transform):
         self.size = size
 
     def __call__(self, img: Tensor) -> Tensor:
-        """Return the mask (C, H, W, D) with the dtype and the metadata of ``img``: the largest value in the cube."""
-        grown = torch.nn.functional.max_pool3d(img.float(), self.size, 1, self.size // 2)
-        return grown.to(img.dtype)
+        """Return the mask (C, H, W, D) with the dtype and the metadata of ``img``: the largest value in the cube.
+
+        Raises:
+            InputError: ``img`` holds NaN, infinity or negative numbers, or integers beyond 2^24.
+        """
+        check_mask(img, "DilateMask")
+        wide = torch.float64 if img.dtype == torch.float64 else torch.float32
+        values = img.to(wide) if img.is_floating_point() else as_network_input(img, wide, "DilateMask")
+        return torch.nn.functional.max_pool3d(values, self.size, 1, self.size // 2).to(img.dtype)
 
 
 class OpenMask(Transform):
@@ -146,7 +159,12 @@ class OpenMask(Transform):
         self.size = size
 
     def __call__(self, img: Tensor) -> Tensor:
-        """Return the opened mask (C, H, W, D), dtype and metadata of ``img``; beyond its edges counts as mask."""
+        """Return the opened mask (C, H, W, D), dtype and metadata of ``img``; beyond its edges counts as mask.
+
+        Raises:
+            InputError: ``img`` holds NaN, infinity or negative numbers.
+        """
+        check_mask(img, "OpenMask")
         mask = (img != 0).to(img.dtype)[:, None]  # MONAI's operations mix channels, so channels become a batch
         return dilate(erode(mask, self.size), self.size)[:, 0]
 

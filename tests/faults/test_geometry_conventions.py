@@ -65,6 +65,8 @@ def test_unknown_spaces_are_refused_by_every_user_of_millimeters(space: object) 
     for use in (labels_to_mesh, points_from_mask, logits_to_mesh, vault_mask, UpperSkullCrop(3, front=None)):
         with pytest.raises(ValueError, match="are known"):
             use(image)
+    with pytest.raises(ValueError, match="space must be one of RAS, LPS, LAS, got"):
+        to_ras(RAS, str(space))
 
 
 def test_the_points_of_54_and_190_millimeters() -> None:

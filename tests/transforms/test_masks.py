@@ -105,3 +105,35 @@ def test_cubes_have_a_middle(size: int) -> None:
     for transform in (transforms.DilateMask, transforms.OpenMask):
         with pytest.raises(ValueError, match="size must be odd"):
             transform(size)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        transforms.SelectLabel(),
+        transforms.SelectLabel(2),
+        transforms.DilateMask(),
+        transforms.OpenMask(),
+        transforms.PredictMask(nn.Identity()),
+    ],
+    ids=lambda transform: type(transform).__name__,
+)
+def test_what_is_no_number_is_refused(transform: Any, bad: float) -> None:
+    given = masks().float()
+    given[1, 2, 3, 4] = bad
+    with pytest.raises(InputError, match="needs finite values, got 1 NaN or infinite"):
+        transform(given)
+
+
+def test_no_mask_has_negative_numbers() -> None:
+    for transform in (transforms.DilateMask(), transforms.OpenMask()):
+        with pytest.raises(InputError, match="needs masks, which are zero where nothing is"):
+            transform(masks().float() - 0.5)
+
+
+def test_dilation_keeps_every_number_or_refuses_it() -> None:
+    for value in (torch.tensor(1 / 3, dtype=torch.float64), torch.tensor(2**24), torch.tensor(0.1, dtype=torch.half)):
+        assert bool((transforms.DilateMask(3)(value.expand(1, 2, 2, 2)) == value).all())
+    with pytest.raises(InputError, match="integers up to 16777216 exactly"):
+        transforms.DilateMask(3)(torch.full((1, 2, 2, 2), 2**24 + 1))

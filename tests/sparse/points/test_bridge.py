@@ -101,6 +101,11 @@ def test_fewer_points_than_voxels_fill_by_the_nearest() -> None:
     ("call", "message"),
     [
         (lambda m, d: points_from_mask(m[0]), r"mask must be \(1, H, W, D\), got \(5, 7, 6\)"),
+        (lambda m, d: points_from_mask(m.float() - 0.5), "needs masks, which are zero where nothing is"),
+        (lambda m, d: points_from_mask(m.float() / 0), "needs finite values"),
+        (lambda m, d: points_from_mask(m, image=m / 0.0), "needs finite values"),
+        (lambda m, d: points_from_mask(m, labels=m / 2), "labels must be whole numbers, got fractions"),
+        (lambda m, d: mask_from_points(d, m, within=m.float() - 0.5), "needs masks, which are zero where nothing is"),
         (lambda m, d: points_from_mask(m, image=m[..., :3]), r"image must be .* on the mask's grid \(5, 7, 6\), got"),
         (lambda m, d: mask_from_points(Data(d.pos + 500, y=d.y), m), "of .* points lie outside the reference's grid"),
         (lambda m, d: mask_from_points(Data(d.pos), m), "need an attribute 'y' with one integer each"),
