@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_memeff.arguments import check_axis, check_count, numbers_checked
+from monai_memeff.data.float32 import as_float32
 from monai_memeff.data.nifti import LabelFile
 from monai_memeff.data.nifti_checks import open_nifti
 from monai_memeff.errors import InputError
@@ -119,8 +120,10 @@ class NiftiSlabs(Sequence[Tensor]):
         first = number * self.slab
         place: list[slice] = [slice(None)] * 3
         place[self.axis] = slice(first, first + self.slab)
-        values = torch.from_numpy(np.array(self.image.dataobj[tuple(place)], dtype=np.float32))
-        slab = MetaTensor(values[None, None], affine=torch.from_numpy(shifted(self.image.affine, self.axis, first)))
+        values = np.ascontiguousarray(as_float32(np.asarray(self.image.dataobj[tuple(place)]), self.path))
+        slab = MetaTensor(
+            torch.from_numpy(values)[None, None], affine=torch.from_numpy(shifted(self.image.affine, self.axis, first))
+        )
         return slab if self.transform is None else self.transform(slab)
 
     def create_labels(self, path: str | os.PathLike[str]) -> LabelFile:

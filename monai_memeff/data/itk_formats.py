@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from monai_memeff.data.float32 import as_float32
 from monai_memeff.data.nifti_checks import first_line
 from monai_memeff.errors import InputError
 from monai_memeff.geometry.space import LONG, TO_RAS
@@ -53,7 +54,7 @@ def read_with_itk(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         )
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = directions * spacing, origin
-    return np.ascontiguousarray(values.transpose(2, 1, 0), dtype=np.float32), affine, []
+    return np.ascontiguousarray(as_float32(values.transpose(2, 1, 0), path)), affine, []
 
 
 def _header(path: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
+from monai_memeff.data.float32 import as_float32
 from monai_memeff.data.nifti_checks import ENDINGS, check_file, first_line, geometry_notes, open_nifti
 from monai_memeff.errors import InputError
 from monai_memeff.geometry import to_ras
@@ -50,8 +51,9 @@ def read_volume(
         The volume (1, H, W, D) with its affine to RAS millimeters, and notes for a report.
 
     Raises:
-        InputError: the file is damaged, no single regular volume, or in a format that is not read exactly; or
-            ``series`` or ``resample`` is given for a file that is not DICOM.
+        InputError: the file is damaged, no single regular volume, in a format that is not read exactly, or holds
+            integers that float32 lacks (beyond 2^24); or ``series`` or ``resample`` is given for a file that is not
+            DICOM.
 
     Examples:
         >>> save_nifti("head.nii.gz", torch.zeros(4, 5, 6), torch.eye(4))
@@ -89,11 +91,12 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
+    wide = image.get_data_dtype().itemsize > 2  # others fit into float32, scaled or not
     try:
-        values = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
+        values = np.asarray(image.dataobj, dtype=None if wide else np.float32).reshape(shape)
     except Exception as error:
         raise InputError(f"cannot read {path}: {first_line(error)}; copy the image again.") from error
-    return np.ascontiguousarray(values), np.asarray(image.affine), geometry_notes(image)
+    return np.ascontiguousarray(as_float32(values, path)), np.asarray(image.affine), geometry_notes(image)
 
 
 def _what(shape: tuple[int, ...]) -> str:

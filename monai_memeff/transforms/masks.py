@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
-from monai.config import KeysCollection
+from monai.config import KeysCollection, NdarrayOrTensor
 from monai.networks.utils import eval_mode
 from monai.transforms import Transform
 from monai.transforms.utils_morphological_ops import dilate, erode
@@ -11,7 +14,7 @@ from monai.utils import TransformBackends
 from torch import Tensor, nn
 
 from monai_memeff.arguments import numbers_checked
-from monai_memeff.checks import as_network_input, check_finite, check_mask
+from monai_memeff.checks import as_network_input, check_finite, check_mask, computable
 from monai_memeff.errors import InputError
 from monai_memeff.transforms.each_key import EachKey, name_of
 
@@ -53,14 +56,16 @@ class SelectLabel(Transform):
     def __init__(self, label: float | None = None, allow_empty: bool = True) -> None:
         self.label, self.allow_empty = label, allow_empty
 
-    def __call__(self, img: Tensor) -> Tensor:
+    def __call__(self, img: NdarrayOrTensor) -> Tensor:
         """Return the mask, uint8 of 0 and 1, with the shape and the metadata of ``img``.
 
         Raises:
             InputError: ``img`` holds NaN or infinity, or the mask is empty and must not be.
+            TypeError: ``img`` is not a tensor or an array.
         """
-        check_finite(img, name_of(img))
-        mask = (img != 0 if self.label is None else img == self.label).to(torch.uint8)
+        values = _volume(img, "SelectLabel")
+        check_finite(values, name_of(img))
+        mask = (values != 0 if self.label is None else values == self.label).to(torch.uint8)
         if not self.allow_empty and not bool(mask.any()):
             wanted = "all are 0" if self.label is None else f"label {self.label:g}"
             raise InputError(
@@ -124,16 +129,18 @@ class DilateMask(Transform):
             raise ValueError(f"size must be odd and at least 1, got {size}.")
         self.size = size
 
-    def __call__(self, img: Tensor) -> Tensor:
+    def __call__(self, img: NdarrayOrTensor) -> Tensor:
         """Return the mask (C, H, W, D) with the dtype and the metadata of ``img``: the largest value in the cube.
 
         Raises:
             InputError: ``img`` holds NaN, infinity or negative numbers, or integers beyond 2^24.
+            TypeError: ``img`` is not a tensor or an array.
         """
-        check_mask(img, "DilateMask")
-        wide = torch.float64 if img.dtype == torch.float64 else torch.float32
-        values = img.to(wide) if img.is_floating_point() else as_network_input(img, wide, "DilateMask")
-        return torch.nn.functional.max_pool3d(values, self.size, 1, self.size // 2).to(img.dtype)
+        mask = _volume(img, "DilateMask")
+        check_mask(mask, "DilateMask")
+        wide = torch.float64 if mask.dtype == torch.float64 else torch.float32
+        values = mask.to(wide) if mask.is_floating_point() else as_network_input(mask, wide, "DilateMask")
+        return torch.nn.functional.max_pool3d(values, self.size, 1, self.size // 2).to(_dtype_of(img, mask))
 
 
 class OpenMask(Transform):
@@ -158,15 +165,28 @@ class OpenMask(Transform):
             raise ValueError(f"size must be odd and at least 1, got {size}.")
         self.size = size
 
-    def __call__(self, img: Tensor) -> Tensor:
+    def __call__(self, img: NdarrayOrTensor) -> Tensor:
         """Return the opened mask (C, H, W, D), dtype and metadata of ``img``; beyond its edges counts as mask.
 
         Raises:
             InputError: ``img`` holds NaN, infinity or negative numbers.
+            TypeError: ``img`` is not a tensor or an array.
         """
-        check_mask(img, "OpenMask")
-        mask = (img != 0).to(img.dtype)[:, None]  # MONAI's operations mix channels, so channels become a batch
-        return dilate(erode(mask, self.size), self.size)[:, 0]
+        mask = _volume(img, "OpenMask")
+        check_mask(mask, "OpenMask")
+        apart = (mask != 0).to(torch.uint8)[:, None]  # MONAI's operations mix channels, so channels become a batch
+        return dilate(erode(apart, self.size), self.size)[:, 0].to(_dtype_of(img, mask))
+
+
+def _volume(img: Any, owner: str) -> Tensor:
+    """The numbers as a tensor that torch computes with; metadata stay."""
+    if not isinstance(img, Tensor | np.ndarray):
+        raise TypeError(f"{owner} takes a tensor or an array, got {type(img).__name__}; load it first.")
+    return computable(img if isinstance(img, Tensor) else torch.as_tensor(img))
+
+
+def _dtype_of(img: NdarrayOrTensor, volume: Tensor) -> torch.dtype:
+    return img.dtype if isinstance(img, Tensor) else volume.dtype
 
 
 class SelectLabeld(EachKey):

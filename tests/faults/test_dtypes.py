@@ -27,6 +27,7 @@ from monai_memeff.sparse import (
     SparseTensor,
     SparseUNet,
 )
+from monai_memeff.transforms import DilateMask, OpenMask
 
 SHAPE = (5, 6, 7)
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -179,6 +180,8 @@ MASK_TRANSFORMS: dict[str, Callable[[], Callable]] = {
     "UpperSkullCrop": lambda: UpperSkullCrop(keep=3, face=1),
     "RandVoxelDropout": lambda: RandVoxelDropout(0.5).set_random_state(0),
     "DownsampleMask": lambda: DownsampleMask(factor=2),
+    "DilateMask": DilateMask,
+    "OpenMask": OpenMask,
     "RandSegmentationErrors": lambda: RandSegmentationErrors(prob=1.0).set_random_state(0),
     "RandOccupancyPoints": lambda: RandOccupancyPoints(16).set_random_state(0),
 }

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monai_memeff.clstm import CLSTMUNet, NiftiSlabs, SlabInferer
-from monai_memeff.data import atomic_write, check_other_file, open_nifti, save_nifti
+from monai_memeff.data import atomic_write, check_other_file, open_nifti, read_volume, save_nifti
 from monai_memeff.errors import InputError
 from tests.faults.volume_files import AFFINE, names, values
 
@@ -77,6 +77,32 @@ def test_scaled_voxels_give_labels_without_scaling(tmp_path: Path) -> None:
     with slabs.create_labels(tmp_path / "labels.nii") as labels:
         labels[...] = 2
     assert set(np.unique(nib.load(tmp_path / "labels.nii").get_fdata())) == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (np.array([0, 2**24 + 1], np.int32), "holds the integer 16777217, and float32"),
+        (np.array([0, -(2**31) + 1], np.int32), "holds the integer -2147483647, and float32"),
+        (np.array([0, 2**64 - 1], np.uint64), "holds the integer 18446744073709551615, and float32"),
+        (np.array([0, 1e300]), r"numbers beyond 3.4e\+38, the largest of float32"),
+        (np.array([0, -(2**31)], np.int32), None),
+        (np.array([0, 2**24], np.uint32), None),
+        (np.array([0, 1 / 3]), None),
+    ],
+)
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_numbers_that_float32_lacks_are_refused(
+    numbers: np.ndarray, message: str | None, ending: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"a{ending}"
+    nib.save(nib.Nifti1Image(np.broadcast_to(numbers, (3, 4, 2)), AFFINE, dtype=numbers.dtype), file)
+    for read in (lambda: read_volume(file).image.numpy()[0], lambda: NiftiSlabs(file, slab=4)[0].numpy()[0, 0]):
+        if message is None:
+            assert np.array_equal(read(), np.broadcast_to(numbers.astype(np.float32), (3, 4, 2)))
+        else:
+            with pytest.raises(InputError, match=message):
+                read()
 
 
 def test_a_sheared_grid_has_one_geometry_only(tmp_path: Path) -> None:

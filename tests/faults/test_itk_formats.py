@@ -99,3 +99,13 @@ def test_the_real_files_agree_with_dicom(data_dir: Path) -> None:
         label, image = read_volume(folder / "nrrd" / "label.nrrd").image, read_volume(folder / "image").image
         assert label.shape == image.shape
         np.testing.assert_allclose(label.affine, image.affine, atol=1e-3)
+
+
+def test_numbers_that_float32_lacks_are_refused(tmp_path: Path) -> None:
+    import SimpleITK
+
+    for kind, number in ((np.int32, 2**24 + 1), (np.float64, -1e300)):
+        image = SimpleITK.GetImageFromArray(np.full((3, 4, 5), number, kind))
+        SimpleITK.WriteImage(image, str(tmp_path / "a.mha"))
+        with pytest.raises(InputError, match=r"float32, in which|largest of float32"):
+            read_volume(tmp_path / "a.mha")

@@ -10,6 +10,7 @@ import numpy as np
 
 from monai_memeff.data.dicom.frames import Frame
 from monai_memeff.data.dicom.scan import Series
+from monai_memeff.data.float32 import as_float32
 from monai_memeff.data.nifti_checks import first_line
 from monai_memeff.errors import InputError
 
@@ -94,7 +95,7 @@ def slices(frames: Sequence[Frame], notes: list[str]) -> Iterator[np.ndarray]:
             held = frame.file, _decode(frame, notes)
         stored = held[1] if frame.number is None else held[1][frame.number]
         slope, intercept = frame.rescale or (1.0, 0.0)
-        yield (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+        yield as_float32(stored.astype(np.float64) * slope + intercept, frame.name)
 
 
 def _decode(frame: Frame, notes: list[str]) -> np.ndarray:
