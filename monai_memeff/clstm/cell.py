@@ -29,6 +29,12 @@ class GatedConvLSTMCell(nn.Module):
 
     Raises:
         ValueError: an even kernel or no channel.
+
+    Examples:
+        >>> cell, state = GatedConvLSTMCell(hidden_channels=2), torch.zeros(1, 2, 16, 16)
+        >>> hidden, h, c = cell(torch.rand(1, 5, 8, 16, 16), state, state)
+        >>> hidden.shape, h.shape
+        (torch.Size([1, 5, 2, 16, 16]), torch.Size([1, 2, 16, 16]))
     """
 
     @numbers_checked

@@ -22,6 +22,15 @@ class FreezeUNetHandler:
     Args:
         network: a CLSTMUNet, bare or inside DistributedDataParallel.
         iterations: Number of iterations; 0 freezes nothing.
+
+    Examples:
+        >>> from ignite.engine import Engine
+        >>> network = CLSTMUNet(channels=(4, 8))
+        >>> trainer = Engine(lambda engine, batch: print(network.unet_frozen))
+        >>> FreezeUNetHandler(network, iterations=1).attach(trainer)
+        >>> _ = trainer.run(range(2))
+        True
+        False
     """
 
     @numbers_checked

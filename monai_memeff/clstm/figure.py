@@ -51,6 +51,14 @@ def save_agreement(
 
     Raises:
         ValueError: the three have different shapes, or are not 3D.
+
+    Examples:
+        >>> import os, tempfile
+        >>> volume = torch.rand(8, 8, 8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_agreement(f"{folder}/case.png", volume, volume > 0.5, volume > 0.6)
+        ...     os.listdir(folder)
+        ['case.png']
     """
     volume, inside, truth = (np.asarray(convert_to_numpy(v), dtype=float) for v in (image, prediction, reference))
     if not volume.shape == inside.shape == truth.shape or volume.ndim != 3:
@@ -93,6 +101,14 @@ class SaveAgreementd(MapTransform):
         output_dir: folder; the picture is named after the image's file.
         window: see :func:`save_agreement`.
         allow_missing_keys: pass over predictions that are not there.
+
+    Examples:
+        >>> import os, tempfile
+        >>> case = dict.fromkeys(("image", "label", "pred"), torch.ones(1, 8, 8, 8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = SaveAgreementd("pred", output_dir=folder)(case)
+        ...     os.listdir(folder)
+        ['case_pred.png']
     """
 
     @numbers_checked

@@ -76,6 +76,7 @@ def shifted(affine: np.ndarray, axis: int, slices: int) -> np.ndarray:
 class NiftiSlabs(Sequence[Tensor]):
     """A NIfTI or FreeSurfer file as a sequence of slabs (1, 1, H, W, d), each read when it is needed.
 
+    Slabs are float32 MetaTensors with the affine of their own first slice, in RAS millimeters.
     An uncompressed file is read in place. A ``.nii.gz`` is unpacked from its beginning again for every step back, so
     for a bidirectional network unpack it first.
 
@@ -86,8 +87,16 @@ class NiftiSlabs(Sequence[Tensor]):
         transform: applied to every slab; must treat a voxel as it would in the whole volume.
 
     Raises:
-        ValueError: slab below 1.
-        InputError: the file is not 3D, or is refused by :func:`monai_memeff.data.open_nifti`.
+        ValueError: slab below 1, or no such axis.
+        InputError: there is no such file, it is not 3D, or is refused by :func:`monai_memeff.data.open_nifti`.
+
+    Examples:
+        >>> import tempfile
+        >>> from monai_memeff.data import save_nifti
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_nifti(f"{folder}/ct.nii", torch.zeros(8, 8, 10), torch.eye(4))
+        ...     [tuple(slab.shape) for slab in NiftiSlabs(f"{folder}/ct.nii", slab=6)]
+        [(1, 1, 8, 8, 6), (1, 1, 8, 8, 4)]
     """
 
     @numbers_checked

@@ -26,7 +26,8 @@ class SliceSequence(Transform):
     before warms up on them, and :meth:`inverse` drops what it said there.
 
     Args:
-        slab: slices that each slab is there for, the last one the rest; or, with ``mm``, millimeters.
+        slab: slices that each slab is there for, the last one the rest; or, with ``mm``, millimeters. Both are rounded
+            to whole slices, ``slab`` to one at least.
         axis: spatial axis, 0 to 2 for H, W, D, or negative.
         overlap: slices (or millimeters) before these.
         mm: ``slab`` and ``overlap`` are millimeters, turned into slices by the volume's own slice spacing.
@@ -35,6 +36,13 @@ class SliceSequence(Transform):
 
     Raises:
         ValueError: slab not positive, overlap negative, or no such axis.
+
+    Examples:
+        >>> volume, cut = torch.rand(1, 8, 8, 10), SliceSequence(slab=4, overlap=1)
+        >>> [slab.shape[-1] for slab in cut(volume)]
+        [4, 5, 3]
+        >>> torch.equal(cut.inverse(cut(volume)), volume)
+        True
     """
 
     backend = [TransformBackends.TORCH]

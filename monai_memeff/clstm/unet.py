@@ -20,6 +20,12 @@ class SliceBatchNorm2d(nn.BatchNorm2d):
     ``slices`` slices gives what as many calls with one slice each would: normalization over (B, H, W) of each slice
     position, and running statistics moved once per slice, in order. So a result does not depend on how many slices are
     computed, or recomputed, together. In evaluation mode it is ``BatchNorm2d``, and its ``state_dict`` always is.
+
+    Examples:
+        >>> slices = torch.rand(6, 2, 8, 8)  # three slices of each of two volumes
+        >>> first = SliceBatchNorm2d(2)(slices, slices=3)[::3]
+        >>> torch.allclose(first, torch.nn.BatchNorm2d(2)(slices[::3]), atol=1e-5)
+        True
     """
 
     def forward(self, x: Tensor, slices: int = 1) -> Tensor:
@@ -72,6 +78,10 @@ class SliceUNet(nn.Module):
 
     Raises:
         ValueError: fewer than two levels, or channels below 1.
+
+    Examples:
+        >>> SliceUNet(1, 4, channels=(4, 8))(torch.rand(2, 1, 17, 15)).shape
+        torch.Size([2, 4, 17, 15])
     """
 
     @numbers_checked

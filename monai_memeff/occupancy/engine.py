@@ -33,6 +33,15 @@ class PrepareBatchOccupancy(PrepareBatch):
         sampling: see :class:`~monai_memeff.occupancy.RandOccupancyPoints`.
         band_width: see :class:`~monai_memeff.occupancy.RandOccupancyPoints`.
         ignore_index: see :class:`~monai_memeff.occupancy.RandOccupancyPoints`; the loss takes the same number.
+
+    Raises:
+        ValueError: as :class:`~monai_memeff.occupancy.RandOccupancyPoints`; when called, for a label that it refuses.
+
+    Examples:
+        >>> batch = dict.fromkeys(("image", "label"), torch.ones(2, 1, 16, 16, 16))
+        >>> image, (values, label), (points,), _ = PrepareBatchOccupancy(num_samples=64)(batch)
+        >>> values.shape, points.shape
+        (torch.Size([2, 64]), torch.Size([2, 64, 3]))
     """
 
     @numbers_checked

@@ -26,6 +26,15 @@ class OccupancyLoss(nn.Module):
             sees no volume without annotated points. Points of ignored voxels beside others it must leave out itself
             (and say so in an attribute ``ignore_index`` or ``ignore_label``), so draw none:
             :class:`~monai_memeff.occupancy.RandOccupancyPoints` takes ``ignore_index`` too.
+
+    Raises:
+        ValueError: coarse_weight below 0.
+
+    Examples:
+        >>> logits, coarse = torch.zeros(1, 8, 1), torch.zeros(1, 1, 2, 2, 2)
+        >>> label = torch.ones(1, 1, 8, 8, 8)
+        >>> OccupancyLoss(coarse_weight=0.1)((logits, coarse), (torch.ones(1, 8), label))  # 1.1 ln 2
+        tensor(0.7625)
     """
 
     @numbers_checked

@@ -24,6 +24,11 @@ class SurfaceMesh(NamedTuple):
     Attributes:
         vertices: float64 (V, 3), RAS+ millimeters, whatever space the volume's affine leads to.
         faces: int64 (F, 3), indices of vertices, anticlockwise seen from outside.
+
+    Examples:
+        >>> mesh = labels_to_mesh(torch.ones(20, 20, 20), torch.eye(4))
+        >>> mesh.vertices.min(axis=0).tolist(), round(mesh.volume / 20**3, 2)
+        ([-0.5, -0.5, -0.5], 1.0)
     """
 
     vertices: np.ndarray
@@ -79,6 +84,12 @@ def logits_to_mesh(logits: Tensor, affine: Tensor | np.ndarray | None = None, la
 
     Raises:
         ValueError: as for :func:`labels_to_mesh`, and where there is no such class.
+
+    Examples:
+        >>> index = torch.stack(torch.meshgrid(*[torch.arange(9.0)] * 3, indexing="ij"))
+        >>> logits = 3.25 - (index - 4).norm(dim=0)[None]  # a ball of radius 3.25 around voxel (4, 4, 4)
+        >>> float(logits_to_mesh(logits, torch.eye(4)).vertices.max())
+        7.25
     """
     matrix = _affine(logits, affine)
     stack = logits.detach().as_subclass(Tensor)
@@ -110,6 +121,14 @@ def write_mesh(path: str | Path, mesh: SurfaceMesh, space: str = "LPS") -> None:
 
     Raises:
         ValueError: another suffix or space, no faces, or vertices that float32 does not hold.
+
+    Examples:
+        >>> import os, tempfile
+        >>> mesh = labels_to_mesh(torch.ones(4, 4, 4), torch.eye(4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_mesh(f"{folder}/cube.stl", mesh)
+        ...     os.path.getsize(f"{folder}/cube.stl") == 84 + 50 * len(mesh.faces)
+        True
     """
     path = Path(path)
     if path.suffix.lower() != ".stl":

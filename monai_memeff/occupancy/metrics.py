@@ -37,6 +37,16 @@ class SampledDiceMetric(CumulativeIterationMetric):
         seed: Seed of the points; each volume gets its own, the same every time.
         band_width: Width in voxels of the dilation of the border.
         ignore_index: Label of voxels in the truth that are not scored; a volume of nothing else scores NaN.
+
+    Raises:
+        ValueError: num_samples or classes below 1, an even band_width, or a wrong ``sampling``.
+
+    Examples:
+        >>> metric, label = SampledDiceMetric(num_samples=64), torch.ones(2, 1, 8, 8, 8)
+        >>> metric(label, label).shape
+        torch.Size([2, 1])
+        >>> metric.aggregate()
+        tensor([1.])
     """
 
     @numbers_checked

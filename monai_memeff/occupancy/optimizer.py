@@ -26,6 +26,15 @@ class Lookahead(Optimizer):
 
     Raises:
         ValueError: k or alpha out of range.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = Lookahead(torch.optim.SGD([weight], lr=0.1), k=2, alpha=0.5)
+        >>> for _ in range(2):
+        ...     weight.grad = torch.ones(1)
+        ...     _ = optimizer.step()
+        >>> weight.data  # SGD alone would be at 0.8
+        tensor([0.9000])
     """
 
     @numbers_checked
@@ -88,6 +97,14 @@ def occupancy_optimizer(
         pade_lr: Learning rate of the coefficients of :class:`~monai_memeff.occupancy.PadeActivation`.
         k: see :class:`Lookahead`.
         alpha: see :class:`Lookahead`.
+
+    Raises:
+        ValueError: a learning rate below 0, or k or alpha out of range.
+
+    Examples:
+        >>> network = torch.nn.Sequential(torch.nn.Linear(3, 8), PadeActivation())
+        >>> [group["lr"] for group in occupancy_optimizer(network).param_groups]
+        [0.0003, 0.01]
     """
     pade = [p for module in network.modules() if isinstance(module, PadeActivation) for p in module.parameters()]
     known = {id(p) for p in pade}

@@ -36,6 +36,12 @@ class RandOccupancyPoints(Randomizable, Transform):
 
     Raises:
         ValueError: num_samples below 1, an even band_width, or a wrong ``sampling``.
+
+    Examples:
+        >>> label = torch.zeros(1, 16, 16, 16).index_fill(1, torch.arange(8), 1)
+        >>> points, values = RandOccupancyPoints(num_samples=64, sampling="balanced").set_random_state(0)(label)
+        >>> points.shape, int(values.sum())
+        (torch.Size([64, 3]), 32)
     """
 
     backend = [TransformBackends.TORCH]

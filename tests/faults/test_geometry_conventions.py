@@ -11,9 +11,9 @@ import torch
 from monai.data import MetaTensor
 from monai.utils import SpaceKeys
 
-from monai_memeff.apps.skull.defects import vault_mask
 from monai_memeff.apps.skull.demo.volume import prepare_head
 from monai_memeff.apps.skull.upper_skull import UpperSkullCrop
+from monai_memeff.apps.skull.vault import vault_mask
 from monai_memeff.clstm.slabs import check_that_slabs_continue
 from monai_memeff.geometry import ras_affine, space_of, to_ras
 from monai_memeff.occupancy.mesh import labels_to_mesh, logits_to_mesh, write_mesh

@@ -57,6 +57,13 @@ class RandTumorSynthesis(RandomizableTransform):
 
     Raises:
         ValueError: `prob` or `min_ratio` is outside [0, 1], or `contrast` is not above 0.
+
+    Examples:
+        >>> label = torch.ones(1, 16, 16, 16).index_fill(1, torch.arange(4), 2)  # liver with a lesion
+        >>> image = 100.0 - 20 * (label == 2)
+        >>> image, label = RandTumorSynthesis(prob=1.0, min_ratio=0.1).set_random_state(0)(image, label)
+        >>> round(float((label == 2).float().mean()), 2)
+        0.1
     """
 
     backend = [TransformBackends.TORCH]
@@ -96,7 +103,7 @@ class RandTumorSynthesis(RandomizableTransform):
         Raises:
             ValueError: other shapes, NaN or infinity, or other labels.
         """
-        img, label = convert_to_tensor(img, track_meta=isinstance(img, MetaTensor)), convert_to_tensor(label)
+        img, label = (convert_to_tensor(x, track_meta=isinstance(x, MetaTensor)) for x in (img, label))
         if img.ndim < 2 or img.shape != label.shape or len(img) != 1:
             raise ValueError(f"image and label must be (1, ...), got {tuple(img.shape)} and {tuple(label.shape)}.")
         check_finite(img, "RandTumorSynthesis")
@@ -136,6 +143,12 @@ class RandTumorSynthesisd(MapTransform, Randomizable):
         min_ratio: Smallest fraction of lesion.
         resolution: Side of the volume that sets the grain.
         allow_missing_keys: return the data as they are if a key is missing.
+
+    Examples:
+        >>> label = torch.ones(1, 16, 16, 16).index_fill(1, torch.arange(4), 2)
+        >>> synthesize = RandTumorSynthesisd("image", "label", prob=1.0).set_random_state(0)
+        >>> synthesize({"image": 100.0 - 20 * (label == 2), "label": label})["label"].unique()
+        tensor([1., 2.])
     """
 
     backend = RandTumorSynthesis.backend

@@ -7,7 +7,7 @@ from monai_memeff.apps.skull.implant import (
     ImplantFromCompletiond,
     ImplantFromCompletionDict,
 )
-from monai_memeff.apps.skull.metrics import ImplantMetric
+from monai_memeff.apps.skull.implant_metric import ImplantMetric
 from monai_memeff.apps.skull.shell import SkullShell, SkullShellD, SkullShelld, SkullShellDict
 from monai_memeff.apps.skull.upper_skull import UpperSkullCrop, UpperSkullCropD, UpperSkullCropd, UpperSkullCropDict
 from monai_memeff.apps.skull.variation import (

@@ -9,60 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import TransformBackends
 
+from monai_memeff.apps.skull.vault import vault_mask
 from monai_memeff.arguments import numbers_checked
-from monai_memeff.geometry import ras_affine
 from monai_memeff.sparse.transforms.masks import as_volume, foreground_mask
 
-__all__ = ["RandSkullDefect", "RandSkullDefectD", "RandSkullDefectDict", "RandSkullDefectd", "vault_mask"]
+__all__ = ["RandSkullDefect", "RandSkullDefectD", "RandSkullDefectDict", "RandSkullDefectd"]
 
 REGIONS = ("vault", "anywhere")
-VAULT = 0.45  # depth of the vault below the vertex, as a fraction of the skull's horizontal extent
 INSIDE = 0.8  # fraction of the removed bone that must come from the region
 TRIES = 20
-
-
-def vault_mask(skull: torch.Tensor) -> torch.Tensor:
-    """The part of a skull above the face: within 0.45 of its horizontal extent below its highest point.
-
-    Up is the axis (and its direction) nearest to the world's, from the affine of a MetaTensor, else the last axis.
-    For an adult, whose skull is about 185 mm long, this is the cap 83 mm deep: down to the brow.
-
-    Args:
-        skull: binary (C, H, W, D); a voxel counts where any channel is not zero.
-
-    Returns:
-        bool (H, W, D), the bone of the vault.
-    """
-    bone = _bone(skull)
-    axis, up, spacing = _up(skull)
-    if not bone.any():
-        return bone
-    places = torch.nonzero(bone)
-    extents = (places.max(dim=0).values - places.min(dim=0).values + 1).tolist()
-    length = max(extent * step for i, (extent, step) in enumerate(zip(extents, spacing, strict=True)) if i != axis)
-    heights = torch.arange(bone.shape[axis], device=bone.device) * (spacing[axis] if up else -spacing[axis])
-    shape = [1, 1, 1]
-    shape[axis] = -1
-    return bone & (heights > heights[places[:, axis]].max() - VAULT * length).reshape(shape)
-
-
-def _bone(skull: torch.Tensor) -> torch.Tensor:
-    return foreground_mask(skull).any(dim=0)
-
-
-def _up(skull: torch.Tensor) -> tuple[int, bool, list[float]]:
-    """The axis that points up, whether its index grows upwards, and millimeters per voxel."""
-    if not isinstance(skull, MetaTensor):
-        return 2, True, [1.0, 1.0, 1.0]
-    affine = ras_affine(skull).cpu().numpy()[:3, :3]
-    spacing = np.linalg.norm(affine, axis=0)
-    cosines = affine[2] / spacing
-    axis = int(np.abs(cosines).argmax())
-    return axis, bool(cosines[axis] > 0), spacing.tolist()
 
 
 def _sphere(x: np.ndarray, y: np.ndarray, z: np.ndarray, radius: float, random: np.random.RandomState) -> np.ndarray:
@@ -121,6 +79,12 @@ class RandSkullDefect(RandomizableTransform):
 
     Raises:
         ValueError: on an unknown kind or region, or a range of sizes that is empty or outside (0, 0.5].
+
+    Examples:
+        >>> skull = torch.ones(1, 32, 32, 32)
+        >>> defective, implant = RandSkullDefect(kind="cube", region="anywhere").set_random_state(0)(skull)
+        >>> torch.equal(defective + implant, skull)
+        True
     """
 
     backend = [TransformBackends.TORCH]
@@ -158,7 +122,7 @@ class RandSkullDefect(RandomizableTransform):
         self._cut = None
         if not self._do_transform:
             return
-        bone = _bone(data)
+        bone = foreground_mask(data).any(dim=0)
         if not bone.any():
             raise ValueError("the skull is empty: no voxel of it is set, and a defect needs bone; check the threshold")
         inside = vault_mask(data) if self.region == "vault" else bone

@@ -26,6 +26,12 @@ class ImplantFromCompletion(Transform):
 
     Raises:
         ValueError: ``opening`` is negative.
+
+    Examples:
+        >>> skull = torch.ones(1, 16, 16, 16)
+        >>> defective = skull.index_fill(1, torch.arange(4), 0)
+        >>> int(ImplantFromCompletion(opening=0)(skull, defective).sum())
+        1024
     """
 
     backend = [TransformBackends.TORCH]
@@ -48,7 +54,7 @@ class ImplantFromCompletion(Transform):
             (1, H, W, D), ones in the implant; type, dtype and metadata of ``img``.
 
         Raises:
-            ValueError: shapes do not fit.
+            ValueError: shapes do not fit, or a mask holds NaN, infinity or negative numbers.
         """
         img, defective = as_volume(img), as_volume(defective)
         if img.shape != defective.shape or img.shape[0] != 1:

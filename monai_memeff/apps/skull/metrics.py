@@ -9,18 +9,15 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.metrics import CumulativeIterationMetric
-from monai.metrics.utils import do_metric_reduction, get_edge_surface_distance, prepare_spacing
+from monai.metrics.utils import get_edge_surface_distance, prepare_spacing
 from monai.transforms.utils import distance_transform_edt, generate_spatial_bounding_box
-from monai.utils import ensure_tuple
 
-from monai_memeff.arguments import check_positive, numbers_checked
+from monai_memeff.arguments import numbers_checked
 from monai_memeff.checks import check_mask
 
-__all__ = ["ImplantMetric", "compute_border_dice", "compute_implant_dice", "compute_pooled_hausdorff", "implant_scores"]
+__all__ = ["compute_border_dice", "compute_implant_dice", "compute_pooled_hausdorff", "implant_scores"]
 
 Spacing = float | Sequence[float] | Sequence[Sequence[float]] | None
-SCORES = ("dice", "border_dice", "hd95")
 
 
 def _check_pair(y_pred: torch.Tensor, y: torch.Tensor) -> None:
@@ -48,7 +45,11 @@ def compute_implant_dice(y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         (B, C). Two empty implants score 1; one empty implant scores 0.
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: when the shapes differ, or a mask holds NaN, infinity or negative numbers.
+
+    Examples:
+        >>> compute_implant_dice(torch.ones(1, 1, 8, 8, 8), torch.ones(1, 1, 8, 8, 8))
+        tensor([[1.]])
     """
     _check_pair(y_pred, y)
     pairs = zip(_plain(y_pred).flatten(0, 1), _plain(y).flatten(0, 1), strict=True)
@@ -81,7 +82,14 @@ def compute_border_dice(
         (B, C). Two implants empty there score 1, one empty there 0; without a skull nothing is near it.
 
     Raises:
-        ValueError: when the shapes do not fit.
+        ValueError: when the shapes do not fit, or a mask holds NaN, infinity or negative numbers.
+
+    Examples:
+        >>> implant, skull = torch.zeros(2, 1, 1, 8, 8, 30)
+        >>> implant[..., 10:], skull[..., :10] = 1, 1
+        >>> guess = implant * (torch.arange(30) < 20)  # wrong far from the skull only
+        >>> compute_border_dice(guess, implant, skull, distance_mm=10)
+        tensor([[1.]])
     """
     _check_pair(y_pred, y)
     if (
@@ -93,6 +101,7 @@ def compute_border_dice(
             f"the defective skull must have the shape of the implants {tuple(y.shape)} (or one channel),"
             f" got {tuple(defective.shape)}"
         )
+    check_mask(defective, "an implant score")
     pred, truth, skull = (_plain(mask) != 0 for mask in (y_pred, y, defective))
     near = torch.zeros_like(pred)
     for b, sampling in enumerate(prepare_spacing(spacing, batch_size=y.shape[0], img_dim=y.ndim - 2)):
@@ -149,7 +158,13 @@ def compute_pooled_hausdorff(
         (B, C) in millimeters. Two empty masks score 0; one empty mask scores infinity.
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: when the shapes differ, or a mask holds NaN, infinity or negative numbers.
+
+    Examples:
+        >>> truth = torch.zeros(1, 1, 8, 8, 8)
+        >>> truth[..., 2:6] = 1
+        >>> compute_pooled_hausdorff(truth.roll(1, -1), truth, spacing=0.5)
+        tensor([[0.5000]])
     """
     _check_pair(y_pred, y)
     out = torch.zeros(y.shape[:2], dtype=torch.float32, device=y.device)
@@ -194,8 +209,20 @@ def implant_scores(
     Returns:
         ``{"implant_dice", "border_dice", "hd95_mm", "skull_dice", "copy_dice"}``: the last two are the Dice of the
         completed skull, and of the defective skull handed back unchanged.
+
+    Raises:
+        ValueError: when the shapes differ, or a mask holds NaN, infinity or negative numbers.
+
+    Examples:
+        >>> skull = torch.ones(8, 8, 8)
+        >>> implant = skull * (torch.arange(8) < 2)
+        >>> implant_scores(implant, implant, skull - implant)["implant_dice"]
+        1.0
     """
-    pred, y, skull = ((torch.as_tensor(x) != 0)[None, None] for x in (prediction, truth, defective))
+    masks = [torch.as_tensor(x)[None, None] for x in (prediction, truth, defective)]
+    for mask in masks:
+        _check_pair(mask, masks[1])
+    pred, y, skull = (mask != 0 for mask in masks)
     complete = skull | y
     return {
         "implant_dice": float(compute_implant_dice(pred, y)),
@@ -204,95 +231,3 @@ def implant_scores(
         "skull_dice": float(compute_implant_dice(skull | pred, complete)),
         "copy_dice": float(compute_implant_dice(skull, complete)),
     }
-
-
-class ImplantMetric(CumulativeIterationMetric):
-    """One score of the skull-completion challenge, cumulative over batches, for MONAI's engines and handlers.
-
-    ``y`` holds the true implant in its first channel and, for ``score="border_dice"``, the defective skull in its
-    second, so that the metric fits handlers that pass two values only (join them with ``ConcatItemsd``).
-    A batch scores (B, 1).
-
-    Args:
-        score: ``"dice"``, ``"border_dice"`` or ``"hd95"`` (see :func:`compute_implant_dice`,
-            :func:`compute_border_dice`, :func:`compute_pooled_hausdorff` for what empty implants score).
-        spacing: millimeters per voxel, one number or one per axis; None reads it from ``y`` where that is a
-            MetaTensor, and is 1 mm where it is not.
-        distance_mm: width of the border for ``"border_dice"``.
-        percentile: Percentile of the surface distances for ``"hd95"``.
-        reduction: MONAI's modes of reduction.
-        get_not_nans: whether ``aggregate`` also returns the count of values that are not NaN.
-
-    Raises:
-        ValueError: when ``score`` is unknown.
-
-    Example::
-
-        metric = ImplantMetric(score="border_dice", spacing=1.0)
-        metric(y_pred=implant, y=torch.cat([true_implant, defective], dim=1))
-        value = metric.aggregate().item()
-    """
-
-    @numbers_checked
-    def __init__(
-        self,
-        score: str = "dice",
-        spacing: float | Sequence[float] | None = None,
-        distance_mm: float = 10.0,
-        percentile: float = 95.0,
-        reduction: str = "mean",
-        get_not_nans: bool = False,
-    ) -> None:
-        super().__init__()
-        if score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-        for step in ensure_tuple(1 if spacing is None else spacing):
-            check_positive("spacing", step)
-        self.score, self.spacing = score, spacing
-        self.distance_mm, self.percentile = distance_mm, percentile
-        self.reduction, self.get_not_nans = reduction, get_not_nans
-
-    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        if y is None:
-            raise ValueError("ImplantMetric compares with a truth: pass y")
-        wanted = 2 if self.score == "border_dice" else 1
-        if y.shape[1] < wanted:
-            raise ValueError(
-                f"{self.score} needs {wanted} channels in y (true implant, defective skull), got {y.shape[1]}"
-            )
-        y_pred, truth = y_pred[:, :1], y[:, :1]
-        if self.score == "dice":
-            return compute_implant_dice(y_pred, truth)
-        spacing = self.spacing if self.spacing is not None else _spacing_of(y)
-        if self.score == "hd95":
-            return compute_pooled_hausdorff(y_pred, truth, spacing, self.percentile)
-        return compute_border_dice(y_pred, truth, y[:, 1:2], spacing, self.distance_mm)
-
-    def aggregate(self, reduction: str | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Reduce what has been gathered.
-
-        Args:
-            reduction: overrides the mode given at construction.
-
-        Returns:
-            The reduced score, with the count of its values when ``get_not_nans``.
-
-        Raises:
-            ValueError: when nothing has been gathered.
-        """
-        data = self.get_buffer()
-        if not isinstance(data, torch.Tensor):
-            raise ValueError("nothing to aggregate: call the metric on a batch first")
-        value, not_nans = do_metric_reduction(data, reduction or self.reduction)
-        return (value, not_nans) if self.get_not_nans else value
-
-
-def _spacing_of(y: torch.Tensor) -> list[list[float]] | None:
-    """Spacing of every item of a batch, from the affines it carries: one (4, 4), or one per item."""
-    if not isinstance(y, MetaTensor):
-        return None
-    affine = torch.as_tensor(y.affine, dtype=torch.float64).reshape(-1, y.ndim - 1, y.ndim - 1)
-    if len(affine) not in (1, y.shape[0]):
-        return None
-    columns = affine[:, :-1, :-1].norm(dim=1).expand(y.shape[0], -1)
-    return [row.tolist() for row in columns]

@@ -30,6 +30,11 @@ class SkullShell(Transform):
 
     Raises:
         ValueError: ``steps`` is less than 1 or ``first_slices`` negative.
+
+    Examples:
+        >>> shell = SkullShell()(torch.ones(1, 16, 16, 16))
+        >>> int(shell.sum()), int(shell[0, 1:-1, 1:-1, :-1].sum())
+        (1096, 0)
     """
 
     backend = [TransformBackends.TORCH]
@@ -49,7 +54,7 @@ class SkullShell(Transform):
             The same with zeros away from the shell; type, dtype and metadata of ``img``.
 
         Raises:
-            ValueError: ``img`` is not (C, H, W, D).
+            ValueError: ``img`` is not (C, H, W, D), or holds NaN, infinity or negative numbers.
         """
         img = as_volume(img)
         inside = morphology("binary_erosion", foreground_mask(img), self.steps)

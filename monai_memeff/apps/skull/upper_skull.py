@@ -43,6 +43,12 @@ class UpperSkullCrop(Crop):
 
     Raises:
         ValueError: a number is negative or the end unknown.
+
+    Examples:
+        >>> skull = torch.ones(1, 32, 32, 32)
+        >>> upper = UpperSkullCrop(keep=10, fraction=0.1, face=8)(skull)
+        >>> upper.shape, int(upper[0, 0, :, 0].sum())
+        (torch.Size([1, 32, 32, 13]), 24)
     """
 
     backend = Crop.backend
@@ -120,6 +126,12 @@ class UpperSkullCropd(MapTransform, InvertibleTransform):
         top_margin: see :class:`UpperSkullCrop`.
         front: see :class:`UpperSkullCrop`.
         allow_missing_keys: whether a dictionary without a key passes through.
+
+    Examples:
+        >>> crop = UpperSkullCropd(("skull", "implant"), keep=10, fraction=0, face=0)
+        >>> case = crop({"skull": torch.ones(1, 16, 16, 16), "implant": torch.zeros(1, 16, 16, 16)})
+        >>> case["implant"].shape, crop.inverse(case)["skull"].shape
+        (torch.Size([1, 16, 16, 10]), torch.Size([1, 16, 16, 16]))
     """
 
     backend = UpperSkullCrop.backend

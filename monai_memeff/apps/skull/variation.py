@@ -27,8 +27,8 @@ class RandSkullVariation(RandomizableTransform):
 
     The skull is rotated, scaled along each axis, sheared and bent by a smooth random field in one interpolation, and
     cut at a random level, which makes it thicker or thinner by up to a quarter of a voxel; its lower end may be outside
-    the field of view. Such variations of few
-    training heads are what the strongest published completion learns from (Wodzinski et al. 2024, arXiv 2406.06372).
+    the field of view. Such variations of few training heads are what the strongest published completion learns from
+    (Wodzinski et al. 2024, arXiv 2406.06372).
 
     Args:
         rotation: largest angle about each axis, in radians.
@@ -41,10 +41,11 @@ class RandSkullVariation(RandomizableTransform):
     Raises:
         ValueError: when a range is negative, or a scale not below 1.
 
-    Example::
-
-        vary = RandSkullVariation().set_random_state(0)
-        another = vary(skull)                              # (1, H, W, D), the dtype and metadata of ``skull``
+    Examples:
+        >>> skull = SkullShell()(torch.ones(1, 32, 32, 32))
+        >>> another = RandSkullVariation().set_random_state(0)(skull)
+        >>> another.shape, another.unique()
+        (torch.Size([1, 32, 32, 32]), tensor([0., 1.]))
     """
 
     backend = [TransformBackends.TORCH]
@@ -137,6 +138,11 @@ class RandSkullVariationd(RandomizableTransform, MapTransform):
         cut: see :class:`RandSkullVariation`.
         prob: see :class:`RandSkullVariation`.
         allow_missing_keys: whether a dictionary without the key passes through.
+
+    Examples:
+        >>> vary = RandSkullVariationd("skull").set_random_state(0)
+        >>> vary({"skull": torch.ones(1, 16, 16, 16)})["skull"].unique()
+        tensor([0., 1.])
     """
 
     backend = RandSkullVariation.backend

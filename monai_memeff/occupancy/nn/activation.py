@@ -21,6 +21,13 @@ class PadeActivation(nn.Module):
     recomputed in the backward pass instead of kept.
 
     Shape: any -> the same; the input's dtype.
+
+    Examples:
+        >>> act = PadeActivation()
+        >>> bool((act(torch.tensor([-3.0, 3.0])) - torch.tensor([-0.03, 3.0])).abs().max() < 0.05)
+        True
+        >>> sum(parameter.numel() for parameter in act.parameters())
+        10
     """
 
     def __init__(self) -> None:

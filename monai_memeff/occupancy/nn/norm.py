@@ -25,6 +25,11 @@ class ConditionalBatchNorm(nn.Module):
 
     Raises:
         ValueError: another word for ``statistics``.
+
+    Examples:
+        >>> norm = ConditionalBatchNorm(features=8, condition_features=4)
+        >>> norm(torch.rand(2, 100, 8), condition=torch.rand(2, 4)).shape
+        torch.Size([2, 100, 8])
     """
 
     @numbers_checked

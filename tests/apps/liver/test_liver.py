@@ -62,6 +62,15 @@ def test_tumors_move_and_keep_their_contrast() -> None:
     assert torch.equal(again["label"], kinds)
 
 
+@pytest.mark.parametrize("prob", [0.0, 1.0])
+def test_image_and_label_keep_their_place_in_space(prob: float) -> None:
+    affine = torch.diag(torch.tensor([2.0, 2.0, 3.0, 1.0], dtype=torch.float64))
+    image, label = (MetaTensor(volume, affine=affine) for volume in liver())
+    for volume in RandTumorSynthesis(prob).set_random_state(0)(image, label):
+        assert isinstance(volume, MetaTensor)
+        assert torch.equal(volume.affine, affine)
+
+
 def test_nothing_is_painted_without_a_darker_lesion() -> None:
     image, label = liver()
     synthesis = RandTumorSynthesis(prob=1.0).set_random_state(0)

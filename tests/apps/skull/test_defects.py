@@ -17,8 +17,8 @@ from monai_memeff.apps.skull.defects import (
     RandSkullDefectD,
     RandSkullDefectd,
     RandSkullDefectDict,
-    vault_mask,
 )
+from monai_memeff.apps.skull.vault import vault_mask
 
 
 def _shell(shape: tuple[int, int, int] = (40, 48, 44)) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 from monai.data import MetaTensor
 from scipy.ndimage import distance_transform_edt
 
+from monai_memeff.apps.skull import ImplantMetric
 from monai_memeff.apps.skull.metrics import (
-    ImplantMetric,
     compute_border_dice,
     compute_implant_dice,
     compute_pooled_hausdorff,
@@ -188,3 +188,22 @@ def test_what_does_not_fit_is_refused() -> None:
         ImplantMetric().aggregate()
     with pytest.raises(ValueError, match="pass y"):
         ImplantMetric()(pred)
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
+def test_scores_take_masks_only(number: int, wrong: float) -> None:
+    """Logits, and NaN, are not zero, so each of them would count as implant or skull."""
+    masks = _batch(*_case(0))
+    masks[number][0, 0, 0, 0, 0] = wrong
+    with pytest.raises(ValueError, match="an implant score needs"):
+        compute_border_dice(*masks)
+    with pytest.raises(ValueError, match="an implant score needs"):
+        implant_scores(*(mask[0, 0] for mask in masks))
+
+
+def test_scores_of_volumes_of_different_shapes_are_refused() -> None:
+    pred, truth, skull = (mask[0, 0] for mask in _batch(*_case(0)))
+    for masks in ((pred[1:], truth, skull), (pred, truth, skull[1:])):
+        with pytest.raises(ValueError, match="one shape"):
+            implant_scores(*masks)

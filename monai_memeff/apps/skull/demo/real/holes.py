@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from nibabel.affines import apply_affine
 
-from monai_memeff.apps.skull.defects import VAULT
+from monai_memeff.apps.skull.vault import VAULT
 
 PIXELS = 157  # edge of the map of the vault: about 2 mm of bone for each pixel
 WIDEST = np.radians(110)  # angle from the vertex at the edge of the map; the vault is what lies within 90 degrees
