@@ -24,7 +24,12 @@ _ALONE = ("CheckpointSaver", "StatsHandler", "TensorBoardStatsHandler", "TensorB
 
 
 def local_device() -> torch.device:
-    """This process's GPU (torchrun's LOCAL_RANK), or the CPU."""
+    """This process's GPU (torchrun's LOCAL_RANK), or the CPU.
+
+    Examples:
+        >>> local_device().type in ("cpu", "cuda")
+        True
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -32,7 +37,7 @@ def local_device() -> torch.device:
 
 @numbers_checked
 def init_from_torchrun(data: int = -1, spatial: Sequence[int] = (2,), axes: Sequence[int] | None = None) -> HaloMesh:
-    """Join the processes that torchrun started and arrange them as data x spatial.
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs) and arrange them as data x spatial.
 
     Args:
         data: number of data-parallel groups; -1 takes what `spatial` leaves over.
@@ -42,13 +47,38 @@ def init_from_torchrun(data: int = -1, spatial: Sequence[int] = (2,), axes: Sequ
     Raises:
         RuntimeError: if the script was not started by torchrun.
         ValueError: if the mesh does not fit the number of processes.
+
+    Examples:
+        >>> # torchrun --nproc_per_node 4 train.py: two volumes at a time, each over two processes
+        >>> mesh = init_from_torchrun(data=2, spatial=(2,))  # doctest: +SKIP
+        >>> part = scatter(torch.rand(1, 1, 64, 64, 64), mesh)  # doctest: +SKIP
+        >>> destroy_mesh()
     """
     start_processes(local_device())
     return init_mesh(data, spatial, axes)
 
 
 def parallelize(network: nn.Module, mesh: HaloMesh) -> nn.Module:
-    """Partition a network over the mesh and average its gradients with DistributedDataParallel."""
+    """Partition a network over the mesh, in place, and average its gradients with DistributedDataParallel.
+
+    Args:
+        network: on this process's device, with a parameter at least; its volumes are (B, C, spatial...).
+        mesh: from :func:`init_from_torchrun`, or from :func:`init_mesh` within a process group.
+
+    Returns:
+        DistributedDataParallel, to be called with the parts that `scatter` gives.
+
+    Raises:
+        NotPartitionableError: as :func:`spatial_partition`, which also says what a call refuses.
+        ValueError: the network is partitioned already, or the processes have no process group.
+
+    Examples:
+        >>> # torchrun --nproc_per_node 2 train.py
+        >>> mesh = init_from_torchrun(spatial=(2,))  # doctest: +SKIP
+        >>> network = parallelize(VolumeUNet().to(local_device()), mesh)  # doctest: +SKIP
+        >>> loss = SpatialLoss(DiceCELoss(to_onehot_y=True, softmax=True), mesh)  # doctest: +SKIP
+        >>> loss(network(scatter(image, mesh)), scatter(label, mesh)).backward()  # doctest: +SKIP
+    """
     device = next(iter(network.parameters())).device
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(spatial_partition(network, mesh), device_ids=ids)
@@ -57,8 +87,21 @@ def parallelize(network: nn.Module, mesh: HaloMesh) -> nn.Module:
 def on_rank_zero(handlers: Iterable[Any], mesh: HaloMesh) -> list[Any]:
     """Handlers for this process: those that write files or logs only on the first process of all.
 
+    Args:
+        handlers: MONAI's, or any with ``attach``.
+        mesh: where the parts live.
+
+    Returns:
+        What this process attaches, with a check of the trainer before it.
+
     Raises:
         NotPartitionableError: when a trainer attaches them that has an ``iteration_update`` of its own.
+
+    Examples:
+        >>> from monai.handlers import StatsHandler
+        >>> mesh = init_mesh(spatial=(1,))  # (2,) under torchrun
+        >>> [type(handler).__name__ for handler in on_rank_zero([StatsHandler()], mesh)][1:]
+        ['StatsHandler']
     """
     first = mesh.comm.rank == 0 and mesh.data_rank == 0
     kept = [h for h in handlers if first or type(h).__name__ not in _ALONE]
@@ -89,6 +132,12 @@ class PrepareBatchPartition(PrepareBatch):
     Raises:
         NotPartitionableError: the network is not partitioned; when called, on every rank, if the ranks have loaded
             different batches.
+
+    Examples:
+        >>> batch = dict.fromkeys(("image", "label"), torch.rand(2, 1, 16, 8, 8))
+        >>> prepare = PrepareBatchPartition(init_mesh(spatial=(1,)))  # (2,) under torchrun: 8 of the 16 rows
+        >>> [part.shape for part in prepare(batch)]
+        [torch.Size([2, 1, 16, 8, 8]), torch.Size([2, 1, 16, 8, 8])]
     """
 
     def __init__(
@@ -144,6 +193,12 @@ class GatheredNetwork(nn.Module):
     Args:
         network: partitioned, also inside DistributedDataParallel.
         mesh: where the parts live.
+
+    Examples:
+        >>> mesh = init_mesh(spatial=(1,))  # (2,) under torchrun
+        >>> network = spatial_partition(torch.nn.Conv3d(1, 2, 3, padding=1), mesh)
+        >>> GatheredNetwork(network, mesh)(torch.rand(1, 1, 9, 8, 8)).shape
+        torch.Size([1, 2, 9, 8, 8])
     """
 
     def __init__(self, network: nn.Module, mesh: HaloMesh) -> None:

@@ -50,6 +50,12 @@ class StreamingReport:
         store_bytes: highest number of bytes in the store, the output included.
         plan_seconds: the part of `seconds` that made the plan; 0 if it was at hand.
         padded_to: extents with zeros around the volume (`pad`), None where the network took its own.
+
+    Examples:
+        >>> inferer = SpatialPartitionInferer(partitions=4)
+        >>> _ = inferer(torch.rand(1, 1, 16, 8, 8), torch.nn.Conv3d(1, 2, 3, padding=1))
+        >>> inferer.last_report.partitions, inferer.last_report.store_bytes
+        (4, 8192)
     """
 
     partitions: int

@@ -45,6 +45,13 @@ class SpatialLoss(nn.Module):
         averaged: gradients are averaged over all ranks afterwards (DDP, FSDP2), so they are multiplied by the number
             of parts here; False if they are summed over the spatial ranks.
         gather: give up on memory and collect the whole prediction on every rank: right for any loss.
+
+    Examples:
+        >>> mesh = init_mesh(spatial=(1,))  # (2,) under torchrun
+        >>> prediction, target = torch.rand(2, 1, 1, 9, 8, 8)
+        >>> loss = SpatialLoss(torch.nn.MSELoss(), mesh)(scatter(prediction, mesh), scatter(target, mesh))
+        >>> torch.allclose(loss, torch.nn.MSELoss()(prediction, target))
+        True
     """
 
     def __init__(self, loss: nn.Module, mesh: HaloMesh, averaged: bool = True, gather: bool = False) -> None:

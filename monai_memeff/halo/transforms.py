@@ -22,6 +22,11 @@ class PartitionCrop(Transform):
 
     Args:
         mesh: where the parts live.
+
+    Examples:
+        >>> mesh = init_mesh(spatial=(1,))  # (2,) under torchrun: 4 or 5 of the 9 rows
+        >>> PartitionCrop(mesh)(torch.rand(1, 9, 8, 8)).shape
+        torch.Size([1, 9, 8, 8])
     """
 
     backend = [TransformBackends.TORCH]
@@ -49,6 +54,11 @@ class PartitionCropd(MapTransform):
         keys: keys of volumes (C, spatial...).
         mesh: where the parts live.
         allow_missing_keys: do not raise if a key is missing.
+
+    Examples:
+        >>> crop = PartitionCropd(("image", "label"), init_mesh(spatial=(1,)))  # (2,) under torchrun
+        >>> crop(dict.fromkeys(("image", "label"), torch.rand(1, 9, 8, 8)))["label"].shape
+        torch.Size([1, 9, 8, 8])
     """
 
     backend = PartitionCrop.backend

@@ -42,6 +42,9 @@ class VolumeUNet(nn.Module):
         convs: convolutions per level on either side.
         dropout: rate after every convolution but the first, and after every transposed convolution.
 
+    Shape: (B, in_channels, H, W, D) -> (B, out_channels, H, W, D), extents in multiples of 2 ** (levels - 1), which is
+    32 for six levels; torch refuses others with a RuntimeError.
+
     Examples:
         >>> VolumeUNet(1, 3, features=(4, 8))(torch.rand(1, 1, 16, 16, 16)).shape
         torch.Size([1, 3, 16, 16, 16])

@@ -10,6 +10,13 @@ class NotPartitionableError(ValueError):
 
     Attributes:
         reasons: one line for each cause: module path, operator, the user's line.
+
+    Examples:
+        >>> try:
+        ...     plan(torch.nn.Conv2d(1, 1, 3), (1, 1, 8, 8), axis=2)
+        ... except NotPartitionableError as error:
+        ...     print(error.reasons)
+        ['axis is 2 but the volume has the spatial axes 0 to 1']
     """
 
     def __init__(self, reasons: str | Sequence[str]) -> None:

@@ -23,6 +23,9 @@ def explain(network: nn.Module, inputs: Any, axis: int = 0, kwargs: dict[str, An
         axis: spatial axis that is to be cut.
         kwargs: example keyword arguments.
 
+    Returns:
+        One line for each reason: module path, operator, the user's line.
+
     Examples:
         >>> explain(torch.nn.Conv3d(1, 1, 3), (1, 1, 16, 16, 16))
         []

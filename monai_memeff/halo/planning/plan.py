@@ -32,6 +32,11 @@ class Plan:
         moved_bytes: bytes read from and written to the store.
         partitions: number of tiles of the most finely cut job.
         budget: bytes the plan was made for, None if it was made for a number of partitions.
+
+    Examples:
+        >>> made = plan(torch.nn.Conv3d(1, 2, 3, padding=1), (1, 1, 64, 64, 64), partitions=8)
+        >>> made.peak_bytes, made.store_bytes, made.whole_operators()
+        (425984, 2097152, [])
     """
 
     def __init__(
@@ -122,6 +127,7 @@ def plan(
 
     Raises:
         NotPartitionableError: what cannot be run in parts, by module, operator and line; or no plan fits the budget.
+        ValueError: for partitions < 1 or an unknown word.
 
     Examples:
         >>> network = torch.nn.Conv3d(1, 4, 3, padding=1)

@@ -60,7 +60,10 @@ class _Partition:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The same for those who call `forward` themselves; the plan holds the root's hooks, so there must be none."""
         if calls.has_root_hooks(self.network):
-            raise NotPartitionableError("The network has hooks; call network(...), not network.forward(...).")
+            raise NotPartitionableError(
+                "The network is partitioned already and something hooks into it: call network(...), not "
+                "network.forward(...), and unpartition(network) before plan, verify or SpatialPartitionInferer."
+            )
         return self._run(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -153,9 +156,10 @@ def spatial_partition(network: nn.Module, mesh: HaloMesh, checkpoint_segments: i
             a whole.
 
     Examples:
-        >>> mesh = init_mesh(data=1, spatial=(2,))
-        >>> network = DistributedDataParallel(spatial_partition(network, mesh))
-        >>> loss = SpatialLoss(DiceCELoss(softmax=True), mesh)
+        >>> mesh = init_mesh(data=1, spatial=(1,))  # (2,) under torchrun, with DistributedDataParallel around
+        >>> network = spatial_partition(torch.nn.Conv3d(1, 1, 3, padding=1), mesh)
+        >>> image, label = torch.rand(2, 1, 1, 9, 8, 8)
+        >>> loss = SpatialLoss(torch.nn.MSELoss(), mesh)
         >>> loss(network(scatter(image, mesh)), scatter(label, mesh)).backward()
     """
     if is_partitioned(network):
@@ -182,7 +186,13 @@ def is_partitioned(network: nn.Module) -> bool:
 
 
 def unpartition(network: nn.Module) -> nn.Module:
-    """Undo `spatial_partition`, in place."""
+    """Undo `spatial_partition`, in place.
+
+    Examples:
+        >>> network = torch.nn.Conv3d(1, 2, 3, padding=1)
+        >>> unpartition(spatial_partition(network, init_mesh(spatial=(1,)))) is network
+        True
+    """
     if is_partitioned(network):
         calls.release(network)
         network.__dict__.pop(_MARK)

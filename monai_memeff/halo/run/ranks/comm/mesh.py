@@ -24,6 +24,14 @@ class HaloMesh:
         data: number of data-parallel groups.
         data_rank: this process's group.
         device_mesh: torch's DeviceMesh with dimensions ("data", "spatial"), or None outside torch.distributed.
+
+    Raises:
+        ValueError: parts below 1, a negative axis, an axis twice, or not one axis for each entry of `spatial`.
+
+    Examples:
+        >>> mesh = init_mesh(spatial=(1, 1), axes=(0, 2))  # (2, 2) under torchrun --nproc_per_node 4
+        >>> mesh.size, mesh.position, mesh.slices((9, 8, 6))
+        (1, (0, 0), (slice(0, 9, None), slice(0, 8, None), slice(0, 6, None)))
     """
 
     spatial: tuple[int, ...]

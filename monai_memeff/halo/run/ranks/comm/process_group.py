@@ -111,6 +111,12 @@ def init_mesh(
     Raises:
         ValueError: if data times spatial is not the number of processes.
         RuntimeError: if torch.distributed is not initialized.
+
+    Examples:
+        >>> mesh = init_mesh(data=1, spatial=(1,))  # (2,) after init_process_group on two processes
+        >>> mesh.size, mesh.data
+        (1, 1)
+        >>> destroy_mesh()
     """
     parts = math.prod(spatial)
     if not dist.is_available() or not dist.is_initialized():
@@ -158,7 +164,14 @@ def start_processes(device: torch.device) -> None:
 
 
 def destroy_mesh() -> None:
-    """Leave torch.distributed together: nobody tears down the store while another rank still uses it."""
+    """Leave torch.distributed together: nobody tears down the store while another rank still uses it.
+
+    Without a process group it does nothing.
+
+    Examples:
+        >>> mesh = init_mesh(spatial=(1,))  # (2,) under torchrun
+        >>> destroy_mesh()  # last line of the script, on every process
+    """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -12,7 +12,14 @@ Message = tuple[int, torch.Tensor]  # (peer within the spatial group, contiguous
 
 
 class PeerLostError(RuntimeError):
-    """A rank that shares the volume stopped answering."""
+    """A rank that shares the volume stopped answering.
+
+    Examples:
+        >>> try:  # doctest: +SKIP
+        ...     prediction = network(scatter(image, mesh))
+        ... except PeerLostError as error:
+        ...     raise SystemExit(f"resume from the last checkpoint: {error}")
+    """
 
 
 class Pending(Protocol):
