@@ -45,7 +45,12 @@ LEFT_OUT = {"__pycache__", "eval"}
 
 
 def bundle_names() -> list[str]:
-    """Names of the installed bundles, sorted."""
+    """Names of the installed bundles, sorted.
+
+    Examples:
+        >>> "liver_tumor_halo" in bundle_names()
+        True
+    """
     return sorted(file.parents[1].name for file in _root().glob(f"*/{METADATA.as_posix()}"))
 
 
@@ -60,6 +65,10 @@ def bundle_path(name: str) -> Path:
 
     Raises:
         InputError: there is no bundle of that name.
+
+    Examples:
+        >>> (bundle_path("liver_tumor_halo") / "configs" / "train.json").is_file()
+        True
     """
     if name not in bundle_names():
         raise InputError(f"no bundle is called {name!r}: choose one of {', '.join(bundle_names())}")
@@ -71,6 +80,10 @@ def bundle_task(name: str) -> str:
 
     Raises:
         InputError: there is no bundle of that name.
+
+    Examples:
+        >>> bundle_task("liver_tumor_halo")
+        'Segmentation of liver and liver tumors in CT, whole volume at once'
     """
     return str(json.loads((bundle_path(name) / METADATA).read_text(encoding="utf-8"))["task"])
 
@@ -89,9 +102,12 @@ def copy_bundle(name: str, folder: str | os.PathLike[str]) -> Path:
         InputError: there is no bundle of that name, or the folder holds something or is a file.
         OSError: the folder cannot be written.
 
-    Example::
-
-        copy_bundle("skull_completion_sparse", "here")
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     copy = copy_bundle("skull_completion_sparse", f"{folder}/here")
+        ...     (copy / "configs" / "train.json").is_file()
+        True
     """
     source, target = bundle_path(name), Path(folder).expanduser().absolute()
     if target.exists() and not target.is_dir():

@@ -23,9 +23,11 @@ def require_files(files: Sequence[Any], what: str, folder: str, pattern: str | N
     Raises:
         SystemExit: there is no file; with one line that names the folder and the options to set.
 
-    Example::
-
-        require_files(["head.nii.gz"], "skull", "/data", "*.nii.gz")
+    Examples:
+        >>> require_files(["head.nii.gz"], "skull", "/data", "*.nii.gz")
+        >>> require_files([], "skull", "/data", "*.nii.gz")
+        Traceback (most recent call last):
+        SystemExit: no skull: nothing matches /data/*.nii.gz; set --dataset_dir and --pattern
     """
     if files:
         return
@@ -50,9 +52,12 @@ def checked_option(
     Raises:
         SystemExit: it is not a number, NaN or outside the range; with one line that names the option.
 
-    Example::
-
-        checked_option("grid", 64, 1, whole=True)
+    Examples:
+        >>> checked_option("grid", 64, 1, whole=True)
+        64
+        >>> checked_option("pixdim", [1, 1, 0], 0.1, count=3)
+        Traceback (most recent call last):
+        SystemExit: --pixdim must be 3 numbers of at least 0.1, got [1, 1, 0]
     """
     kind: Any = Integral if whole else Real
     numbers = list(value) if count and isinstance(value, (list, tuple)) else [value]
@@ -74,6 +79,10 @@ def checked_window(name: str, value: Any) -> Any:
 
     Raises:
         SystemExit: they are not two numbers, or the second is not the larger one.
+
+    Examples:
+        >>> checked_window("window", [-100, 300])
+        [-100, 300]
     """
     low, high = checked_option(name, value, count=2)
     if not low < high:
@@ -84,19 +93,47 @@ def checked_window(name: str, value: Any) -> Any:
 def require_pairs(images: Sequence[str], labels: Sequence[str], folder: str) -> None:
     """End the program where images and labels do not come in pairs.
 
+    Pairs are made in sorted order, which one file too many shifts, and nnU-Net's ``_0000`` changes. So where labels
+    are named after images, with or without this ending, each of them must be named after its own.
+
     Args:
         images: Files of ``imagesTr``.
-        labels: Files of ``labelsTr``.
+        labels: Files of ``labelsTr``, in the images' order.
         folder: The folder of both.
 
     Raises:
-        SystemExit: their numbers differ, or there are none.
+        SystemExit: their numbers differ, there are none, or a label is not that of its image; with one line.
+
+    Examples:
+        >>> require_pairs(["a_0000.nii.gz", "b_0000.nii.gz"], ["a.nii.gz", "b.nii.gz"], "data")
+        >>> require_pairs(["a.nii", "b.nii"], ["b.nii", "c.nii"], "data")
+        Traceback (most recent call last):
+        SystemExit: images and labels must sort alike, and a.nii of imagesTr comes with b.nii of labelsTr in data: ...
     """
     if not 0 < len(images) == len(labels):
         raise SystemExit(
             f"images and labels must come in pairs, found {len(images)} in imagesTr and {len(labels)} in labelsTr"
             f" of {folder}; set --dataset_dir"
         )
+    names = [_names_of_label(image) for image in images]
+    stems = [_stem(label) for label in labels]
+    wrong = [place for place, stem in enumerate(stems) if stem not in names[place]]
+    if wrong and not set().union(*names).isdisjoint(stems):
+        image, label = (os.path.basename(files[wrong[0]]) for files in (images, labels))
+        raise SystemExit(
+            f"images and labels must sort alike, and {image} of imagesTr comes with {label} of labelsTr in {folder}:"
+            " give every label the name of its image"
+        )
+
+
+def _stem(file: str) -> str:
+    """Name of a file without its ending, .nii.gz as a whole."""
+    return os.path.splitext(os.path.basename(file).removesuffix(".gz"))[0]
+
+
+def _names_of_label(image: str) -> set[str]:
+    """What a label may be called after an image: the same, without nnU-Net's number of the channel too."""
+    return {_stem(image), _stem(image).removesuffix("_0000")}
 
 
 def pair_by_name(images: Sequence[str], folder: str | None, key: str) -> list[dict[str, str]]:
@@ -109,6 +146,10 @@ def pair_by_name(images: Sequence[str], folder: str | None, key: str) -> list[di
 
     Returns:
         One dictionary per image.
+
+    Examples:
+        >>> pair_by_name(["images/a.nii.gz"], "labels", "label")
+        [{'image': 'images/a.nii.gz', 'label': 'labels/a.nii.gz'}]
     """
     if folder is None:
         return [{"image": image} for image in images]
@@ -126,6 +167,12 @@ def require_named(images: Sequence[str], folder: str | None, what: str, option: 
 
     Raises:
         SystemExit: some are missing; with one line that names the first and their number.
+
+    Examples:
+        >>> require_named(["images/a.nii.gz"], None, "label", "--label_dir")
+        >>> require_named(["images/a.nii.gz"], "labels", "label", "--label_dir")
+        Traceback (most recent call last):
+        SystemExit: no label of the name a.nii.gz in labels, 1 of 1 images have none; set --label_dir
     """
     cases = pair_by_name(images, folder, "other")
     missing = [case["other"] for case in cases if "other" in case and not os.path.exists(case["other"])]
@@ -142,6 +189,13 @@ def newest_file(folder: str, pattern: str) -> str | None:
     Args:
         folder: Where to look.
         pattern: Which names, as ``glob`` takes them.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pathlib.Path(folder, "checkpoint_1.pt").touch()
+        ...     pathlib.Path(newest_file(folder, "*.pt")).name
+        'checkpoint_1.pt'
     """
     return max(glob(os.path.join(folder, pattern)), key=os.path.getmtime, default=None)
 
@@ -157,6 +211,12 @@ def require_checkpoint(file: str | Path | None, folder: str, pattern: str, resum
 
     Raises:
         SystemExit: it is needed and not there.
+
+    Examples:
+        >>> require_checkpoint("models/checkpoint_1.pt", "models", "checkpoint_*.pt")
+        >>> require_checkpoint(None, "models", "checkpoint_*.pt")
+        Traceback (most recent call last):
+        SystemExit: nothing to resume: no checkpoint_*.pt in models; start without --resume
     """
     if resume and not file:
         raise SystemExit(f"nothing to resume: no {pattern} in {folder}; start without --resume")

@@ -26,11 +26,12 @@ class WeightsRecord:
     Raises:
         SystemExit: settings that JSON cannot hold, such as NaN; with one line.
 
-    Example::
-
-        record = WeightsRecord("models/model.pt", {"grid": 64, "cell_mm": 4.0})
-        record.attach(evaluator)  # after the handler that saves the weights
-        record.check()            # before they are loaded
+    Examples:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pathlib.Path(folder, "model.pt").write_bytes(b"weights")
+        ...     WeightsRecord(f"{folder}/model.pt", {"grid": 64}).write()  # or attach(engine), behind what saves them
+        ...     WeightsRecord(f"{folder}/model.pt", {"grid": 64}).check()  # before they are loaded
     """
 
     def __init__(self, weights: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:

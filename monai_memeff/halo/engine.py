@@ -51,7 +51,7 @@ def init_from_torchrun(data: int = -1, spatial: Sequence[int] = (2,), axes: Sequ
     Examples:
         >>> # torchrun --nproc_per_node 4 train.py: two volumes at a time, each over two processes
         >>> mesh = init_from_torchrun(data=2, spatial=(2,))  # doctest: +SKIP
-        >>> part = scatter(torch.rand(1, 1, 64, 64, 64), mesh)  # doctest: +SKIP
+        >>> part = scatter(torch.ones(1, 1, 64, 64, 64), mesh)  # doctest: +SKIP
         >>> destroy_mesh()
     """
     start_processes(local_device())
@@ -134,7 +134,7 @@ class PrepareBatchPartition(PrepareBatch):
             different batches.
 
     Examples:
-        >>> batch = dict.fromkeys(("image", "label"), torch.rand(2, 1, 16, 8, 8))
+        >>> batch = dict.fromkeys(("image", "label"), torch.ones(2, 1, 16, 8, 8))
         >>> prepare = PrepareBatchPartition(init_mesh(spatial=(1,)))  # (2,) under torchrun: 8 of the 16 rows
         >>> [part.shape for part in prepare(batch)]
         [torch.Size([2, 1, 16, 8, 8]), torch.Size([2, 1, 16, 8, 8])]
@@ -197,7 +197,7 @@ class GatheredNetwork(nn.Module):
     Examples:
         >>> mesh = init_mesh(spatial=(1,))  # (2,) under torchrun
         >>> network = spatial_partition(torch.nn.Conv3d(1, 2, 3, padding=1), mesh)
-        >>> GatheredNetwork(network, mesh)(torch.rand(1, 1, 9, 8, 8)).shape
+        >>> GatheredNetwork(network, mesh)(torch.ones(1, 1, 9, 8, 8)).shape
         torch.Size([1, 2, 9, 8, 8])
     """
 

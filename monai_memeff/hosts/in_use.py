@@ -24,10 +24,16 @@ def require_in_use(overlay: str, found: Mapping[str, Any], wanted: Mapping[str, 
     Raises:
         InputError: another class is in use; the message names it.
 
-    Example::
+    In a configuration::
 
         {"_target_": "monai_memeff.hosts.require_in_use", "overlay": "clstm_inference",
          "found": {"network": "%evaluator#network"}, "wanted": {"network": "CLSTMUNet"}}
+
+    Examples:
+        >>> require_in_use("halo", {"network": torch.nn.Conv3d(1, 1, 1)}, {"network": "Conv3d"})
+        >>> require_in_use("clstm", {"network": torch.nn.Conv3d(1, 1, 1)}, {"network": "CLSTMUNet"})
+        Traceback (most recent call last):
+        monai_memeff.errors.InputError: the overlay clstm has no effect: the bundle's network is Conv3d, not ...
     """
     for part, kind in wanted.items():
         names = _names(found[part])
@@ -47,6 +53,13 @@ def require_partitionable(overlay: str, network: nn.Module) -> None:
 
     Raises:
         InputError: it names the network and what to use instead.
+
+    Examples:
+        >>> require_partitionable("halo_inference", torch.nn.Conv3d(1, 2, 3))
+        >>> from monai_memeff.clstm import CLSTMUNet
+        >>> require_partitionable("halo_inference", CLSTMUNet(channels=(4, 8)))
+        Traceback (most recent call last):
+        monai_memeff.errors.InputError: the overlay halo_inference runs the bundle's network in parts, and ...
     """
     try:
         require_capturable(_bare(network))
@@ -67,6 +80,11 @@ def require_exclusive_classes(overlay: str, network: nn.Module, postprocessing: 
 
     Raises:
         InputError: there are several classes, and a transform takes the sigmoid of predictions.
+
+    Examples:
+        >>> from monai.transforms import Activationsd, Compose
+        >>> network, softmax = torch.nn.Conv3d(1, 3, 1), Compose([Activationsd("pred", softmax=True)])
+        >>> require_exclusive_classes("occupancy", network, softmax)
     """
     if int(getattr(_bare(network), "out_channels", 2)) > 1 and any(_sigmoids(postprocessing)):
         raise InputError(

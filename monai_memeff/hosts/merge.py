@@ -30,6 +30,13 @@ def merge_bundle_configs(files: Sequence[Path]) -> Config:
     Raises:
         InputError: a file cannot be read, an overlay's place is missing in the files before it, or a later file
             replaces what an overlay of this package sets, or nothing uses it.
+
+    Examples:
+        >>> from monai_memeff.bundles import bundle_path
+        >>> from monai_memeff.overlays import overlay_path
+        >>> bundle = bundle_path("liver_tumor_halo") / "configs" / "inference.json"
+        >>> merge_bundle_configs([bundle, overlay_path("halo_inference")])["inferer"]["_target_"]
+        'monai_memeff.halo.SpatialPartitionInferer'
     """
     merged: Config = {}
     ours: list[tuple[Path, Config]] = []

@@ -44,6 +44,12 @@ def replace_network(
 
     Raises:
         InputError: the bundle's network is not for volumes, or does not say its channels.
+
+    Examples:
+        >>> unet = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": (4, 8)}
+        >>> network = replace_network("monai_memeff.clstm.CLSTMUNet", "clstm", require_weights=False, **unet)
+        >>> network(torch.rand(1, 1, 16, 16, 4)).shape
+        torch.Size([1, 2, 16, 16, 4])
     """
     given = {name: value for name, value in (instead or {}).items() if value is not None}
     _refuse_flat(network_def, overlay)
@@ -69,6 +75,11 @@ def switch_unet(overlay: str, require_weights: bool = True, **network_def: Any) 
 
     Raises:
         InputError: these are not the arguments of a UNet for volumes.
+
+    Examples:
+        >>> unet = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": (4, 8), "strides": (2,)}
+        >>> type(switch_unet("sparse_unet", require_weights=False, **unet)).__name__
+        'SparseUNet'
     """
     parameters = inspect.signature(SparseUNet).parameters
     needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}

@@ -28,11 +28,12 @@ def require_weights(network: Network, purpose: str = "") -> Network:
     Raises:
         InputError: later, from ``load_state_dict`` and from ``forward``.
 
-    Example::
-
-        network = require_weights(OccupancyNet(1, 2), "the overlay occupancy_inference")
-        state = torch.load("models/model.pt", weights_only=True)
-        network.load_state_dict(state, strict=False)  # raises if it is another network's
+    Examples:
+        >>> network = require_weights(torch.nn.Conv3d(1, 2, 1), "the overlay halo").eval()
+        >>> network.load_state_dict(torch.nn.Conv3d(1, 2, 1).state_dict())  # refused if it is another network's
+        <All keys matched successfully>
+        >>> network(torch.rand(1, 1, 4, 4, 4)).shape  # refused before
+        torch.Size([1, 2, 4, 4, 4])
     """
     guard = _Guard(type(network).__name__, purpose)
     network.register_load_state_dict_pre_hook(guard.on_load)

@@ -22,6 +22,11 @@ class PeakEstimate:
         bytes_per_voxel: what every voxel of the input volume costs.
         worst_error: largest deviation of a measured peak from the line, as a fraction of that peak; 0 if only two sizes
             were measured, since two points always lie on a line.
+
+    Examples:
+        >>> line = PeakEstimate(fixed_bytes=1e6, bytes_per_voxel=500.0)
+        >>> line.peak_bytes((32, 32, 32)), line.largest_cube(budget_bytes=1e9, multiple=16)
+        (17384000, 112)
     """
 
     fixed_bytes: float

@@ -38,6 +38,12 @@ class NetworkEstimate:
         plan: halo's plan, the one that ``inferer`` executes; None for other systems.
         inferer: runs ``network`` on a volume in this way; None for dense networks and for training.
         notes: what else is to be known, a sentence each.
+
+    Examples:
+        >>> network, volume = torch.nn.Conv3d(1, 4, 3, padding=1), torch.rand(1, 1, 32, 32, 32)
+        >>> estimate = estimate_network(network, volume.shape, system="halo")
+        >>> estimate.host_bytes, estimate.inferer(volume, network).shape
+        (524288, torch.Size([1, 4, 32, 32, 32]))
     """
 
     system: str

@@ -11,7 +11,12 @@ __all__ = ["overlay_names", "overlay_path"]
 
 
 def overlay_names() -> list[str]:
-    """Names of the installed overlays, sorted."""
+    """Names of the installed overlays, sorted.
+
+    Examples:
+        >>> "halo_inference" in overlay_names()
+        True
+    """
     names = (entry.name for entry in resources.files(__name__).iterdir())
     return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
@@ -28,9 +33,10 @@ def overlay_path(name: str) -> Path:
     Raises:
         InputError: there is no overlay of that name.
 
-    Example::
-
-        python -m monai.bundle run --config_file "['configs/train.json', '<overlay_path('sparse_unet')>']"
+    Examples:
+        >>> path = overlay_path("clstm")  # python -m monai.bundle run --config_file "['configs/train.json', '<path>']"
+        >>> path.name, path.is_file()
+        ('clstm.json', True)
     """
     stem = name.removesuffix(".json")
     if stem not in overlay_names():

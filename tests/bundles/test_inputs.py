@@ -31,6 +31,19 @@ def test_what_is_no_pair_ends_the_program(images: list[str], labels: list[str]) 
     bundles.require_pairs(["a"], ["b"], "/data")
 
 
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd"])
+def test_files_that_sort_otherwise_than_their_labels_end_the_program(ending: str) -> None:
+    def files(*names: str) -> list[str]:
+        return sorted(f"/data/{name}{ending}" for name in names)
+
+    bundles.require_pairs(files("1_0000", "2_0000"), files("1", "2"), "/data")
+    bundles.require_pairs(files("1_0000", "1_0001"), files("1_0000", "1_0001"), "/data")
+    bundles.require_pairs(files("image_1", "image_2"), files("label_1", "label_2"), "/data")
+    for images, labels in ((("a", "b"), ("b", "c")), (("a", "c"), ("a", "b")), (("1_0000", "10_0000"), ("1", "10"))):
+        with pytest.raises(SystemExit, match=f"must sort alike, and .*{ending} of imagesTr comes with .*{ending} of"):
+            bundles.require_pairs(files(*images), files(*labels), "/data")
+
+
 def test_pairs_by_name(tmp_path: Path) -> None:
     images = ["/one/a.nii", "/one/b.nii"]
     folder = str(tmp_path)

@@ -48,6 +48,11 @@ def certify(
 
     Raises:
         InputError: nothing can be compared; nothing is written.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> certify("mybundle", [Path("ct.nii.gz")], Path("certificate"), budget="8GiB")  # doctest: +SKIP
+        0
     """
     if repeats < 1:
         raise InputError(f"--repeats must be at least 1, got {repeats}")

@@ -73,6 +73,12 @@ def run_estimate(
 
     Raises:
         InputError: whatever is wrong, in one line.
+
+    Examples:
+        >>> arguments = '{"in_channels": 1, "out_channels": 2, "kernel_size": 3}'
+        >>> answer = run_estimate("torch.nn.Conv3d", "1,1,32,32,32", arguments=arguments, overlays=["halo"])
+        >>> [row["system"] for row in answer.data["systems"]]
+        ['dense', 'halo']
     """
     bound = None if budget is None else bytes_of(budget)
     if output is not None and bound is None:

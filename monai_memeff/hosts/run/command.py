@@ -51,6 +51,11 @@ def run_studies(
 
     Raises:
         InputError: nothing can begin.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> run_studies(Path("mybundle"), [Path("studies")], Path("results"), ["halo_inference"])  # doctest: +SKIP
+        0
     """
     if format not in (None, *FORMATS):
         raise InputError(f"--format is {' or '.join(FORMATS)}, got {format!r}")

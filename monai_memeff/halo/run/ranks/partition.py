@@ -141,7 +141,8 @@ def spatial_partition(network: nn.Module, mesh: HaloMesh, checkpoint_segments: i
 
     Args:
         network: any network that `torch.export` captures; its volumes are (B, C, spatial...), given as parts from
-            `scatter` (the first volume may also come from `PartitionCropd`). Other tensors are the same on every rank.
+            `scatter` (the first volume may also come from `PartitionCropd`). Other tensors are the same on every rank,
+            and so are the weights, which DistributedDataParallel sees to.
         mesh: from `init_mesh`.
         checkpoint_segments: parts of the plan of which only inputs and outputs are kept for backward, which then
             computes them once more; 1 keeps everything.
@@ -158,7 +159,7 @@ def spatial_partition(network: nn.Module, mesh: HaloMesh, checkpoint_segments: i
     Examples:
         >>> mesh = init_mesh(data=1, spatial=(1,))  # (2,) under torchrun, with DistributedDataParallel around
         >>> network = spatial_partition(torch.nn.Conv3d(1, 1, 3, padding=1), mesh)
-        >>> image, label = torch.rand(2, 1, 1, 9, 8, 8)
+        >>> image, label = torch.ones(2, 1, 1, 9, 8, 8)
         >>> loss = SpatialLoss(torch.nn.MSELoss(), mesh)
         >>> loss(network(scatter(image, mesh)), scatter(label, mesh)).backward()
     """

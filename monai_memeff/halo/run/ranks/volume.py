@@ -38,7 +38,7 @@ def scatter(volume: torch.Tensor | None, mesh: HaloMesh, src: int | None = None)
 
     Examples:
         >>> mesh = init_mesh(spatial=(1,))  # (2,) under torchrun: 4 of the 9 rows on the first rank, 5 on the second
-        >>> scatter(torch.rand(1, 1, 9, 8, 8), mesh).shape
+        >>> scatter(torch.ones(1, 1, 9, 8, 8), mesh).shape
         torch.Size([1, 1, 9, 8, 8])
     """
     if src is not None:
@@ -97,7 +97,7 @@ def gather(output: Any, mesh: HaloMesh) -> Any:
         ValueError: if a tensor lacks a split axis and a partitioned network did not return it.
 
     Examples:
-        >>> volume, mesh = torch.rand(1, 1, 9, 8, 8), init_mesh(spatial=(1,))  # (2,) under torchrun
+        >>> volume, mesh = torch.ones(1, 1, 9, 8, 8), init_mesh(spatial=(1,))  # (2,) under torchrun
         >>> torch.equal(gather(scatter(volume, mesh), mesh), volume)
         True
     """
