@@ -168,8 +168,8 @@ def edit_plans(plans: dict, configuration: str, defaults: dict[str, Any]) -> Non
     Raises:
         ValueError: a 2D configuration or an unknown setting.
     """
-    edited = plans["configurations"][configuration]
     resolved = PlansManager(deepcopy(plans)).get_configuration(configuration).configuration  # with what it inherits
+    edited = plans["configurations"][configuration]
     if len(resolved["patch_size"]) != 3:
         raise ValueError(
             f"CLSTMTrainer works on volumes, configuration {configuration} has the patch size "

@@ -38,8 +38,8 @@ class SwitchFinder:
     """Watches for modules of nnU-Net and TotalSegmentator, and has them switched right after they are imported."""
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        """Return the module's own spec with a loader that switches it afterwards; None for any other module."""
-        if name not in SWITCHED:
+        """Return the module's own spec with a loader that switches it afterwards; None when the switch is off."""
+        if name not in SWITCHED or not is_set():
             return None
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
@@ -63,10 +63,14 @@ def _switched(spec, name):  # type: ignore[no-untyped-def]
     return spec
 
 
+def is_set() -> bool:
+    """Return whether the switch is set now; a program may set it before it imports nnU-Net."""
+    return os.environ.get(SWITCH, "").strip().lower() not in ("", "0", "off")
+
+
 def watch() -> None:
-    """Watch for nnU-Net's modules if the switch is set, once."""
-    value = os.environ.get(SWITCH, "").strip().lower()
-    if value not in ("", "0", "off") and not any(type(f).__name__ == "SwitchFinder" for f in sys.meta_path):
+    """Watch for nnU-Net's modules, once."""
+    if not any(type(finder).__name__ == "SwitchFinder" for finder in sys.meta_path):
         sys.meta_path.insert(0, SwitchFinder())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,8 +13,7 @@ from typing import Any
 from nnunet_plugins.lean import fingerprint
 from nnunet_plugins.lean.predict import files
 from nnunet_plugins.lean.stock import EXPORT, PREDICTOR, REPLACED, TOTALSEGMENTATOR, is_from
-
-VARIABLE = "MEMEFF_NNUNET"
+from nnunet_plugins.lean.variable import VARIABLE, chosen, unknown_value
 
 _OURS = "nnunet_plugins.lean."
 
@@ -48,12 +46,6 @@ WHOLE = {("nnUNetPredictor", "predict_sliding_window_return_logits"): "predict.w
 _lock = threading.RLock()
 
 
-def chosen() -> str:
-    """The variable's value, lower case; empty when prediction is stock's."""
-    value = os.environ.get(VARIABLE, "").strip().lower()
-    return "" if value in ("0", "off") else value
-
-
 def refusal() -> str | None:
     """Say why lean prediction cannot be used here; None when it can."""
     return files.supported() or fingerprint.refusal()
@@ -68,8 +60,9 @@ def on_import(name: str) -> None:
     value = chosen()
     if not value:
         return
-    if value not in ("lean", "whole"):
-        _end(f"{VARIABLE} must be lean, whole or off, got {value!r}.")
+    unknown = unknown_value()
+    if unknown is not None:
+        _end(unknown)
     reason = refusal()
     if reason is not None:
         if value == "whole":
@@ -92,7 +85,7 @@ def lean_prediction() -> Iterator[None]:
     With ``MEMEFF_NNUNET=whole`` in the environment whole volumes are predicted, as outside of the block.
 
     Raises:
-        RuntimeError: this nnU-Net, or this system, is not supported.
+        RuntimeError: this nnU-Net, or this system, is not supported, or the variable has an unknown value.
 
     Example::
 
@@ -104,6 +97,9 @@ def lean_prediction() -> Iterator[None]:
     reason = refusal()
     if reason is not None:
         raise RuntimeError(f"lean prediction is not possible: {reason}.")
+    unknown = unknown_value()
+    if unknown is not None:
+        raise RuntimeError(unknown)
     with _lock:
         names = [EXPORT, PREDICTOR, *([TOTALSEGMENTATOR] if fingerprint.totalsegmentator() else [])]
         for name in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,8 @@ pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 
 from nnunet_plugins import lean_prediction
 from nnunet_plugins.__main__ import main
-from nnunet_plugins.lean.cases.failures import PredictionError
-from nnunet_plugins.lean.cases.workers import WorkerDiedError, Workers
+from nnunet_plugins.lean.cases.failures import Failures, PredictionError
+from nnunet_plugins.lean.cases.workers import WorkerDiedError, Workers, sendable
 from nnunet_plugins.lean.export.output import PREFIX, complete_files
 from nnunet_plugins.lean.predict.files import FOLDER_VARIABLE
 from nnunet_plugins.lean.trial import predictor_of
@@ -137,6 +138,34 @@ def test_a_worker_that_dies_does_not_stop_the_others() -> None:
     assert isinstance(results[1], WorkerDiedError)
     assert "use fewer workers" in str(results[1])
     assert isinstance(results[3], ValueError)
+
+
+def test_errors_come_back_from_worker_processes() -> None:
+    class OfTwoWordsError(Exception):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__(f"{first} {second}")
+
+    def fail() -> None:
+        raise OfTwoWordsError("not", "here")
+
+    with pytest.raises(RuntimeError, match=r"^OfTwoWordsError: not here$"):  # pickle could not make it anew
+        sendable(fail)
+    with pytest.raises(ZeroDivisionError):
+        sendable(divmod, 1, 0)
+    error = PredictionError({"a": "x"}, 3)
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.failures) == (PredictionError, str(error), error.failures)
+
+
+def test_failed_cases_of_one_name_in_two_folders_are_two() -> None:
+    failures = Failures()
+    failures.total = 3
+    for name in ("one/a", "two/a", None):
+        failures.add(name, "x")
+    with pytest.raises(
+        PredictionError, match=r"^3 of 3 cases failed, the others are done\. a: x; two/a: x; case 3: x$"
+    ):
+        failures.check()
 
 
 def test_a_killed_process_leaves_nothing_for_long(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import copy
 import functools
 import multiprocessing
 import pickle
+from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -172,14 +173,49 @@ def test_cascade_from_files(tmp_path: Path, regions: bool) -> None:
     (tmp_path / "previous").mkdir()
     nibabel.save(nibabel.Nifti1Image(previous, np.diag([1.0, 1.5, 0.8, 1.0])), tmp_path / "previous" / "a.nii.gz")
     found = []
-    for way in (contextlib.nullcontext, lean_prediction):
-        out = tmp_path / way.__name__
+    images, before = str(tmp_path / "images" / "a_0000.nii.gz"), str(tmp_path / "previous" / "a.nii.gz")
+    for way in (contextlib.nullcontext, lean_prediction, lambda: own_logits(predictor)):
+        out = tmp_path / str(len(found))
         out.mkdir()
         with way():
             arguments = (str(tmp_path / "images"), str(out), True, True, str(tmp_path / "previous"))
             predictor.predict_from_files_sequential(*arguments)
         found.append((np.asarray(nibabel.load(out / "a.nii.gz").dataobj), np.load(out / "a.npz")["probabilities"]))
-    assert same(*found)
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+    with lean_prediction():
+        (case,) = predictor._internal_get_data_iterator_from_lists_of_filenames([[images]], [before], None, 0)
+    assert isinstance(case["data"], torch.Tensor)
+    assert len(case["data"]) == 4
+
+
+@pytest.mark.slow
+def test_cases_of_others_iterators(tmp_path: Path) -> None:
+    predictor = predictor_of(TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3)).write(tmp_path / "model"))
+    image = noise((9, 8, 10))
+    placed = {"shape_before_cropping": image.shape, "bbox_used_for_cropping": [[0, extent] for extent in image.shape]}
+    properties = {"spacing": [1.0] * 3, "shape_after_cropping_and_before_resampling": image.shape, **placed}
+    np.save(tmp_path / "image.npy", image[None])
+    cases = [{"data": str(tmp_path / "image.npy"), "data_properties": properties, "ofile": None}]
+    with lean_prediction():
+        (labels,) = predictor.predict_from_data_iterator(cases, False, 0)
+        with pytest.raises(ValueError, match=r"^2 cases need as many output files, got 1\.$"):
+            predictor.predict_from_files_sequential([["a_0000.nii.gz"], ["b_0000.nii.gz"]], [str(tmp_path / "a")])
+    logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image[None]))
+    np.testing.assert_array_equal(labels, logits.numpy().argmax(0))
+    assert not (tmp_path / "image.npy").exists()
+
+
+@contextlib.contextmanager
+def own_logits(predictor: Any) -> Iterator[None]:
+    """Lean prediction of a predictor whose owner does something with the image before."""
+
+    def logits(data: torch.Tensor) -> Any:
+        return type(predictor).predict_logits_from_preprocessed_data(predictor, data * 1)
+
+    with lean_prediction(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictor, "predict_logits_from_preprocessed_data", logits, raising=False)
+        yield
 
 
 @pytest.mark.slow
@@ -223,6 +259,21 @@ def test_what_is_not_finite_is_as_in_stock(tmp_path: Path, value: float) -> None
         assert "Encountered inf" in result[1]
     else:
         assert set(np.unique(result)) == {1}
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.slow
+def test_a_network_of_other_heads_is_refused_as_in_stock(tmp_path: Path, heads: int) -> None:
+    predictor = predictor_of(TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3)).write(tmp_path))
+    forward = predictor.network.forward
+    predictor.network.forward = lambda tile: forward(tile).repeat(1, 2, 1, 1, 1)[:, :heads]
+    stock = predicted(predictor, noise((9, 8, 10)), (1.0, 1.0, 1.0), False)
+    with lean_prediction():
+        lean = predicted(predictor, noise((9, 8, 10)), (1.0, 1.0, 1.0), False)
+    if heads == 1:  # which torch adds to all classes
+        assert same(stock, lean)
+    else:
+        assert stock[0] is lean[0] is RuntimeError
 
 
 def test_the_first_of_equals_and_the_first_nan_win() -> None:
@@ -292,6 +343,21 @@ def test_off_means_untouched(tmp_path: Path) -> None:
         assert switch.is_on()
     assert not switch.is_on()
     assert [dict(vars(owner)) for owner in owners] == before
+
+
+@pytest.mark.slow
+def test_a_variable_that_changes_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = predictor_of(TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3)).write(tmp_path))
+    for before, now in (("", "whole"), ("whole", "lean"), ("whole", "off")):
+        monkeypatch.setenv("MEMEFF_NNUNET", before)
+        with lean_prediction():
+            monkeypatch.setenv("MEMEFF_NNUNET", now)
+            kind, words = predicted(predictor, noise((6, 6, 6)), (1.0, 1.0, 1.0), False)
+        assert kind is RuntimeError
+        assert words.startswith(f"MEMEFF_NNUNET was {'whole' if before == 'whole' else 'lean or off'} when nnU-Net's ")
+    monkeypatch.setenv("MEMEFF_NNUNET", "1")
+    with pytest.raises(RuntimeError, match="must be lean, whole or off, got '1'"), lean_prediction():
+        pass
 
 
 def test_predictors_of_others_keep_their_ways(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -70,6 +71,27 @@ def test_register_never_raises(variable):
     variable.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     startup.register()
     assert startup.VARIABLE not in os.environ
+
+
+def test_the_switch_may_be_set_until_nnunet_is_imported(variable):
+    name = startup.SWITCHED[0]
+
+    class Host:
+        def find_spec(self, wanted, path=None, target=None):
+            return ModuleSpec(wanted, SourceFileLoader(wanted, "nowhere.py")) if wanted == name else None
+
+    variable.setattr(sys, "meta_path", [Host()])
+    startup.watch()
+    startup.watch()
+    finder, host = sys.meta_path
+    assert (type(finder), type(host)) == (startup.SwitchFinder, Host)
+    for value, watched in ((None, False), ("off", False), ("lean", True), (" Whole ", True), ("1", True)):
+        if value is not None:
+            variable.setenv(startup.SWITCH, value)
+        else:
+            variable.delenv(startup.SWITCH, raising=False)
+        assert (finder.find_spec(name) is not None) is watched
+        assert finder.find_spec("numpy") is None
 
 
 def test_register_does_nothing_without_the_package(variable):

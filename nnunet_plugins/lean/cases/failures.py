@@ -11,12 +11,17 @@ class PredictionError(RuntimeError):
 
     Attributes:
         failures: Case -> reason.
+        total: Number of cases.
     """
 
     def __init__(self, failures: dict[str, str], total: int) -> None:
         self.failures = failures
         reasons = "; ".join(f"{case}: {reason}" for case, reason in failures.items())
         super().__init__(f"{len(failures)} of {total} cases failed, the others are done. {reasons}")
+        self.total = total
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.failures, self.total)  # a pool hangs on an exception that it cannot make anew
 
 
 class FailedCase(dict):
@@ -46,6 +51,8 @@ class Failures:
     def add(self, name: str | None, error: BaseException | str) -> None:
         """Note a failure and say it at once."""
         case = case_name(name) if name else f"case {self.total}"
+        if name and case in self.reasons:  # a case of another folder
+            case = name
         self.reasons[case] = error if isinstance(error, str) else one_line(error)
         if self.first is None and isinstance(error, BaseException):
             self.first = error

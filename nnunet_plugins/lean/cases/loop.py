@@ -19,8 +19,9 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_plugins.lean.cases.failures import FailedCase, Failures, PredictionError, case_name
-from nnunet_plugins.lean.cases.preprocessing import cases
+from nnunet_plugins.lean.cases.preprocessing import Cases, cases
 from nnunet_plugins.lean.cases.workers import Job, Workers
+from nnunet_plugins.lean.predict.folds import predict_logits_from_preprocessed_data
 from nnunet_plugins.lean.stock import PREDICTOR, stock
 
 
@@ -42,20 +43,22 @@ def predict_from_data_iterator(
     failures = Failures()
     with Workers(num_processes_segmentation_export, "export") as workers:
         exports = Exports(workers, results, failures)
-        for case in data_iterator:
+        for case in _lazily(self, data_iterator):
             failures.total += 1
             if isinstance(case, FailedCase):
                 failures.add(case["ofile"], case.reason)
                 continue
-            print(f"\nPredicting {_title(case)}:")
             try:
-                logits = self.predict_logits_from_preprocessed_data(_loaded(case)).cpu().detach().numpy()
+                data = _loaded(case)
+                title = case_name(case["ofile"]) if case["ofile"] else f"image of shape {tuple(data.shape)}"
+                print(f"\nPredicting {title}:")
+                logits = self.predict_logits_from_preprocessed_data(data).cpu().detach().numpy()
             except Exception as error:
                 failures.add(case["ofile"], error)
                 continue
             exports.add(case["ofile"], _export_job(self, logits, case, save_probabilities))
             del logits
-            print(f"done with {_title(case)}")
+            print(f"done with {title}")
         exports.finish()
     if isinstance(data_iterator, MultiThreadedAugmenter):
         data_iterator._finish()
@@ -92,8 +95,11 @@ class Exports:
             self.results.append(result)
 
 
-def _title(case: dict) -> str:
-    return case_name(case["ofile"]) if case["ofile"] else f"image of shape {tuple(case['data'].shape)}"
+def _lazily(predictor: Any, data_iterator: Any) -> Any:
+    """The cases in the form that needs least memory, if it is our method that gets them."""
+    method = predictor.predict_logits_from_preprocessed_data
+    own = getattr(method, "__func__", method) is predict_logits_from_preprocessed_data
+    return data_iterator.lazily if own and isinstance(data_iterator, Cases) else data_iterator
 
 
 def _loaded(case: dict) -> Any:
@@ -153,7 +159,7 @@ def predict_from_files_sequential(
     if not files:
         return None
     managers = (self.plans_manager, self.dataset_json, self.configuration_manager)
-    iterator = cases(files, previous, outputs, *managers, 0, self.verbose)
+    iterator = Cases(cases(files, previous, outputs, *managers, 0, self.verbose))
     return [
         result for result in predict_from_data_iterator(self, iterator, save_probabilities, 0) if result is not None
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,22 @@ def preprocess(
     return WithPreviousStage(data, torch.from_numpy(labels[0]), known), properties
 
 
+class Cases(Iterator[dict]):
+    """Preprocessed cases, each with a whole tensor of its channels, as nnU-Net's iterator yields them.
+
+    Attributes:
+        lazily: The same cases; those of a cascade are :class:`WithPreviousStage`, for who can predict them so.
+    """
+
+    def __init__(self, lazily: Iterator[dict]) -> None:
+        self.lazily = lazily
+
+    def __next__(self) -> dict:
+        case = next(self.lazily)
+        data = None if isinstance(case, FailedCase) else case["data"]
+        return {**case, "data": data.whole()} if isinstance(data, WithPreviousStage) else case
+
+
 def cases(
     files: list[list[str]],
     previous: list[str | None] | None,
@@ -48,9 +64,12 @@ def cases(
         configuration: nnU-Net's ConfigurationManager.
         processes: Number of workers, 0 to work in this process.
         verbose: Passed to the preprocessor.
+
+    Raises:
+        ValueError: some cases have no output file, or no segmentation of the previous stage.
     """
-    befores: list[str | None] = previous or [None for _ in files]
-    names: list[str | None] = list(outputs) if outputs else [None for _ in files]
+    befores = _for_each(files, previous, "segmentations of the previous stage")
+    names = _for_each(files, outputs, "output files")
     common = (plans, configuration, dataset, verbose)
     with Workers(min(processes, len(files)), "preprocessing") as workers:
         jobs = ((preprocess, (case, before, *common)) for case, before in zip(files, befores, strict=True))
@@ -61,14 +80,23 @@ def cases(
                 yield {"data": result[0], "data_properties": result[1], "ofile": name}
 
 
+def _for_each(files: list[list[str]], values: Sequence[str | None] | None, what: str) -> list[str | None]:
+    """A value for every case, None when there are none; as in stock those that are left over do not matter."""
+    if not values:
+        return [None for _ in files]
+    if len(values) < len(files):
+        raise ValueError(f"{len(files)} cases need as many {what}, got {len(values)}.")
+    return list(values[: len(files)])
+
+
 def _internal_get_data_iterator_from_lists_of_filenames(
     self: Any,
     input_list_of_lists: Any,
     seg_from_prev_stage_files: Any,
     output_filenames_truncated: Any,
     num_processes: int,
-) -> Iterator[dict]:
+) -> Cases:
     """Yield preprocessed cases; in the place of nnU-Net's method of this name."""
     managers = (self.plans_manager, self.dataset_json, self.configuration_manager)
     inputs = (input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated)
-    return cases(*inputs, *managers, num_processes, self.verbose_preprocessing)
+    return Cases(cases(*inputs, *managers, num_processes, self.verbose_preprocessing))

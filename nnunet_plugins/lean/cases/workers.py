@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from threading import Thread
 from typing import Any
+
+from nnunet_plugins.lean.cases.failures import one_line
 
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -28,6 +31,18 @@ def end_with_parent() -> None:
             os._exit(1)
 
     Thread(target=watch, daemon=True).start()
+
+
+def sendable(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result; an error that another process could not make anew, which breaks its pool, is told."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            raise RuntimeError(one_line(error)) from None
+        raise
 
 
 class Workers:
@@ -61,11 +76,11 @@ class Workers:
         if self.executor is None:
             return None
         try:
-            return self.executor.submit(job[0], *job[1])
+            return self.executor.submit(sendable, job[0], *job[1])
         except BrokenProcessPool:
             self.executor.shutdown(wait=False)
             self.executor = self._new(self.count)
-            return self.executor.submit(job[0], *job[1])
+            return self.executor.submit(sendable, job[0], *job[1])
 
     def result(self, job: Job, future: Future[Any] | None) -> Any:
         """The result of a job, or the exception it ended with."""
@@ -79,7 +94,7 @@ class Workers:
     def _again(self, job: Job) -> Any:
         with self._new(1) as alone:
             try:
-                return alone.submit(job[0], *job[1]).result()
+                return alone.submit(sendable, job[0], *job[1]).result()
             except BrokenProcessPool:
                 return WorkerDiedError(
                     f"a worker process for {self.work} died twice, perhaps because the system ran out of memory: use "

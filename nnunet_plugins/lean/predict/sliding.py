@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from nnunet_plugins.lean.predict.logits import LogitsFile
 from nnunet_plugins.lean.predict.previous_stage import WithPreviousStage
-from nnunet_plugins.lean.predict.window import Window, blocks, first_open_rows, rows_of
+from nnunet_plugins.lean.predict.window import Window, blocks, extents_of, first_open_rows, rows_of
 from nnunet_plugins.lean.predict.writer import RowWriter
 from nnunet_plugins.lean.stock import PREDICTOR, is_from, stock_method
+from nnunet_plugins.lean.variable import check_unchanged
 
 Sink = Callable[[int, int, Tensor], None]
 """Takes (row, first class, planes (classes, Y, Z)) without padding, on the CPU."""
@@ -50,8 +51,9 @@ def stream(predictor: Any, image: Image, sink: Sink) -> None:
     """Predict an image (C, X, Y, Z) tile by tile with nnU-Net's predictor, and hand on rows of logits as they are done.
 
     Raises:
-        RuntimeError: nnU-Net's own, for infinite logits.
+        RuntimeError: nnU-Net's own, for infinite logits; a network of other classes; the variable is ``whole`` now.
     """
+    check_unchanged(whole=False)
     assert isinstance(image, (Tensor, WithPreviousStage))
     assert image.ndim == 4, "input_image must be a 4D np.ndarray or torch.Tensor (c, x, y, z)"
     predictor.network = predictor.network.to(predictor.device)
@@ -124,6 +126,7 @@ def _accumulate(
             window.finish(first)
             prediction = predictor._internal_maybe_mirror_and_predict(tile)[0].to(device)
             weigh(prediction, gaussian)
+            prediction = prediction.expand(shape[0], *extents_of(slicer))  # nnU-Net adds as far as shapes allow it
             start, _ = rows_of(slicer)
             weight = gaussian
             if not isinstance(slicer[1], slice):  # 2D: one row

@@ -17,6 +17,7 @@ from monai_memeff.halo import SpatialPartitionInferer
 from nnunet_plugins.lean.predict.files import folders
 from nnunet_plugins.lean.predict.logits import LogitsFile
 from nnunet_plugins.lean.predict.writer import INFINITE
+from nnunet_plugins.lean.variable import check_unchanged
 from nnunet_plugins.networks import unwrapped
 
 STOCK_STEP = 0.5
@@ -33,8 +34,9 @@ def predict_sliding_window_return_logits(self: Any, input_image: Tensor) -> Tens
 
     Raises:
         NotPartitionableError: the network cannot be run in parts; nothing was computed.
-        RuntimeError: nnU-Net's own, for infinite logits.
+        RuntimeError: nnU-Net's own, for infinite logits; or the variable is not ``whole`` any more.
     """
+    check_unchanged(whole=True)
     assert input_image.ndim == 4, "input_image must be a 4D np.ndarray or torch.Tensor (c, x, y, z)"
     if self.tile_step_size != STOCK_STEP:
         print(f"-step_size {self.tile_step_size} has no effect: whole images are predicted.")

@@ -100,3 +100,8 @@ def rows_of(slicer: tuple[Any, ...]) -> tuple[int, int]:
     """First and last row (exclusive) of a tile; nnU-Net's 2D tiles name one row by its number."""
     rows = slicer[1]
     return (rows.start, rows.stop) if isinstance(rows, slice) else (rows, rows + 1)
+
+
+def extents_of(slicer: tuple[Any, ...]) -> list[int]:
+    """Spatial extents of a tile: three numbers, or two for one of nnU-Net's 2D tiles."""
+    return [part.stop - part.start for part in slicer[1:] if isinstance(part, slice)]
