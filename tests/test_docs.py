@@ -65,7 +65,9 @@ def public() -> Iterator[tuple[str, str, str]]:
             here = importlib.import_module(module)
             things = {name: getattr(here, name) for name in here.__all__}
             yield from (
-                (module, name, inspect.getdoc(thing) or "") for name, thing in things.items() if callable(thing)
+                (module, name, inspect.cleandoc(thing.__doc__ or ""))
+                for name, thing in things.items()
+                if callable(thing)
             )
 
 
@@ -95,13 +97,13 @@ def examples() -> Iterator[tuple[str, str]]:
 def test_an_example_does_what_it_says(name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "BACKENDS", dict(registry.BACKENDS))
+    monkeypatch.setattr(registry, "_chosen", None)
     module = importlib.import_module(name.rpartition(".")[0])
     named = {**{known: getattr(module, known) for known in module.__all__}, "torch": torch}
     test = doctest.DocTestParser().get_doctest(text, named, name, None, 0)
     assert sum(example.source.count("\n") for example in test.examples) <= MOST_LINES
     told: list[str] = []
     assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=told.append).failed == 0, "".join(told)
-    registry.use(None)
 
 
 def test_files_of_the_code_are_where_the_pages_say() -> None:

@@ -16,7 +16,7 @@ from monai_memeff.errors import InputError
 def read_dicom(
     path: Path, series: str | None = None, resample: bool = False, modality: str | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Read one series as a volume.
+    """Read one series as a volume; :func:`monai_memeff.data.read_volume`, for users, brings it to RAS millimeters.
 
     Slices are sorted by their positions along their normal, each is rescaled by its own slope and intercept. Several
     series, other sizes or orientations among the slices, missing, doubled or uneven slices, a tilted gantry and what

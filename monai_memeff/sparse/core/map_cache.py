@@ -37,7 +37,7 @@ def keep_kernel_maps(folder: str | os.PathLike[str] | None, max_bytes: int = 20 
 
     Args:
         folder: made if it is not there; None: keep nothing, as before the first call.
-        max_bytes: no file is added that would let the folder hold more; a voxel takes 40 bytes for each kernel of 3^3.
+        max_bytes: no file is added that would let the folder hold more; a voxel takes up to 40 bytes per 3^3 kernel.
 
     Sets of fewer than 4096 voxels are not kept: they are planned faster than a file is opened.
 
