@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import re
 from collections.abc import Sequence
 from glob import glob
 from numbers import Integral, Real
@@ -93,8 +95,8 @@ def checked_window(name: str, value: Any) -> Any:
 def require_pairs(images: Sequence[str], labels: Sequence[str], folder: str) -> None:
     """End the program where images and labels do not come in pairs.
 
-    Pairs are made in sorted order, which one file too many shifts, and nnU-Net's ``_0000`` changes. So where labels
-    are named after images, with or without this ending, each of them must be named after its own.
+    The files of one place in both lists are a pair. What all names of a list begin and end with is no part of a case's
+    name, such as ``volume-``, and neither is nnU-Net's ``_0000``; what remains must be the same for both.
 
     Args:
         images: Files of ``imagesTr``.
@@ -102,10 +104,11 @@ def require_pairs(images: Sequence[str], labels: Sequence[str], folder: str) -> 
         folder: The folder of both.
 
     Raises:
-        SystemExit: their numbers differ, there are none, or a label is not that of its image; with one line.
+        SystemExit: their numbers differ, there are none, or a label has another case's name; with one line.
 
     Examples:
         >>> require_pairs(["a_0000.nii.gz", "b_0000.nii.gz"], ["a.nii.gz", "b.nii.gz"], "data")
+        >>> require_pairs(["volume-7.nii"], ["segmentation-7.nii"], "data")
         >>> require_pairs(["a.nii", "b.nii"], ["b.nii", "c.nii"], "data")
         Traceback (most recent call last):
         SystemExit: images and labels must sort alike, and a.nii of imagesTr comes with b.nii of labelsTr in data: ...
@@ -115,15 +118,24 @@ def require_pairs(images: Sequence[str], labels: Sequence[str], folder: str) -> 
             f"images and labels must come in pairs, found {len(images)} in imagesTr and {len(labels)} in labelsTr"
             f" of {folder}; set --dataset_dir"
         )
-    names = [_names_of_label(image) for image in images]
-    stems = [_stem(label) for label in labels]
-    wrong = [place for place, stem in enumerate(stems) if stem not in names[place]]
-    if wrong and not set().union(*names).isdisjoint(stems):
-        image, label = (os.path.basename(files[wrong[0]]) for files in (images, labels))
-        raise SystemExit(
-            f"images and labels must sort alike, and {image} of imagesTr comes with {label} of labelsTr in {folder}:"
-            " give every label the name of its image"
-        )
+    (ours, common), (theirs, other) = _case_names(images), _case_names(labels)
+    alike = common == other or not (common and other)
+    for image, label, one, two in zip(images, labels, ours, theirs, strict=True):
+        if one != two or not alike:
+            raise SystemExit(
+                f"images and labels must sort alike, and {os.path.basename(image)} of imagesTr comes with "
+                f"{os.path.basename(label)} of labelsTr in {folder}: give every label the name of its image"
+            )
+
+
+def _case_names(files: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    """What tells the files of a folder apart, as letters and numbers, and the numbers that all of them share."""
+    parts = [re.findall(r"\d+|\D", _stem(file).removesuffix("_0000")) for file in files]
+    first = _shared(parts)
+    rest = [part[first:] for part in parts]
+    last = _shared([part[::-1] for part in rest])
+    shared = parts[0][:first] + rest[0][len(rest[0]) - last :]
+    return [part[: len(part) - last] for part in rest], [part for part in shared if part.isdigit()]
 
 
 def _stem(file: str) -> str:
@@ -131,9 +143,10 @@ def _stem(file: str) -> str:
     return os.path.splitext(os.path.basename(file).removesuffix(".gz"))[0]
 
 
-def _names_of_label(image: str) -> set[str]:
-    """What a label may be called after an image: the same, without nnU-Net's number of the channel too."""
-    return {_stem(image), _stem(image).removesuffix("_0000")}
+def _shared(lists: Sequence[list[str]]) -> int:
+    """How many items all lists begin with."""
+    alike = (len(set(items)) == 1 for items in zip(*lists, strict=False))
+    return sum(itertools.takewhile(bool, alike))
 
 
 def pair_by_name(images: Sequence[str], folder: str | None, key: str) -> list[dict[str, str]]:

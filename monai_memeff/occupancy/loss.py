@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monai_memeff.arguments import check_number, numbers_checked
+from monai_memeff.checks import check_labels
 from monai_memeff.errors import InputError
 
 
@@ -14,8 +15,9 @@ class OccupancyLoss(nn.Module):
     """Cross-entropy of points plus ``coarse_weight`` times that of the auxiliary low-resolution logits.
 
     Reich et al., BMVC 2021 (arXiv 2110.10640), section 3: binary cross-entropy and 0.1. With more than one logit both
-    are softmax cross-entropies; a coarse cell that holds any foreground counts as the most frequent foreground label in
-    it, which for one structure is the published max-pooled label.
+    are softmax cross-entropies of the labels 0 ... K - 1, with one those of 0 and 1; a coarse cell that holds any
+    foreground counts as the most frequent foreground label in it, which for one structure is the published max-pooled
+    label.
 
     Args:
         point_loss: takes the place of the first term: any loss of logits (B, K, N) and labels (B, 1, N), such as
@@ -55,10 +57,14 @@ class OccupancyLoss(nn.Module):
             target: labels (B, N) of the points, and the label volume (B, 1, H, W, D).
 
         Raises:
-            InputError: points of ignored voxels for a ``point_loss`` that would take them for a class.
+            InputError: labels that are none of the classes, in points or volume, or points of ignored voxels for a
+                ``point_loss`` that would take them for a class.
         """
         logits, coarse = pred
         values, label = target
+        for labels in (values, label):  # a coarse cell or a point of another label would count as background
+            known = labels if self.ignore_index is None else labels[labels != self.ignore_index]
+            check_labels(known, "OccupancyLoss", max(logits.shape[2], 2))
         loss = self._of_points(logits.transpose(1, 2).float(), values)
         if coarse is None or self.coarse_weight == 0:
             return loss

@@ -11,6 +11,7 @@ from monai.metrics.utils import do_metric_reduction
 from torch import Tensor
 
 from monai_memeff.arguments import check_count, numbers_checked
+from monai_memeff.checks import check_labels
 from monai_memeff.occupancy.checks import plain_tensor
 from monai_memeff.occupancy.sampling import (
     PUBLISHED_BAND,
@@ -96,6 +97,7 @@ class SampledDiceMetric(CumulativeIterationMetric):
         points, true = sample_points(truth, self.num_samples, self.sampling, draw, self.band_width, self.ignore_index)
         i, j, k = points.long().unbind(1)
         found = checked_label(guess)[i, j, k].long()
+        check_labels(found, "the predicted label")
         if self.ignore_index is not None:
             found, true = found[true != self.ignore_index], true[true != self.ignore_index]
         scores = []

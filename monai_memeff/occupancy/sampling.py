@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.arguments import check_count, check_number
-from monai_memeff.checks import check_finite, computable
+from monai_memeff.checks import check_finite, check_labels, computable
 
 Draw = Callable[[int, int], Tensor]
 """``draw(limit, count)``: ``count`` random integers below ``limit``, int64."""
@@ -129,12 +129,13 @@ def sample_points(
         Points (N, 3) float32 voxel indices, in random order if ``draw`` is, and their labels (N,) int64.
 
     Raises:
-        ValueError: a label of another shape or kind.
+        ValueError: a label of another shape or kind, or negative values that are not ``ignore_index``.
     """
     volume = checked_label(label)
     fractions = checked_fractions(sampling)
     flat = volume.reshape(-1)
     usable = None if ignore_index is None else (flat != ignore_index).nonzero()[:, 0]
+    check_labels(flat if usable is None else flat[usable], "the drawing of points")
     if usable is not None and len(usable) == 0:
         usable, ignore_index, fractions = None, None, {"uniform": 1.0}
     places = []

@@ -32,6 +32,7 @@ from monai_memeff.transforms.masks import (
     SelectLabeld,
     SelectLabelDict,
 )
+from monai_memeff.transforms.same_grid import CheckSameGridD, CheckSameGridd, CheckSameGridDict
 
 __all__ = [
     "CheckForeground",
@@ -42,6 +43,9 @@ __all__ = [
     "CheckLabelsD",
     "CheckLabelsDict",
     "CheckLabelsd",
+    "CheckSameGridD",
+    "CheckSameGridDict",
+    "CheckSameGridd",
     "CheckVolume",
     "CheckVolumeD",
     "CheckVolumeDict",

@@ -14,7 +14,7 @@ from monai.utils import TransformBackends
 from torch import Tensor, nn
 
 from monai_memeff.arguments import numbers_checked
-from monai_memeff.checks import as_network_input, check_finite, check_mask, computable
+from monai_memeff.checks import as_network_input, check_finite, check_labels, check_mask, computable
 from monai_memeff.errors import InputError
 from monai_memeff.transforms.each_key import EachKey, name_of
 
@@ -38,12 +38,18 @@ __all__ = [
 ]
 
 
+UNANNOTATED = 255
+"""The value that many datasets give to voxels without annotation; a mask of 0 and 255 alone is a mask."""
+
+
 class SelectLabel(Transform):
     """Make the binary mask of one label, or of all labels but 0, of a tensor of any shape; see ``__call__``.
 
     Args:
         label: Value of the structure; None takes everything that is not zero.
         allow_empty: Whether a volume without the structure passes.
+        unannotated: The value that means "not annotated" where it lies beside labels. Such a volume is refused, as its
+            mask would call these voxels background; None: every value is a label.
 
     Examples:
         >>> SelectLabel(2)(torch.tensor([[[[0, 1, 2, 2]]]]))
@@ -53,18 +59,21 @@ class SelectLabel(Transform):
     backend = [TransformBackends.TORCH]
 
     @numbers_checked
-    def __init__(self, label: float | None = None, allow_empty: bool = True) -> None:
-        self.label, self.allow_empty = label, allow_empty
+    def __init__(
+        self, label: float | None = None, allow_empty: bool = True, unannotated: int | None = UNANNOTATED
+    ) -> None:
+        self.label, self.allow_empty, self.unannotated = label, allow_empty, unannotated
 
     def __call__(self, img: NdarrayOrTensor) -> Tensor:
         """Return the mask, uint8 of 0 and 1, with the shape and the metadata of ``img``.
 
         Raises:
-            InputError: ``img`` holds NaN or infinity, or the mask is empty and must not be.
+            InputError: the values are not labels, some are not annotated, or the mask is empty and must not be.
             TypeError: ``img`` is not a tensor or an array.
         """
         values = _volume(img, "SelectLabel")
-        check_finite(values, name_of(img))
+        check_labels(values, name_of(img))
+        self._check_annotated(values, name_of(img))
         mask = (values != 0 if self.label is None else values == self.label).to(torch.uint8)
         if not self.allow_empty and not bool(mask.any()):
             wanted = "all are 0" if self.label is None else f"label {self.label:g}"
@@ -72,6 +81,17 @@ class SelectLabel(Transform):
                 f"{name_of(img)} holds no voxel of the structure: {wanted}; set --label, or leave the file out"
             )
         return mask
+
+    def _check_annotated(self, values: Tensor, name: str) -> None:
+        if self.unannotated in (None, self.label):
+            return
+        unknown = values == self.unannotated
+        count = int(unknown.sum())
+        if count and (self.label is not None or bool(((values != 0) & ~unknown).any())):
+            raise InputError(
+                f"{name} holds {count} voxels of the value {self.unannotated}, which marks those without "
+                "annotation: leave the file out, or say unannotated=None (--unannotated None) where it is a label"
+            )
 
 
 class PredictMask(Transform):
@@ -196,6 +216,7 @@ class SelectLabeld(EachKey):
         keys: Label volumes that become masks.
         label: See :class:`SelectLabel`.
         allow_empty: See :class:`SelectLabel`.
+        unannotated: See :class:`SelectLabel`.
         allow_missing_keys: Whether a dictionary without a key passes.
 
     Examples:
@@ -209,9 +230,10 @@ class SelectLabeld(EachKey):
         keys: KeysCollection,
         label: float | None = None,
         allow_empty: bool = True,
+        unannotated: int | None = UNANNOTATED,
         allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, SelectLabel(label, allow_empty), allow_missing_keys)
+        super().__init__(keys, SelectLabel(label, allow_empty, unannotated), allow_missing_keys)
 
 
 class PredictMaskd(EachKey):

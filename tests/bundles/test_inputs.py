@@ -44,6 +44,39 @@ def test_files_that_sort_otherwise_than_their_labels_end_the_program(ending: str
             bundles.require_pairs(files(*images), files(*labels), "/data")
 
 
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("volume-0 volume-1 volume-10", "segmentation-0 segmentation-1 segmentation-10"),
+        ("case2_0000 case3_0000", "case2 case3"),
+        ("img_a img_b", "a_seg b_seg"),
+        ("2mm_1 2mm_2", "seg1 seg2"),
+        ("image", "label"),
+    ],
+)
+def test_names_of_one_case_are_a_pair(images: str, labels: str) -> None:
+    bundles.require_pairs([f"/d/{n}.nii" for n in images.split()], [f"/d/{n}.nii.gz" for n in labels.split()], "/d")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("a c", "b c"),
+        ("case2_0000 case_0000", "case case2"),  # as they sort
+        ("p10 p11", "p20 p21"),
+        ("p1_a p1_b", "p2_a p2_b"),
+        ("1", "2"),
+        ("a1 a2 a4", "a1 a3 a4"),
+    ],
+)
+def test_a_label_of_another_case_ends_the_program(images: str, labels: str) -> None:
+    files = [[f"/d/{name}.nii.gz" for name in names.split()] for names in (images, labels)]
+    with pytest.raises(
+        SystemExit, match=r"must sort alike, and \S+ of imagesTr comes with \S+ of labelsTr in /d: give"
+    ):
+        bundles.require_pairs(*files, "/d")
+
+
 def test_pairs_by_name(tmp_path: Path) -> None:
     images = ["/one/a.nii", "/one/b.nii"]
     folder = str(tmp_path)

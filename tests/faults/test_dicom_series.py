@@ -60,9 +60,51 @@ def test_a_multiframe_file_is_read_by_its_positions(tmp_path: Path) -> None:
         np.testing.assert_array_equal(values(found), expected)
         assert found.image.affine[2, 2] == 2
         assert found.image.affine[2, 3] == 40
+    write_multiframe(tmp_path / "mf.dcm", volume, heights, slopes)
+    _give_echoes(tmp_path / "mf.dcm")
+    assert "slices have another EffectiveEchoTime" in refusal(tmp_path)
     write_multiframe(tmp_path / "mf.dcm", volume, [40, 42, 44, 48, 50], slopes)
     assert "1 slice is missing" in refusal(tmp_path)
     assert "frame 3 of mf.dcm to frame 4 of mf.dcm" in refusal(tmp_path)
+
+
+def _give_echoes(path: Path) -> None:
+    """Say that every second frame is of another echo, where an enhanced MR says it."""
+    from pydicom import dcmread
+    from pydicom.dataset import Dataset
+
+    data = dcmread(path)
+    for number, group in enumerate(data.PerFrameFunctionalGroupsSequence):
+        echo = Dataset()
+        echo.EffectiveEchoTime = 10.0 + 20 * (number % 2)
+        group.MREchoSequence = [echo]
+    data.save_as(path, enforce_file_format=True)
+
+
+@pytest.mark.parametrize(
+    "syntax", ["RLELossless", "JPEGLSLossless", "JPEGLSNearLossless", "DeflatedExplicitVRLittleEndian"]
+)
+def test_packed_pixels_are_exact_or_said_to_be_not(syntax: str, tmp_path: Path) -> None:
+    """No header speaks of loss."""
+    import pydicom
+
+    if "JPEGLS" in syntax:
+        pytest.importorskip("jpeg_ls", reason="packing needs pyjpegls")
+    volume = numbers(3)
+    for file in write_series(tmp_path, volume):
+        data = pydicom.dcmread(file)
+        if syntax.startswith("Deflated"):
+            data.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+            data.save_as(file)
+            continue
+        options: Any = {"jls_error": 3} if "Near" in syntax else {}
+        data.compress(getattr(pydicom.uid, syntax), generate_instance_uid=False, **options)
+        data.pop("LossyImageCompression", None)
+        data.save_as(file)
+    found = read_volume(tmp_path)
+    near = "Near" in syntax
+    assert np.array_equal(values(found), volume) != near
+    assert any("compressed with loss" in note for note in found.notes) == near
 
 
 @pytest.mark.slow

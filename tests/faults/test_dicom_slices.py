@@ -60,6 +60,7 @@ def test_what_all_slices_may_say_wrongly(tmp_path: Path) -> None:
         ("zero", {"PixelSpacing": [0, 0]}, "must be positive"),
         ("slope", {"RescaleSlope": None, "RescaleIntercept": None}, "its values are not in HU"),
         ("half", {"RescaleIntercept": None}, "has no RescaleIntercept"),
+        ("beyond", {"RescaleSlope": "1e37"}, "numbers beyond 3.4e+38"),
         ("scouts", {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer images only"),
         ("seg", {"Modality": "SEG"}, "no DICOM images (SEG)"),
         ("bits", {"BitsAllocated": 12}, "12 bits"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,32 @@ def test_series_mixed_under_one_name_are_refused(tmp_path: Path) -> None:
         assert f"6 of 12 slices have another {keyword}" in refusal(tmp_path / keyword, resample=True)
     write_series(tmp_path / "modality", volume, change=other("Modality", "MR"))
     assert "one series holds CT, MR" in refusal(tmp_path / "modality")
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+@pytest.mark.parametrize(("keyword", "kinds"), [("AcquisitionNumber", (1, 2)), ("ImageType", (["A"], ["B"]))])
+def test_acquisitions_that_lie_between_each_other_are_refused(
+    keyword: str, kinds: tuple[Any, Any], numbered: bool, tmp_path: Path
+) -> None:
+    """Each is numbered by itself, so that numbers say nothing; one after the other is how scanners step."""
+
+    def change(which: Callable[[int], int]) -> Callable[[int, Any], None]:
+        def changed(k: int, data: Any) -> None:
+            setattr(data, keyword, kinds[which(k)])
+            if numbered:
+                data.InstanceNumber = k // 2 + 1
+            else:
+                del data.InstanceNumber
+
+        return changed
+
+    write_series(tmp_path / "mixed", numbers(), change=change(lambda k: k % 2))
+    message = refusal(tmp_path / "mixed", resample=True)
+    assert f"slices with the {keyword}" in message
+    assert "IM0001.dcm beside IM0002.dcm" in message
+    volume = numbers()
+    write_series(tmp_path / "steps", volume, change=change(lambda k: k // 6))
+    np.testing.assert_array_equal(values(read_volume(tmp_path / "steps")), volume)
 
 
 def test_time_points_and_echoes_are_counted(tmp_path: Path) -> None:

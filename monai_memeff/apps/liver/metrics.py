@@ -17,6 +17,7 @@ class LesionDiceMetric(CumulativeIterationMetric):
 
     Args:
         lesion: Class that counts.
+        classes: Number of classes with background; other labels, such as 255 for "not annotated", are refused.
         overall: Return the global score instead of the mean over cases. A case without the class in truth and
             prediction counts 1 per case and nothing globally.
 
@@ -28,21 +29,25 @@ class LesionDiceMetric(CumulativeIterationMetric):
     """
 
     @numbers_checked
-    def __init__(self, lesion: int = 2, overall: bool = False) -> None:
+    def __init__(self, lesion: int = 2, overall: bool = False, classes: int = 3) -> None:
         super().__init__()
         check_count("lesion", lesion)
-        self.lesion, self.overall = lesion, overall
+        if lesion >= classes:
+            raise ValueError(f"lesion must be one of the {classes} classes, got {lesion}; set classes.")
+        self.lesion, self.overall, self.classes = lesion, overall, classes
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:
         """Intersection and size per case, from label maps (B, 1, ...) or one-hot maps (B, C, ...).
 
         Raises:
-            ValueError: no truth, another grid, or values that are neither.
+            ValueError: no truth, another grid or number of classes, or values that are neither.
         """
         if y is None:
             raise ValueError("LesionDiceMetric needs y, the true labels.")
         for t in (y_pred, y):
-            check_labels(t, "LesionDiceMetric", 2 if t.shape[1] > 1 else None)
+            check_labels(t, "LesionDiceMetric", 2 if t.shape[1] > 1 else self.classes)
+            if t.shape[1] not in (1, self.classes):
+                raise ValueError(f"LesionDiceMetric needs 1 or {self.classes} channels, got {tuple(t.shape)}.")
         if y_pred.shape[2:] != y.shape[2:] or len(y_pred) != len(y):
             raise ValueError(f"prediction and truth must share a grid, got {tuple(y_pred.shape)}, {tuple(y.shape)}.")
         a, b = (t[:, self.lesion] > 0.5 if t.shape[1] > 1 else t[:, 0] == self.lesion for t in (y_pred, y))

@@ -12,13 +12,16 @@ import numpy as np
 from monai_memeff.errors import InputError
 
 ONE_VALUE = (
-    "EchoTime", "EchoNumbers", "TemporalPositionIdentifier", "TemporalPositionIndex", "KVP", "DiffusionBValue",
-    "InversionTime", "ConvolutionKernel", "StackID", "PixelRepresentation", "FrameOfReferenceUID",
+    "EchoTime", "EffectiveEchoTime", "EchoNumbers", "TemporalPositionIdentifier", "TemporalPositionIndex", "KVP",
+    "DiffusionBValue", "InversionTime", "ConvolutionKernel", "StackID", "PixelRepresentation", "FrameOfReferenceUID",
     "StudyInstanceUID", "PatientID",
 )  # fmt: skip
 """What all slices of one volume share."""
 
-TOLD_APART_BY = (*ONE_VALUE, "ImageType", "TriggerTime", "AcquisitionNumber", "AcquisitionTime")
+ONE_RUN = ("AcquisitionNumber", "FrameAcquisitionNumber", "ImageType", "FrameType")
+"""What may change along one volume, as from one turn of the scanner to the next, but does not come back."""
+
+TOLD_APART_BY = (*ONE_VALUE, *ONE_RUN, "TriggerTime", "AcquisitionTime")
 """What may tell images at one position apart; named in the refusal."""
 
 UNREADABLE = "unreadable"

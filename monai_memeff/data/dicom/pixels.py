@@ -87,7 +87,7 @@ def slices(frames: Sequence[Frame], notes: list[str]) -> Iterator[np.ndarray]:
         notes: takes what a report should say.
 
     Raises:
-        InputError: a file has no pixels, too few, or such that cannot be decoded.
+        InputError: a file has no pixels, too few, or such that cannot be decoded or held in float32.
     """
     held: tuple[Path, np.ndarray] | None = None
     for frame in frames:
@@ -98,6 +98,14 @@ def slices(frames: Sequence[Frame], notes: list[str]) -> Iterator[np.ndarray]:
         yield as_float32(stored.astype(np.float64) * slope + intercept, frame.name)
 
 
+def _is_lossy(data: Any) -> bool:
+    """Whether the file is packed in a way that never keeps every value, whatever its header says of that."""
+    from pydicom import uid
+
+    always = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless)
+    return data.file_meta.get("TransferSyntaxUID") in always
+
+
 def _decode(frame: Frame, notes: list[str]) -> np.ndarray:
     import pydicom
 
@@ -106,7 +114,7 @@ def _decode(frame: Frame, notes: list[str]) -> np.ndarray:
         data = pydicom.dcmread(file)
         found = "PixelData" in data
         values = data.pixel_array if found else np.empty(0)
-        lossy = str(data.get("LossyImageCompression", "00")) == "01"
+        lossy = str(data.get("LossyImageCompression", "00")) == "01" or _is_lossy(data)
     except Exception as error:
         raise InputError(f"cannot read {file}: its pixels cannot be decoded ({first_line(error)}).") from error
     if not found:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from monai_memeff.data.dicom.frames import ONE_VALUE, Frame, listed
+from monai_memeff.data.dicom.frames import ONE_RUN, ONE_VALUE, Frame, listed
 from monai_memeff.errors import InputError
 
 STEP_TOLERANCE = 0.01
@@ -65,6 +65,7 @@ def stack_of(frames: Sequence[Frame]) -> Stack:
     frames, heights = [frames[i] for i in order], heights[order]
     _check_positions(frames, heights)
     _check_one_value(frames)
+    _check_runs(frames)
     _check_order(frames)
     step = (frames[-1].position - frames[0].position) / (len(frames) - 1)
     found = Stack(frames, normal, heights, step, float(np.median(np.diff(heights))))
@@ -100,6 +101,19 @@ def _check_one_value(frames: Sequence[Frame]) -> None:
             raise InputError(
                 f"{len(odd)} of {len(frames)} slices have another {keyword} than the others: {listed(odd)}; they are "
                 "not one volume, give one apart."
+            )
+
+
+def _check_runs(frames: Sequence[Frame]) -> None:
+    """Slices of two acquisitions or kinds that lie between each other: each is a volume, both together are none."""
+    for keyword in ONE_RUN:
+        found = [frame.traits.get(keyword) for frame in frames]
+        turns = [k for k in range(1, len(found)) if found[k] != found[k - 1]]
+        if len(turns) >= len(set(found)):
+            k = turns[0]
+            raise InputError(
+                f"slices with the {keyword} {found[k - 1]} and {found[k]} lie between each other, "
+                f"{frames[k - 1].name} beside {frames[k].name}: the series holds several volumes, give one apart."
             )
 
 
