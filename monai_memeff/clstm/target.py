@@ -23,7 +23,7 @@ class SlabTarget:
         inputs: the volume or slabs that the results come from; its depth is compared where it is known.
 
     Raises:
-        InputError: ``out`` has another depth, or is the file that the slabs are read from.
+        InputError: ``out`` has another depth, or is the file or memory that the slabs are read from.
         TypeError: ``out`` has no shape or dtype.
     """
 
@@ -40,6 +40,8 @@ class SlabTarget:
         written, read = getattr(out, "filename", None), getattr(inputs, "path", None)
         if written is not None and read is not None:
             check_other_file(written, read)
+        if _shares_memory(out, inputs):
+            raise InputError("the target is the input itself and would be destroyed: give another array.")
 
     def put(self, result: Tensor) -> None:
         """Write the next slab.
@@ -81,6 +83,16 @@ class SlabTarget:
         """Leave no file behind."""
         if isinstance(self.out, LabelFile):
             self.out.abort()
+
+
+def _shares_memory(out: Any, inputs: Tensor | Iterable[Tensor]) -> bool:
+    """Whether results would overwrite voxels of the input in memory, or of the file that is mapped there."""
+    slabs = [inputs] if isinstance(inputs, Tensor) else inputs if isinstance(inputs, list | tuple) else []
+    tensors = [slab for slab in slabs if isinstance(slab, Tensor)]
+    if isinstance(out, Tensor):
+        return any(slab.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() != 0 for slab in tensors)
+    arrays = (slab.detach().as_subclass(Tensor).numpy() for slab in tensors if slab.device.type == "cpu")
+    return isinstance(out, np.ndarray) and any(np.may_share_memory(out, array) for array in arrays)
 
 
 def _depth(inputs: Tensor | Iterable[Tensor], axis: int) -> int | None:

@@ -14,13 +14,14 @@ def as_float32(values: np.ndarray, source: object) -> np.ndarray:
     """The same numbers as float32, any shape.
 
     Args:
-        values: integers, each of which must have a value in float32, or real numbers, which are rounded.
+        values: integers, each of which must have a value in float32, or real numbers, which are rounded. Real numbers
+            without a fraction are labels of an atlas, as they may be stored, and like integers.
         source: where they are from, for the message.
 
     Raises:
         InputError: an integer that float32 lacks, or a number beyond its range.
     """
-    if values.dtype.kind in "iu" and values.dtype.itemsize > 2:
+    if values.dtype.itemsize > 2 and values.dtype != np.float32 and _are_whole(values):
         lost = next((v for v in np.unique(values[_beyond(values)]).tolist() if int(np.float32(v)) != v), None)
         if lost is not None:
             raise InputError(
@@ -38,4 +39,11 @@ def as_float32(values: np.ndarray, source: object) -> np.ndarray:
 
 
 def _beyond(values: np.ndarray) -> np.ndarray:
-    return (values > LARGEST) | (values < -LARGEST) if values.dtype.kind == "i" else values > LARGEST
+    return values > LARGEST if values.dtype.kind == "u" else (values > LARGEST) | (values < -LARGEST)
+
+
+def _are_whole(values: np.ndarray) -> bool:
+    """Integers, or real numbers that might be some; numbers beyond the range of float32 have a refusal of their own."""
+    if values.dtype.kind in "iu":
+        return True
+    return bool(_beyond(values).any() and (np.abs(values) < 2**53).all() and (values == np.rint(values)).all())

@@ -17,7 +17,7 @@ from torch import Tensor
 from monai_memeff.arguments import numbers_checked
 from monai_memeff.data.atomic import atomic_write, check_other_file, temporary_beside
 from monai_memeff.errors import InputError
-from monai_memeff.geometry import check_affine
+from monai_memeff.geometry import check_affine, given_affine
 
 NIFTI1_MAX = 32767
 """Largest extent that a NIfTI-1 header can hold."""
@@ -34,7 +34,7 @@ def save_nifti(path: str | os.PathLike[str], values: np.ndarray | Tensor, affine
 
     Raises:
         InputError: another ending, a volume that is not 3D or empty, complex or no numbers.
-        ValueError: an affine that maps to no millimeters.
+        ValueError: an affine that maps to no millimeters, or the own one of a MetaTensor that leads to another space.
 
     Examples:
         >>> save_nifti("labels.nii.gz", torch.zeros(4, 5, 6, dtype=torch.int64), torch.eye(4))
@@ -42,9 +42,9 @@ def save_nifti(path: str | os.PathLike[str], values: np.ndarray | Tensor, affine
         'int32'
     """
     path = Path(path)
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
+    if not path.name.endswith((".nii", ".nii.gz", ".NII", ".NII.GZ")):
         raise InputError(f"a volume is written as .nii or .nii.gz, got {path.name!r}: give such a name.")
-    image = _image(_storable(values), affine)
+    image = _image(_storable(values), given_affine(values, affine))
     with atomic_write(path) as work, open(work, "wb") as raw:
         if path.suffix.lower() == ".gz":
             with gzip.GzipFile("", "wb", 1, raw, mtime=0) as packed:
@@ -86,7 +86,7 @@ class LabelFile:
         source: str | os.PathLike[str] | None = None,
     ) -> None:
         self.path = Path(path)
-        if self.path.suffix.lower() != ".nii":
+        if self.path.suffix not in (".nii", ".NII"):
             raise InputError(f"labels are written in place, so the name must end in .nii, got {self.path}.")
         check_other_file(path, *([] if source is None else [source]))
         image = _image(np.broadcast_to(np.uint8(0), tuple(shape)), affine)

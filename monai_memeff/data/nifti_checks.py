@@ -103,6 +103,11 @@ def _check_stored(header: Any, itemsize: int, path: Path) -> None:
     scaling = [float(header[name]) for name in ("scl_slope", "scl_inter") if name in header.dtype.names]
     if np.isinf(scaling).any():  # NaN is nibabel's word for none
         raise InputError(f"cannot read {path}: its scaling (slope, intercept) is {scaling}; repair its header.")
+    if "pixdim" in header.dtype.names and header["sform_code"] <= 0 and (header["pixdim"][1:4] <= 0).any():
+        raise InputError(
+            f"cannot read {path}: its pixdim is {header['pixdim'][1:4].tolist()} and readers disagree on what that "
+            "means; set positive millimeters."
+        )
     bits = int(header["bitpix"]) if "bitpix" in header.dtype.names else None
     if bits is not None and bits != 8 * itemsize:
         raise InputError(f"cannot read {path}: bitpix is {bits} for voxels of {8 * itemsize} bits; repair its header.")

@@ -91,7 +91,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    wide = image.get_data_dtype().itemsize > 2  # others fit into float32, scaled or not
+    wide = image.get_data_dtype().itemsize > 2 or abs(image.dataobj.slope) > 1e30  # all others fit into float32
     try:
         values = np.asarray(image.dataobj, dtype=None if wide else np.float32).reshape(shape)
     except Exception as error:

@@ -13,13 +13,14 @@ from monai_memeff.geometry.grid import (
     spacing,
     voxel_volume,
 )
-from monai_memeff.geometry.space import ras_affine, space_of, to_ras
+from monai_memeff.geometry.space import given_affine, ras_affine, space_of, to_ras
 from monai_memeff.geometry.voxels import coordinates_to_keys, keys_to_coordinates
 
 __all__ = [
     "check_affine",
     "coordinates_to_keys",
     "crop_affine",
+    "given_affine",
     "index_to_mm",
     "index_to_unit",
     "is_anisotropic",

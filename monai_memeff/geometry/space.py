@@ -37,7 +37,7 @@ def space_of(volume: Any, item: int = 0) -> str:
     """
     found = (getattr(volume, "meta", None) or {}).get("space", "RAS")
     if isinstance(found, list | tuple) and found:
-        found = found[item if len(found) > item else 0]
+        found = _of_item("spaces", found, item)
     name = str(getattr(found, "value", found)).upper()
     name = LONG.get(name, name)
     if name not in TO_RAS:
@@ -46,6 +46,35 @@ def space_of(volume: Any, item: int = 0) -> str:
             'affine and set meta["space"].'
         )
     return name
+
+
+def given_affine(volume: Any, affine: Tensor | np.ndarray) -> Tensor:
+    """The affine that a caller says to lead to RAS millimeters, (4, 4) float64.
+
+    Raises:
+        ValueError: it is none of a volume, or it is the volume's own and the volume says that it leads to another
+            space; what is written with it would be mirrored.
+
+    Examples:
+        >>> given_affine(torch.zeros(1, 2, 2, 2), torch.eye(4)).dtype
+        torch.float64
+    """
+    matrix, own = check_affine(affine), getattr(volume, "affine", None)
+    if own is not None and space_of(volume) != "RAS":
+        theirs = torch.as_tensor(own).detach().as_subclass(Tensor).to(matrix).reshape(-1, *own.shape[-2:])[0]
+        if theirs.shape == matrix.shape and torch.allclose(theirs, matrix, atol=1e-4):
+            raise ValueError(
+                f"the affine given is the volume's own, which leads to {space_of(volume)} and not to RAS: give "
+                "ras_affine(volume) of monai_memeff.geometry."
+            )
+    return matrix
+
+
+def _of_item(what: str, found: Any, item: int) -> Any:
+    """What a batch says of one item; one for all, or one each."""
+    if len(found) > 1 and item >= len(found):
+        raise ValueError(f"the batch has {len(found)} {what}, and that of item {item} is needed; give one for each.")
+    return found[item if len(found) > item else 0]
 
 
 def to_ras(affine: Tensor | np.ndarray, space: str) -> Tensor:
@@ -93,5 +122,5 @@ def ras_affine(volume: Any, item: int = 0) -> Tensor:
     if affine is None:
         raise ValueError("a plain tensor has no affine: give a MetaTensor, or the affine (4, 4) to RAS millimeters.")
     if affine.ndim == 3:
-        affine = affine[item if len(affine) > item else 0]
+        affine = _of_item("affines", affine, item)
     return to_ras(affine, space_of(volume, item))

@@ -15,7 +15,7 @@ from torch import Tensor
 from monai_memeff.arguments import numbers_checked
 from monai_memeff.checks import check_finite, computable
 from monai_memeff.data.atomic import atomic_write
-from monai_memeff.geometry import check_affine, ras_affine
+from monai_memeff.geometry import given_affine, ras_affine
 
 
 class SurfaceMesh(NamedTuple):
@@ -180,7 +180,7 @@ def _affine(volume: Tensor | np.ndarray, affine: Tensor | np.ndarray | None) -> 
         if not isinstance(volume, MetaTensor):
             raise ValueError("a plain tensor has no affine: give affine= (4, 4), voxel index -> millimeters.")
         return ras_affine(volume).cpu().numpy()
-    return check_affine(affine).cpu().numpy()
+    return given_affine(volume, affine).cpu().numpy()
 
 
 def _volume(labels: Tensor | np.ndarray) -> np.ndarray:

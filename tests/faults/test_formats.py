@@ -153,6 +153,9 @@ def test_what_cannot_be_right_is_refused_by_name(tmp_path: Path) -> None:
     def flat(header: Any) -> None:
         header["srow_z"] = 0
 
+    def backwards(header: Any) -> None:
+        header["sform_code"], header["pixdim"][3] = 0, -3
+
     def infinite(header: Any) -> None:
         header["scl_slope"], header["scl_inter"] = np.inf, 0
 
@@ -165,9 +168,49 @@ def test_what_cannot_be_right_is_refused_by_name(tmp_path: Path) -> None:
     assert "left over" in saved(smaller)
     assert "span space" in saved(flat)
     assert "cannot read" in saved(infinite)
+    assert "readers disagree" in saved(backwards)
     assert "complex64" in saved(lambda header: None, values(np.complex64))
     color = np.zeros((5, 6, 7), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     assert "real numbers are needed" in saved(lambda header: None, color)
+
+
+WHOLE = 2**24
+
+
+@pytest.mark.parametrize("ending", [".nii", ".mha"])
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64, np.float64])
+def test_whole_numbers_are_read_exactly_or_refused(dtype: Any, ending: str, tmp_path: Path) -> None:
+    """Atlases number structures up to 614454277, and float32 would join neighbors."""
+    for largest, exact in ((WHOLE, True), (WHOLE + 1, False), (WHOLE + 2, True), (2**30, True), (614454277, False)):
+        data = values(dtype)
+        data[1, 2, 3] = largest
+        path = tmp_path / f"a{ending}"
+        if "nii" in ending:
+            save_nifti(path, data, AFFINE)
+        else:
+            sitk = pytest.importorskip("SimpleITK", reason="NRRD and MetaImage need SimpleITK")
+            sitk.WriteImage(sitk.GetImageFromArray(data.transpose(2, 1, 0)), str(path))
+        if exact:
+            np.testing.assert_array_equal(read_volume(path).image.numpy()[0].astype(np.float64), data)
+            continue
+        with pytest.raises(InputError, match=f"holds the integer {largest}(.0)?, and float32"):
+            read_volume(path)
+        if "nii" in ending:
+            with pytest.raises(InputError, match="float32"):
+                list(NiftiSlabs(path, slab=2))
+
+
+def test_numbers_beyond_float32_are_refused_and_fractions_rounded(tmp_path: Path) -> None:
+    data = values(np.float64) + 1e9 + 0.3
+    save_nifti(tmp_path / "a.nii", data, AFFINE)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.nii").image.numpy()[0], data.astype(np.float32))
+    save_nifti(tmp_path / "a.nii", data * 1e200, AFFINE)
+    image = nib.Nifti1Image(values(), AFFINE)
+    image.header.set_slope_inter(1e38, 0)
+    nib.save(image, tmp_path / "b.nii")
+    for name in ("a.nii", "b.nii"):
+        with pytest.raises(InputError, match="numbers beyond float32"):
+            read_volume(tmp_path / name)
 
 
 def _raw(image: Any) -> bytes:

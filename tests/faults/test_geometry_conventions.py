@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.utils import SpaceKeys
 
 from monai_memeff.apps.skull.demo.volume import prepare_head
 from monai_memeff.apps.skull.upper_skull import UpperSkullCrop
 from monai_memeff.apps.skull.vault import vault_mask
 from monai_memeff.clstm.slabs import check_that_slabs_continue
+from monai_memeff.data import read_volume, save_nifti
 from monai_memeff.geometry import ras_affine, space_of, to_ras
 from monai_memeff.occupancy.mesh import labels_to_mesh, logits_to_mesh, write_mesh
 from monai_memeff.sparse.points import mask_from_points, points_from_mask
@@ -98,6 +99,38 @@ def test_meshes_are_the_same_and_a_file_in_lps_is_turned_once(tmp_path: Path) ->
     center = RAS @ torch.tensor([5.5, 4.0, 6.0, 1.0], dtype=torch.float64)
     np.testing.assert_allclose(middle, [-center[0], -center[1], center[2]], atol=1e-3)
     assert b"SPACE=LPS" in written[0][:80]
+
+
+def test_the_own_affine_of_a_volume_in_lps_is_not_taken_for_ras(tmp_path: Path) -> None:
+    """What is written with it would be the mirror image."""
+    right, turned = pair(cube())
+    for write in (
+        lambda volume: save_nifti(tmp_path / "x.nii", volume[0], volume.affine),
+        lambda volume: labels_to_mesh(volume, volume.affine),
+        lambda volume: logits_to_mesh(volume - 0.3, volume.affine.numpy()),
+    ):
+        write(right)
+        with pytest.raises(ValueError, match="leads to LPS and not to RAS"):
+            write(turned)
+    np.testing.assert_allclose(labels_to_mesh(turned, ras_affine(turned)).vertices, labels_to_mesh(right).vertices)
+    save_nifti(tmp_path / "y.nii", turned[0], ras_affine(turned))
+    written = [read_volume(tmp_path / name).image for name in ("x.nii", "y.nii")]
+    assert torch.equal(written[0].affine, written[1].affine)
+    assert torch.equal(*(image.as_tensor() for image in written))
+
+
+def test_a_batch_says_the_space_of_every_item_or_of_all() -> None:
+    both = list_data_collate([{"image": volume} for volume in pair(cube())[::-1]])["image"]
+    expected = [ras_affine(volume) for volume in pair(cube())[::-1]]
+    for number, item in enumerate(decollate_batch(both)):
+        assert torch.equal(ras_affine(both, number), expected[number])
+        assert torch.equal(ras_affine(item), expected[number])
+        assert torch.equal(ras_affine(both[number]), expected[number])
+    with pytest.raises(ValueError, match="2 affines, and that of item 2 is needed"):
+        ras_affine(both, 2)
+    both.affine = torch.stack([*both.affine, RAS])
+    with pytest.raises(ValueError, match="2 spaces, and that of item 2 is needed"):
+        ras_affine(both, 2)
 
 
 def test_a_batch_of_both_spaces() -> None:

@@ -98,6 +98,21 @@ def test_targets_whose_dtype_loses_values_are_refused(net: CLSTMUNet, dtype: Any
         SlabInferer(slab=2, labels=labels).write(volume, net, tensor)
 
 
+def test_a_target_that_is_the_input_is_refused(tmp_path: Path) -> None:
+    one = CLSTMUNet(out_channels=1, channels=(4, 8)).eval()
+    np.save(tmp_path / "ct.npy", np.random.default_rng(0).random((1, 1, 5, 6, 7), np.float32))
+    stored = (tmp_path / "ct.npy").read_bytes()
+    mapped = np.load(tmp_path / "ct.npy", mmap_mode="r+")
+    volume = torch.from_numpy(mapped)
+    out = np.zeros_like(mapped)
+    for inputs, target in ((volume, mapped), (volume.split(3, -1), mapped), (volume, volume), (volume, volume.numpy())):
+        with pytest.raises(InputError, match="the target is the input itself"):
+            SlabInferer(slab=3).write(inputs, one, target)
+    assert (tmp_path / "ct.npy").read_bytes() == stored
+    SlabInferer(slab=3).write(volume, one, out)
+    assert out.any()
+
+
 def test_targets_without_a_shape_are_refused(net: CLSTMUNet) -> None:
     with pytest.raises(TypeError, match="shape and dtype, got list"):
         SlabInferer().write(torch.zeros(1, 1, 8, 8, 5), net, [])

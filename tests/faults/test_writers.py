@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from monai_memeff.data import LabelFile, read_volume, save_nifti
+from monai_memeff.data import LabelFile, open_nifti, read_volume, save_nifti
 from monai_memeff.occupancy import SurfaceMesh, labels_to_mesh, logits_to_mesh, write_mesh
 
 AFFINE = np.diag([1.0, 2.0, 3.0, 1.0])
@@ -27,7 +27,7 @@ BROKEN = (
 
 
 def stored(path: Path) -> list[Any]:
-    assert np.array_equal(read_volume(path).image.affine, AFFINE)
+    assert np.array_equal(open_nifti(path).affine, AFFINE)
     return np.asarray(nibabel.load(path).dataobj).ravel().tolist()
 
 
@@ -51,6 +51,8 @@ def test_numbers_of_torch_are_stored_exactly(kind: torch.dtype, tmp_path: Path) 
 def test_integers_that_need_64_bits_keep_them(values: np.ndarray, tmp_path: Path) -> None:
     save_nifti(tmp_path / "x.nii", values, AFFINE)
     assert stored(tmp_path / "x.nii") == values.ravel().tolist()
+    with pytest.raises(ValueError, match="and float32, in which volumes are computed"):
+        read_volume(tmp_path / "x.nii")
 
 
 @pytest.mark.parametrize("values", [NUMBERS * 1j, NUMBERS.astype(object), NUMBERS.astype("U3"), NUMBERS.astype("g")])
@@ -80,6 +82,15 @@ def test_an_affine_that_leads_nowhere_is_refused_before_anything_is_written(affi
             write()
         assert "\n" not in str(refusal.value)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", [".Nii", ".nii.GZ", ".niI"])
+def test_a_name_that_readers_do_not_find_again_is_refused(ending: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"written as .nii or .nii.gz"):
+        save_nifti(tmp_path / f"x{ending}", NUMBERS, AFFINE)
+    for name in ("X.NII", "X.NII.GZ"):
+        save_nifti(tmp_path / name, NUMBERS, AFFINE)
+        assert stored(tmp_path / name) == NUMBERS.ravel().tolist()
 
 
 def box() -> Tensor:
