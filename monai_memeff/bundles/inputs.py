@@ -95,7 +95,7 @@ def checked_window(name: str, value: Any) -> Any:
 def require_pairs(images: Sequence[str], labels: Sequence[str], folder: str) -> None:
     """End the program where images and labels do not come in pairs.
 
-    The files of one place in both lists are a pair. What all names of a list begin and end with is no part of a case's
+    The files of one place in both lists are a pair. What all names of a list begin and end with is not part of a case's
     name, such as ``volume-``, and neither is nnU-Net's ``_0000``; what remains must be the same for both.
 
     Args:

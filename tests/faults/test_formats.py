@@ -209,7 +209,7 @@ def test_numbers_beyond_float32_are_refused_and_fractions_rounded(tmp_path: Path
     image.header.set_slope_inter(1e38, 0)
     nib.save(image, tmp_path / "b.nii")
     for name in ("a.nii", "b.nii"):
-        with pytest.raises(InputError, match="numbers beyond float32"):
+        with pytest.raises(InputError, match="numbers beyond"):
             read_volume(tmp_path / name)
 
 

@@ -47,7 +47,7 @@ def test_the_score_takes_labels_only(kind: str) -> None:
         with pytest.raises(ValueError, match=words):
             LesionDiceMetric()(*pair)
     with pytest.raises(ValueError, match="got"):
-        LesionDiceMetric()(LOGITS, LABEL)  # logits are no one-hot maps
+        LesionDiceMetric()(LOGITS, LABEL)  # logits are not one-hot maps
 
 
 @pytest.mark.parametrize("kind", WRONG)
