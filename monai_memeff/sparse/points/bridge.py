@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_memeff.arguments import numbers_checked
-from monai_memeff.checks import check_finite, check_mask
+from monai_memeff.checks import as_network_input, check_finite, check_mask
 from monai_memeff.errors import InputError
 from monai_memeff.geometry import grid, ras_affine, space_of, to_ras, voxels
 from monai_memeff.sparse.core.tensor import SparseTensor
@@ -35,7 +35,8 @@ def points_from_mask(mask: Tensor, image: Tensor | None = None, labels: Tensor |
 
     Raises:
         ValueError: the mask is not (1, H, W, D), or the others are not on its grid; the mask holds NaN, infinity or
-            negative numbers; within it, the image holds NaN or infinity, or the labels fractions.
+            negative numbers; within it, the image holds NaN, infinity or integers that float32 lacks (beyond 2^24), or
+            the labels fractions.
 
     Examples:
         >>> points_from_mask(torch.eye(4)[None, None])
@@ -48,8 +49,7 @@ def points_from_mask(mask: Tensor, image: Tensor | None = None, labels: Tensor |
     check_mask(mask, "points_from_mask")
     active = _plain(mask)[0] != 0
     pos = grid.index_to_mm(active.nonzero(), _affine(mask)).float()
-    x = pos.new_ones(len(pos), 1) if image is None else _plain(image)[:, active].t().float().contiguous()
-    check_finite(x, "points_from_mask")
+    x = pos.new_ones(len(pos), 1) if image is None else _features(_plain(image)[:, active].t())
     return Data(pos, x, None if labels is None else _whole(_plain(labels)[0][active]))
 
 
@@ -208,6 +208,13 @@ def _values_of(data: Any, name: str | None) -> Tensor:
             "values=None for a mask."
         )
     return values.reshape(-1).to(torch.int64)
+
+
+def _features(values: Tensor) -> Tensor:
+    """Values as float32: real ones are rounded, every integer must have its own."""
+    check_finite(values, "points_from_mask")
+    exact = values if values.is_floating_point() else as_network_input(values, torch.float32, "points_from_mask")
+    return exact.float().contiguous()
 
 
 def _whole(labels: Tensor) -> Tensor:

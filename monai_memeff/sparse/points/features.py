@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_memeff.arguments import numbers_checked
+from monai_memeff.checks import as_network_input
 from monai_memeff.sparse.points.data import PointTransform, attributes, with_attributes
 
 
@@ -58,7 +59,7 @@ class AddFeatsByKeys(PointTransform):
 
     Raises:
         ValueError: no name is given, or the lists differ in length; in the call, an attribute is missing or has other
-            columns than it must have, or not one row per point.
+            columns than it must have, not one row per point, or integers that float32 lacks (beyond 2^24).
 
     Examples:
         >>> AddFeatsByKeys([True, True], ["pos", "pos_z"])(XYZFeature()(Data(torch.rand(100, 3)))).x.shape
@@ -118,5 +119,5 @@ class AddFeatsByKeys(PointTransform):
 
 
 def _as_columns(values: Tensor) -> Tensor:
-    values = values if values.is_floating_point() else values.float()
+    values = values if values.is_floating_point() else as_network_input(values, torch.float32, "AddFeatsByKeys")
     return values[:, None] if values.ndim == 1 else values

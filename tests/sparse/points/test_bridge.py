@@ -104,6 +104,7 @@ def test_fewer_points_than_voxels_fill_by_the_nearest() -> None:
         (lambda m, d: points_from_mask(m.float() - 0.5), "needs masks, which are zero where nothing is"),
         (lambda m, d: points_from_mask(m.float() / 0), "needs finite values"),
         (lambda m, d: points_from_mask(m, image=m / 0.0), "needs finite values"),
+        (lambda m, d: points_from_mask(m, image=m.long() * (2**24 + 1)), "integers up to 16777216 exactly"),
         (lambda m, d: points_from_mask(m, labels=m / 2), "labels must be whole numbers, got fractions"),
         (lambda m, d: mask_from_points(d, m, within=m.float() - 0.5), "needs masks, which are zero where nothing is"),
         (lambda m, d: points_from_mask(m, image=m[..., :3]), r"image must be .* on the mask's grid \(5, 7, 6\), got"),

@@ -33,6 +33,9 @@ def test_features_begin_where_there_are_none() -> None:
     data = Data(torch.zeros(3, 3), y=torch.tensor([2, 0, 1]))
     assert AddFeatsByKeys([True], ["y"])(data).x.tolist() == [[2.0], [0.0], [1.0]]
     assert AddFeatsByKeys([False], ["y"])(data).x is None
+    data.y = torch.tensor([2**24 + 1, 0, 1])
+    with pytest.raises(ValueError, match="integers up to 16777216 exactly"):
+        AddFeatsByKeys([True], ["y"])(data)
 
 
 def test_strictness() -> None:
