@@ -75,6 +75,7 @@ class SpatialPartitionInferer(Inferer):
     The network is captured as a graph at the volume's shape. Every operator is computed tile by tile from whole tensors
     in a store; norms use the statistics of the whole volume. Any size that the network takes is run as it is: nothing
     is padded or cropped, unless `pad` is set and the network takes it no other way.
+    Where the device runs out of memory all the same, the tile is halved and the work goes on from there.
     The idea of halo rows is that of Hou et al. 2019 (https://arxiv.org/abs/1909.03108), streamed through one device.
 
     The network is unchanged afterwards, running statistics included, in training mode too. Random numbers of torch are
@@ -150,6 +151,7 @@ class SpatialPartitionInferer(Inferer):
         Raises:
             NotPartitionableError: what cannot be run in parts, by module, operator and line, before anything is
                 computed; or if no number of partitions fits the budget.
+            InputError: the device has less memory than one row takes; it names the bytes that would do.
             TypeError: if the network is not an nn.Module.
         """
         if not isinstance(network, nn.Module):
@@ -195,7 +197,7 @@ class SpatialPartitionInferer(Inferer):
             if bar is not None:
                 bar.close()
         self.last_report = StreamingReport(
-            plan.partitions,
+            stream.partitions,
             stream.peak_bytes,
             stream.moved_bytes,
             time.perf_counter() - began,

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from monai.networks.nets import UNet
 from torch import Tensor
 
 from monai_memeff.clstm import CLSTMUNet, SlabInferer
 from monai_memeff.errors import InputError
+from monai_memeff.halo import NotPartitionableError, SpatialPartitionInferer
+from monai_memeff.halo.planning.tile import Worker
 from monai_memeff.memory import measure_peak
 from monai_memeff.occupancy import OccupancyNet, OctreeInferer
 from monai_memeff.sparse import SparseInferer, SparseUNet
@@ -111,6 +114,76 @@ def test_points_go_on_after_running_out(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(inferer(volume, network), whole)
     monkeypatch.setattr(network, "query", out_of_memory(query, 0, lambda latent, points, _: points.shape[1]))
     with pytest.raises(InputError, match="one point is more than the memory"):
+        inferer(volume, network)
+
+
+def unet() -> UNet:
+    """Its norms see the whole volume: a part that is counted twice changes every voxel."""
+    return UNet(3, 1, 2, (4, 8), (2,), num_res_units=1, norm="instance").double().eval()
+
+
+@pytest.mark.slow
+def test_parts_stay_within_the_budget_and_a_refusal_names_what_fits() -> None:
+    network, volume, budget = unet(), torch.randn(1, 1, 22, 12, 10, dtype=torch.float64), 1000
+    while True:  # a refusal names what the first step that does not fit needs, and a later one may need more
+        inferer, said = SpatialPartitionInferer(memory_budget=budget), ""
+        try:
+            result = inferer(volume, network)
+            break
+        except NotPartitionableError as refusal:
+            said = str(refusal)
+        named = re.search(rf"needs (\d+) bytes .* the memory budget is {budget} bytes", said)
+        assert named
+        assert int(named[1]) > budget
+        budget = int(named[1])
+    torch.testing.assert_close(result, network(volume), rtol=0, atol=1e-9)
+    assert inferer.last_report is not None
+    assert inferer.last_report.device_peak_bytes <= budget
+
+
+@pytest.mark.parametrize(("partitions", "labels"), [(1, False), (3, True)])
+@pytest.mark.slow
+def test_parts_go_on_after_running_out(partitions: int, labels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, volume = unet(), torch.randn(1, 1, 22, 12, 10, dtype=torch.float64)
+    whole = SpatialPartitionInferer(partitions, labels=labels)(volume, network)
+    tile, done = Worker.tile, []
+
+    def limited(worker: Any, job: Any, box: Any, *rest: Any) -> Any:
+        """Runs out at the last moment, when everything is written and added up."""
+        result = tile(worker, job, box, *rest)
+        if worker.env.device.type == "meta":  # the plan's dry run
+            return result
+        if box[0][1] - box[0][0] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.append((job.index, box))
+        return result
+
+    monkeypatch.setattr(Worker, "tile", limited)
+    inferer = SpatialPartitionInferer(partitions, labels=labels)
+    torch.testing.assert_close(inferer(volume, network), whole, rtol=0, atol=1e-9)
+    assert len(set(done)) == len(done)  # nothing was done again
+    assert inferer.last_report is not None
+    assert inferer.last_report.partitions >= 22 / 3
+
+    def none_left(worker: Any, *rest: Any) -> Any:
+        if worker.env.device.type == "meta":
+            return tile(worker, *rest)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Worker, "tile", none_left)
+    with pytest.raises(InputError, match=r"needs \d+ bytes of cpu even in 11 tiles, and they are not free"):
+        inferer(volume, network)
+
+
+def test_another_error_of_a_part_is_not_taken_for_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, volume, inferer = unet(), torch.randn(1, 1, 22, 12, 10, dtype=torch.float64), SpatialPartitionInferer(2)
+    inferer.prepare(volume, network)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setattr(Worker, "tile", broken)
+    with pytest.raises(RuntimeError, match="illegal instruction"):
         inferer(volume, network)
 
 

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 from torch.utils import _pytree as pytree
 
+from monai_memeff.errors import InputError
 from monai_memeff.halo.planning.capture import bare
-from monai_memeff.halo.planning.estimate import job_box, no_autocast
+from monai_memeff.halo.planning.estimate import Estimate, job_box, no_autocast
 from monai_memeff.halo.planning.layout import Box, narrow
 from monai_memeff.halo.planning.plan import Plan
 from monai_memeff.halo.planning.program import Ref, check_memory, flatten_call
@@ -21,12 +22,13 @@ from monai_memeff.halo.planning.schedule import Job
 from monai_memeff.halo.planning.tile import Worker
 from monai_memeff.halo.run.copies import to_device
 from monai_memeff.halo.run.stores import Store
+from monai_memeff.memory.budget import ran_out
 from monai_memeff.memory.meter import CUDAPeakMeter
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 
 
 class Stream:
-    """One run of a plan.
+    """One run of a plan. Where the device runs out of memory, the tile is halved, and so are those after it.
 
     Args:
         plan: what to run.
@@ -38,6 +40,7 @@ class Stream:
     Attributes:
         peak_bytes: highest number of activation bytes on the device.
         moved_bytes: bytes copied between device and store, both ways.
+        partitions: number of tiles of the most finely cut job.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class Stream:
         self.plan, self.store, self.on_tile = plan, store, on_tile
         self.schedule, self.bound = plan.schedule, plan.schedule.bound
         self.env = Env(plan.device, seed)
-        self.peak_bytes = self.moved_bytes = 0
+        self.peak_bytes = self.moved_bytes = self.partitions = 0
         self.wholes: dict[int, torch.Tensor] = {}
         self._read_state(bare(network))
 
@@ -115,11 +118,35 @@ class Stream:
     def _tiles(self, job: Job, whole: torch.Tensor | None) -> tuple[torch.Tensor | None, dict[int, State]]:
         """Compute a job's tiles; returns the last if it is kept, and the states of the reductions."""
         worker, states, kept = Worker(self.schedule, self.load, self.env), dict[int, State](), None
+        most, count = job.rows, 0
         for lo, hi in job.cuts():
-            kept = worker.tile(job, job_box(job, lo, hi), whole, states)
+            while True:
+                end, fed = min(hi, lo + most), dict(states)  # a tile that fails may have fed some reductions
+                try:
+                    kept = worker.tile(job, job_box(job, lo, end), whole, fed)
+                except RuntimeError as error:
+                    most = self._fewer_rows(job, end - lo, error)
+                    continue
+                states, lo, count = fed, end, count + 1
+                if lo >= hi:
+                    break
             if self.on_tile is not None:
                 self.on_tile()
+        self.partitions = max(self.partitions, count)
         return kept, states
+
+    def _fewer_rows(self, job: Job, rows: int, error: RuntimeError) -> int:
+        """Rows of a tile after one ran out of memory; the error itself if it says something else."""
+        if not ran_out(error, self.env.device):
+            raise error
+        if rows > 1 and job.domain.spread:
+            return -(-rows // 2)
+        value, estimate = self.bound.program[job.index], Estimate(self.schedule, self.env.device)
+        base = estimate.kept_bytes()[self.schedule.jobs.index(job)]
+        raise InputError(
+            f"{value.where}: {value.operator} needs {base + estimate.job(job, job.rows)} bytes of {self.env.device} "
+            f"even in {job.rows} tiles, and they are not free: free them, take a smaller volume, or another device"
+        ) from error
 
     def _written(self, index: int, whole: torch.Tensor) -> None:
         """A stored value is complete."""
