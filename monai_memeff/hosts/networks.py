@@ -109,6 +109,6 @@ def _channels(name: str, network_def: Mapping[str, Any], overlay: str, given: Ma
     if not found and name not in given:
         raise InputError(
             f"the overlay {overlay} reads {name} from the bundle's network_def, which names none of "
-            f"{', '.join(NAMES[name])}: add --network_def#{name} N"
+            f'{", ".join(NAMES[name])}: add --network_def#{name} N, or "network_def#{name}": N in a file after it'
         )
     return found[0] if found else None

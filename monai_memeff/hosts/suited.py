@@ -105,9 +105,10 @@ def _require_unet(name: str, network: Any) -> None:
             f"has put {kind} in its place: name one of the two"
         )
     if kind and kind not in ("UNet", "SparseUNet"):
+        way = "run the bundle as it is" if ours else "choose the overlay halo_inference, clstm or occupancy"
         raise InputError(
-            f"{name} switches MONAI's UNet and no other network, and this bundle's network_def is {kind}: choose the "
-            f"overlay halo_inference, clstm or occupancy, see docs/overlays.md"
+            f"{name} switches MONAI's UNet and no other network, and this bundle's network_def is {kind}: {way}, see "
+            f"docs/overlays.md"
         )
 
 

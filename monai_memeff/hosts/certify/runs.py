@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monai_memeff.checks import as_network_input
 from monai_memeff.errors import InputError
 from monai_memeff.halo.run.stores import available_memory
 from monai_memeff.hosts.certify.frame import Frame
@@ -74,24 +75,38 @@ def run_whole(subject: Subject, frame: Frame, force: bool | None) -> Run:
         return run
     except (RuntimeError, ValueError) as error:
         shape = " x ".join(map(str, frame.inputs.shape[2:]))
-        raise InputError(f"the network cannot take a volume of {shape} voxels: {_line(error)}") from error
+        kind = str(frame.inputs.dtype).removeprefix("torch.")
+        raise InputError(f"the network cannot take a volume of {shape} voxels of {kind}: {_line(error)}") from error
 
 
 def run_window(subject: Subject) -> Run:
     """MONAI's sliding window on the volume as it is, with the settings that users of this model run."""
     window: Any = subject.window
-    inputs = subject.inputs.as_subclass(Tensor)
+    inputs, network = _in_floats(subject)
     run = Run(details={name: getattr(window, name, None) for name in ("roi_size", "overlap", "sw_batch_size")})
     assert run.details is not None
     run.details = {key: list(value) if isinstance(value, tuple | list) else value for key, value in run.details.items()}
     run.details["mode"] = str(getattr(window.mode, "value", window.mode))
     bare = Frame(inputs, tuple(inputs.shape[2:]), None)
     try:
-        call = (inputs, subject.network, *subject.args)
+        call = (inputs, network, *subject.args)
         return measured(run, subject, lambda: bare.crop(window(*call, **subject.kwargs)))
     except (RuntimeError, ValueError) as error:
         run.refused = f"failed: {_line(error)}"
         return run
+
+
+def _in_floats(subject: Subject) -> tuple[Tensor, Callable[..., Any]]:
+    """The input as floating-point numbers, in whose type MONAI's window adds up results, and the network for windows.
+
+    The network sees its input's own type in every window, as it does on the whole volume.
+    """
+    inputs, network = subject.inputs.as_subclass(Tensor), subject.network
+    if inputs.is_floating_point():
+        return inputs, network
+    kind = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    floats = as_network_input(inputs, kind, "MONAI's sliding window")
+    return floats, lambda part, *args, **kwargs: network(part.to(inputs.dtype), *args, **kwargs)
 
 
 def measured(run: Run, subject: Subject, work: Callable[[], Any]) -> Run:

@@ -55,7 +55,7 @@ def judge(
         explained: relative difference of logits that rounding explains.
     """
     if streamed.refused:
-        return Verdict(False, f"Refused: this network cannot be streamed exactly, so it was not. {streamed.refused}.")
+        return Verdict(False, f"Refused: this network cannot be streamed exactly, so it was not: {streamed.refused}.")
     if len(set(results)) > 1:
         return Verdict(
             False,

@@ -14,10 +14,12 @@ import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
 
+from monai_memeff.data import read_volume
 from monai_memeff.errors import InputError
 from monai_memeff.halo import plan
 from monai_memeff.hosts.certify import certify, command
-from monai_memeff.hosts.certify.sources.subject import Options, window_of
+from monai_memeff.hosts.certify.runs import run_window
+from monai_memeff.hosts.certify.sources.subject import Options, Subject, window_of
 from tests.hosts.certify import networks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -297,3 +299,19 @@ def test_a_wrong_stream_is_told(
     assert said in found["verdict"]["sentence"]
     assert found["verdict"]["exact"] is False
     assert found["differences"]["streamed"]["voxels"] == (change < 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_a_window_of_integers_gives_what_the_network_gives(dtype: torch.dtype, image: Path) -> None:
+    """MONAI's window itself adds up results in the input's type, and fails on integers."""
+    network, inputs = networks.Table(), torch.randint(0, 256, (1, 1, *SHAPE)).to(dtype)
+    subject = Subject(
+        "name", "kind", network, inputs, lambda answer: answer, "rule", read_volume(image).image,
+        SlidingWindowInferer((8, 8, 8)), {},
+    )  # fmt: skip
+    run = run_window(subject)
+    assert run.refused == ""
+    torch.testing.assert_close(run.answer, network(inputs).detach(), rtol=1e-5, atol=1e-5)
+    subject.inputs = inputs.long() + 2**40
+    with pytest.raises(InputError, match=r"holds integers up to 16777216 exactly, got 10995"):
+        run_window(subject)
