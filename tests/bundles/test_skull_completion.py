@@ -176,7 +176,9 @@ def test_training_writes_the_best_and_the_last_state(trained: Path) -> None:
 def test_training_goes_on_from_the_last_state(trained: Path, heads: Path, tmp_path: Path) -> None:
     """With one volume per batch, so that the coarsest level holds a single voxel."""
     before = torch.load(trained / "models" / "last.pt", weights_only=True)
-    (tmp_path / "last.pt").write_bytes((trained / "models" / "last.pt").read_bytes())
+    newest = max((trained / "models").glob("last_checkpoint*.pt"), key=lambda file: file.stat().st_mtime_ns)
+    assert torch.load(newest, weights_only=True)["optimizer"]["state"][0]["step"] == 2
+    (tmp_path / "last_checkpoint_epoch=2.pt").write_bytes(newest.read_bytes())  # all that a killed training leaves
     options = {**SMALL, **TINY, "max_epochs": 1, "batch_size": 1, "resume": True}
     run_here([TRAIN], dataset_dir=str(heads), ckpt_dir=str(tmp_path), **options)
     after = torch.load(tmp_path / "last.pt", weights_only=True)
