@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from monai.bundle import ConfigWorkflow
 
 from monai_memeff import cli
 from monai_memeff.hosts.run import run_studies
+from monai_memeff.hosts.run.pool import _outcome
 from monai_memeff.hosts.run.source.bundle import DECODER_LOG, Bundle
 from monai_memeff.hosts.run.source.checkpoints import checkpoints_of
-from monai_memeff.hosts.run.studies import find_studies
-from monai_memeff.hosts.run.worker import Settings, Worker
+from monai_memeff.hosts.run.studies import Study, find_studies
+from monai_memeff.hosts.run.worker import Outcome, Settings, Worker
 from tests.bundles.conftest import ROOT
 from tests.hosts.bundles import image, save, series, small_bundle
 
@@ -224,41 +224,6 @@ def test_parts_of_a_list_of_studies(stock: Path, tmp_path: Path, memeff: Memeff)
     assert found == [["a", "c", "e"], ["b", "d"]]
 
 
-def killed(action: Callable[[], object], seconds: float) -> None:
-    """Run in a process of its own, and kill it."""
-    child = os.fork()
-    if child == 0:
-        for handle in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
-        action()
-        os._exit(0)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.slow
-def test_kill_9_and_resume(stock: Path, tmp_path: Path) -> None:
-    inputs = tmp_path / "in"
-    inputs.mkdir()
-    for name in "abcd":
-        nibabel.save(nibabel.Nifti1Image(image((16, 16, 9)), np.eye(4)), inputs / f"{name}.nii")
-    whole, output = tmp_path / "whole", tmp_path / "out"
-    began = time.perf_counter()
-    assert run_studies(stock, [inputs], whole) == 0
-    took = time.perf_counter() - began
-    for share in (0.3, 0.6):
-        killed(lambda: run_studies(stock, [inputs], output), share * took)
-        for folder in output.glob("[a-d]"):
-            assert {file.name for file in folder.iterdir()} == {"report.json", "segmentation.nii.gz"}
-    assert run_studies(stock, [inputs], output) == 0
-    for name in "abcd":
-        file = Path(name, "segmentation.nii.gz")
-        assert (output / file).read_bytes() == (whole / file).read_bytes()
-    assert sorted(entry.name for entry in output.iterdir()) == list("abcd")
-
-
 @pytest.mark.exhaustive
 def test_a_worker_that_dies_takes_its_own_study_only(tmp_path: Path, memeff: Memeff) -> None:
     bundle = small_bundle(tmp_path / "deadly")
@@ -427,6 +392,34 @@ def test_studies_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "dora.nii").write_text("x")
     with pytest.raises(ValueError, match="would both be written as dora"):
         names(tmp_path)
+
+
+def test_a_study_that_is_a_link_to_nothing_is_told(stock: Path, tmp_path: Path, memeff: Memeff) -> None:
+    (tmp_path / "in").mkdir()
+    nibabel.save(nibabel.Nifti1Image(image((8, 8, 8)), np.eye(4)), tmp_path / "in" / "a.nii")
+    (tmp_path / "in" / "b.nii").symlink_to(tmp_path / "absent.nii")
+    status, out, err = memeff("run", stock, tmp_path / "in", "--output", tmp_path / "out")
+    assert status == 1
+    assert "1 of 2 studies have results" in out
+    assert re.search(r"memeff: b: .*b\.nii", err)
+
+
+def test_an_output_that_cannot_be_written_ends_in_one_line(stock: Path, tmp_path: Path, memeff: Memeff) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        nibabel.save(nibabel.Nifti1Image(image((8, 8, 8)), np.eye(4)), tmp_path / "in" / f"{name}.nii")
+    (tmp_path / "file").write_text("x")
+    for workers in (1, 2):
+        words = ("--workers", workers, "--output", tmp_path / "file" / "out")
+        status, _, err = memeff("run", stock, tmp_path / "in", *words)
+        assert (status, len(err.strip().splitlines())) == (2, 1), err
+
+
+def test_a_disk_that_is_full_ends_a_worker_process_in_one_line(tmp_path: Path) -> None:
+    def full(_: Study) -> Outcome:
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    assert _outcome(full, Study("a", ())) == f"{tmp_path}: No space left on device"  # type: ignore[arg-type]
 
 
 def test_several_images_of_one_study(tmp_path: Path) -> None:
