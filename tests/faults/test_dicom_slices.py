@@ -89,6 +89,22 @@ def test_another_size_and_several_localizers(tmp_path: Path) -> None:
     found = read_volume(tmp_path)
     np.testing.assert_array_equal(values(found), volume)
     assert found.notes == (f"1 localizer images were left out: {path.name}",)
+    path.unlink()
+    write_series(tmp_path, np.zeros((9, 8, 1), np.int16), prefix="X", axes=SAGITTAL, change=scout, uid="1.2.3.2")
+    found = read_volume(tmp_path)
+    np.testing.assert_array_equal(values(found), volume)
+    assert "1 series of localizer images were left out" in found.notes
+    assert "localizer images only" in refusal(tmp_path, series="1.2.3.2")
+
+
+def test_a_slice_that_is_a_link_to_nothing_is_not_passed_over(tmp_path: Path) -> None:
+    """At an end of the volume nothing else would tell that it is missing."""
+    *_, path = write_series(tmp_path / "ct", numbers())
+    path.rename(tmp_path / path.name)
+    path.symlink_to(tmp_path / path.name)
+    np.testing.assert_array_equal(values(read_volume(tmp_path / "ct")), numbers())
+    (tmp_path / path.name).unlink()
+    assert f"{path} is a link to nothing" in refusal(tmp_path / "ct")
 
 
 def test_files_that_are_no_slices(tmp_path: Path) -> None:

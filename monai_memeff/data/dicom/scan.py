@@ -53,6 +53,8 @@ def choose_series(path: Path, uid: str | None = None) -> Series:
     for file, header in headers.items():
         series.setdefault(_plain(header.get("SeriesInstanceUID", "")), {})[file] = header
     images = {name: found for name, found in series.items() if not _is_no_image(found)}
+    if uid is None:
+        images = _without_localizers(images, notes)
     if not images:
         kinds = sorted({str(header.get("Modality", "unknown")) for header in headers.values()})
         raise InputError(f"cannot read {path}: it holds no DICOM images ({', '.join(kinds) or 'no DICOM file'}).")
@@ -79,6 +81,8 @@ def _headers(path: Path) -> tuple[dict[Path, Any], list[str]]:
             headers[file] = pydicom.dcmread(file, stop_before_pixels=True)
             for keyword in CONVERTED:  # wrong values are met here, not later
                 headers[file].get(keyword)
+        except pydicom.errors.InvalidDicomError:
+            raise InputError(f"cannot read {file}: it is no DICOM file; remove it, or copy the series again.") from None
         except Exception as error:
             raise InputError(
                 f"cannot read {file} as DICOM: {first_line(error)}; remove it, or copy the series again."
@@ -97,6 +101,8 @@ def _plain(value: Any) -> str:
 def _files(folder: Path) -> list[Path]:
     files: list[Path] = []
     for path in folder.rglob("*"):
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a link to nothing, and may have been a slice: copy the series again.")
         if path.is_file():
             files.append(path)
         if len(files) > MOST_FILES:
@@ -112,6 +118,15 @@ def _ends_as_text(file: Path) -> bool:
 
 def _is_no_image(series: dict[Path, Any]) -> bool:
     return all(str(header.get("Modality", "")) in NO_IMAGES for header in series.values())
+
+
+def _without_localizers(images: dict[str, dict[Path, Any]], notes: list[str]) -> dict[str, dict[Path, Any]]:
+    """Without series that are localizers and nothing else, where there are others."""
+    kept = {name: found for name, found in images.items() if not all("LOCALIZER" in _types(h) for h in found.values())}
+    if not kept or len(kept) == len(images):
+        return images
+    notes.append(f"{len(images) - len(kept)} series of localizer images were left out")
+    return kept
 
 
 def _choose(path: Path, images: dict[str, dict[Path, Any]], uid: str | None) -> str:

@@ -85,6 +85,8 @@ def _all(settings: Settings, studies: Sequence[Study], workers: int) -> int:
             typer.echo(f"{study.name}: finished before")
         else:
             left.append(study)
+    if left:
+        settings.output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made ends all before the work
     with tqdm(total=len(left), desc="studies", disable=None) as bar:
         for outcome in outcomes(settings, left, workers) if left else ():
             bar.clear()

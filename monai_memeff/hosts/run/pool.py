@@ -98,6 +98,14 @@ def _serve(pipe: Connection, settings: Settings) -> None:
         pipe.send(None)
         try:
             while True:
-                pipe.send(work(pipe.recv()))
+                pipe.send(_outcome(work, pipe.recv()))
         except (EOFError, OSError, KeyboardInterrupt):
             return
+
+
+def _outcome(work: Worker, study: Study) -> Outcome | str:
+    """How a study ended; what ends the whole command, such as a full disk, as its message."""
+    try:
+        return work(study)
+    except OSError as error:
+        return message(error)

@@ -165,7 +165,12 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
         seen.add(place)
         below[:] = sorted(name for name in below if not name.startswith("."))
         files = [Path(folder, name) for name in sorted(names)]
-        yield Path(folder), [file for file in files if file.is_file() and not _is_beside(file)]
+        yield Path(folder), [file for file in files if _is_file_or_was(file) and not _is_beside(file)]
+
+
+def _is_file_or_was(file: Path) -> bool:
+    """Whether it is a file, or a link to nothing, which its reader refuses by name."""
+    return file.is_file() or (file.is_symlink() and not file.exists())
 
 
 def _below(folder: Path) -> Iterator[Path]:
