@@ -18,6 +18,7 @@ from monai.deploy.operators.monai_bundle_inference_operator import (
 )
 from pydicom.sr.codedict import codes
 
+from monai_memeff.errors import exit_in_one_line
 from monai_memeff.hosts.deploy import require_deploy_reads
 
 
@@ -60,4 +61,5 @@ class SpleenApp(Application):
 
 
 if __name__ == "__main__":
-    SpleenApp().run()
+    with exit_in_one_line("deploy_app"):
+        SpleenApp().run()
