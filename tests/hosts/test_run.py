@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
+from monai.networks.nets import UNet
 
 from monai_memeff import cli
 from monai_memeff.hosts.run import run_studies
@@ -413,6 +414,37 @@ def test_an_output_that_cannot_be_written_ends_in_one_line(stock: Path, tmp_path
         words = ("--workers", workers, "--output", tmp_path / "file" / "out")
         status, _, err = memeff("run", stock, tmp_path / "in", *words)
         assert (status, len(err.strip().splitlines())) == (2, 1), err
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "wanted"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has", "20.00 GiB"),
+        (
+            RuntimeError,
+            "[enforce] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.",
+            "8 bytes",
+        ),
+    ],
+)
+def test_too_little_memory_is_told_with_a_way_out(
+    kind: type[Exception],
+    words: str,
+    wanted: str,
+    stock: Path,
+    tmp_path: Path,
+    memeff: Memeff,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forward(*_: Any) -> Any:
+        raise kind(words)
+
+    monkeypatch.setattr(UNet, "forward", forward)
+    nibabel.save(nibabel.Nifti1Image(image((8, 8, 8)), np.eye(4)), tmp_path / "a.nii")
+    status, _, err = memeff("run", stock, tmp_path / "a.nii", "--output", tmp_path / "out")
+    assert status == 1
+    assert f"memeff: a: too little memory of cpu for SlidingWindowInferer, which wanted {wanted} more: free some" in err
+    assert "traceback" not in json.loads((tmp_path / "out" / "a.refused.json").read_text())
 
 
 def test_a_disk_that_is_full_ends_a_worker_process_in_one_line(tmp_path: Path) -> None:

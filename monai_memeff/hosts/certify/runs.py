@@ -91,9 +91,11 @@ def run_window(subject: Subject) -> Run:
     try:
         call = (inputs, network, *subject.args)
         return measured(run, subject, lambda: bare.crop(window(*call, **subject.kwargs)))
+    except torch.OutOfMemoryError:
+        run.refused = "failed: the device ran out of memory"
     except (RuntimeError, ValueError) as error:
         run.refused = f"failed: {_line(error)}"
-        return run
+    return run
 
 
 def _in_floats(subject: Subject) -> tuple[Tensor, Callable[..., Any]]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 import traceback
 import warnings
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from monai_memeff.errors import InputError, message
 from monai_memeff.hosts.run.output.dicom_seg import sources_of
@@ -17,6 +20,8 @@ from monai_memeff.hosts.run.peak import peaks
 from monai_memeff.hosts.run.program import Program
 from monai_memeff.hosts.run.source.bundle import Bundle, first_cause
 from monai_memeff.hosts.run.studies import Study
+
+OUT = "too little memory"
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ class Worker:
             report = self._work(study, folder, report)
         except Exception as error:  # one bad study does not stop the others
             known = isinstance(error, (InputError, OSError, MemoryError, ModuleNotFoundError))
-            why = message(error) if known else first_cause(error)
+            why = self._out_of_memory(error) or (message(error) if known else first_cause(error))
+            known = known or why.startswith(OUT)
             report |= {"status": "refused", "refused": why, "seconds": {"total": round(time.perf_counter() - began, 3)}}
             report |= {} if known else {"traceback": traceback.format_exc()}
             write_refusal(folder, report)
@@ -90,6 +96,17 @@ class Worker:
         total = report["seconds"]["total"]
         peak = report["peak_device_bytes"] or report["peak_process_bytes"] or 0
         return Outcome(study.name, True, f"{study.name}: done in {total:.1f} s, peak {peak / 2**20:.0f} MiB")
+
+    def _out_of_memory(self, error: Exception) -> str:
+        """What to do where torch found no memory, on a device or on the host; nothing for another error."""
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            return ""
+        kind, size = type(self.program.inferer).__name__, re.search(r"allocate ([\d.]+ \w+)", str(error))
+        wanted = f", which wanted {size[1]} more" if size else ""
+        return (
+            f"{OUT} of {self.program.device} for {kind}{wanted}: free some, or run the network in parts, by --overlay "
+            f"halo_inference or another inferer with memory_budget"
+        )
 
     def _work(self, study: Study, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
         settings, began = self.settings, time.perf_counter()
