@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from monai_memeff import cli
+from monai_memeff.apps.skull.phantom import head_phantom
+from tests.bundles.conftest import save_nifti
 from tests.hosts.bundles import image, small_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -97,6 +99,8 @@ def test_the_skull_bundle_copied_and_run(
 
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path, memeff: Callable[..., None], tried: list[str]) -> None:
-    memeff("demo", "--output", tmp_path / "demo", "--seconds", 0.1, "--defects", 1)
+    head = head_phantom((46, 56, 60), 4.0)
+    save_nifti(tmp_path / "head.nii.gz", head.image.numpy(), head.affine.numpy())
+    memeff("demo", "--image", tmp_path / "head.nii.gz", "--output", tmp_path / "demo", "--seconds", 0.1, "--defects", 1)
     assert (tmp_path / "demo" / "report.txt").is_file()
     assert tried == []

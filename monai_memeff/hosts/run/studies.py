@@ -201,7 +201,8 @@ def _has_word(file: Path, name: str) -> bool:
 
 def _stem(path: Path) -> str:
     endings = sorted((*VOLUMES, *DICOM_ENDINGS), key=len, reverse=True)
-    ending = next((end for end in endings if path.name.lower().endswith(end)), "") if path.is_file() else ""
+    ending = next((end for end in endings if path.name.lower().endswith(end)), "")
+    ending = "" if path.is_dir() else ending
     return path.name[: len(path.name) - len(ending)] or path.name
 
 
