@@ -99,7 +99,7 @@ def test_the_skull_bundle_copied_and_run(
 
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path, memeff: Callable[..., None], tried: list[str]) -> None:
-    head = head_phantom((46, 56, 60), 4.0)
+    head = head_phantom((66, 76, 80), 3.0)
     save_nifti(tmp_path / "head.nii.gz", head.image.numpy(), head.affine.numpy())
     memeff("demo", "--image", tmp_path / "head.nii.gz", "--output", tmp_path / "demo", "--seconds", 0.1, "--defects", 1)
     assert (tmp_path / "demo" / "report.txt").is_file()
