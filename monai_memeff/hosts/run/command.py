@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -85,8 +86,6 @@ def _all(settings: Settings, studies: Sequence[Study], workers: int) -> int:
             typer.echo(f"{study.name}: finished before")
         else:
             left.append(study)
-    if left:
-        settings.output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made ends all before the work
     with tqdm(total=len(left), desc="studies", disable=None) as bar:
         for outcome in outcomes(settings, left, workers) if left else ():
             bar.clear()
@@ -118,6 +117,9 @@ def _check_output(output: Path, inputs: Sequence[Path]) -> None:
     target = output.resolve()
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file, and --output is a folder: give another name")
+    nearest = next(folder for folder in (target, *target.parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"--output {output} cannot be written: {nearest} is a file or may not be changed")
     for path in inputs:
         if path.is_dir() and (path.resolve() == target or path.resolve() in target.parents):
             raise InputError(f"--output {output} lies in the input {path}: give a folder outside it")
