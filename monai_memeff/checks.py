@@ -55,6 +55,17 @@ def check_finite(values: Tensor, owner: str) -> None:
     )
 
 
+def check_logits(logits: Tensor, name: str) -> Tensor:
+    """The logits of a network; refuse NaN, which no comparison is true of: every voxel would be background.
+
+    Raises:
+        InputError: a logit is NaN, as broken weights and overflows of half precision make them.
+    """
+    if logits.numel() and has_values(logits) and bool(logits.detach().as_subclass(Tensor).amin().isnan()):
+        raise InputError(f"{name} gave logits that are NaN; check the network's weights and the scale of the volume.")
+    return logits
+
+
 def check_mask(values: Tensor, owner: str) -> None:
     """Refuse what cannot be a mask, whose voxels are something where they are not zero: NaN, infinity, and negatives.
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from monai_memeff.checks import check_logits
 from monai_memeff.errors import InputError
 from monai_memeff.memory.budget import fitting_part, measured_part, ran_out
 
@@ -136,6 +137,7 @@ class Sweep:
 
 
 def _labels(logits: Tensor) -> Tensor:
+    check_logits(logits, "the recurrent network")
     if logits.shape[1] == 1:
         return (logits > 0).to(torch.uint8)
     classes = logits.shape[1]

@@ -58,7 +58,7 @@ class LabelFile:
 
     It takes numpy's assignments of (1, 1, H, W, D). Until :meth:`commit` the voxels lie in a temporary file beside the
     target, and whatever stood under the target's name still does. :meth:`abort`, an exception in a ``with`` block, or
-    dropping the object removes the temporary file.
+    dropping the object removes the temporary file. Numbers other than 0 ... 255 are refused.
 
     Args:
         path: ends in .nii.
@@ -109,7 +109,7 @@ class LabelFile:
         return np.dtype(np.uint8)
 
     def __setitem__(self, place: Any, values: Any) -> None:
-        self._open()[None, None][place] = values
+        self._open()[None, None][place] = _labels(values)
 
     def __getitem__(self, place: Any) -> np.ndarray:
         return np.array(self._open()[None, None][place])  # a copy, as the file is closed by commit()
@@ -140,6 +140,19 @@ class LabelFile:
         if self._voxels is None:
             raise ValueError(f"{self.path} is finished or was given up: make a new label file.")
         return self._voxels
+
+
+def _labels(values: Any) -> np.ndarray:
+    """As uint8, into which numpy would press logits, too: -2 as 254."""
+    found = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    with np.errstate(invalid="ignore"):
+        whole = found.dtype in (np.uint8, np.bool_) or np.array_equal(found, found.astype(np.uint8))
+    if not whole:
+        raise InputError(
+            f"a label file takes whole numbers from 0 to 255, got {found.dtype} from {found.min():g} to "
+            f"{found.max():g}; take the largest class of logits, or number the labels anew."
+        )
+    return found
 
 
 def _storable(values: np.ndarray | Tensor) -> np.ndarray:

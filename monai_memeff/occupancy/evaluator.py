@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monai_memeff.checks import check_logits
 from monai_memeff.errors import InputError
 from monai_memeff.geometry import index_to_unit, sample_at
 from monai_memeff.memory import measure_peak
@@ -101,7 +102,7 @@ class PointEvaluator:
         if answer.dim() != 3 or answer.shape[:2] != points.shape[:2] or not self._fits(answer.shape[2]):
             channels = self.channels or "K"
             raise ValueError(f"query must give logits (1, {len(voxels)}, {channels}), got {tuple(answer.shape)}.")
-        return _numbers(answer[0], "query").to(self._home)
+        return check_logits(answer[0], "query").to(self._home)
 
     def coarse_logits(self, voxels: Tensor) -> Tensor:
         """The coarse prediction (N, K) at (N, 3) voxels, interpolated trilinearly."""
@@ -114,7 +115,7 @@ class PointEvaluator:
             return None
         if coarse.dim() != 5 or coarse.shape[0] != 1 or not self._fits(coarse.shape[1]):
             raise ValueError(f"coarse_logits must be (1, K, h, w, d), got {tuple(coarse.shape)}.")
-        return _numbers(coarse.float(), "coarse_logits")
+        return check_logits(coarse.float(), "coarse_logits")
 
     def _fits(self, channels: int) -> bool:
         """Whether K is at least 1 and what it was before."""
@@ -132,9 +133,3 @@ def labels_of(logits: Tensor) -> Tensor:
 def label_dtype(classes: int) -> torch.dtype:
     """The smallest dtype that holds labels 0 ... classes - 1."""
     return torch.uint8 if classes <= 2**8 else torch.int16 if classes <= 2**15 else torch.int32
-
-
-def _numbers(logits: Tensor, name: str) -> Tensor:
-    if bool(logits.isnan().any()):
-        raise ValueError(f"{name} gave logits that are NaN; check the network's weights and the scale of the volume.")
-    return logits

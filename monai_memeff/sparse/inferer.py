@@ -10,7 +10,7 @@ from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
 from monai_memeff.arguments import numbers_checked
-from monai_memeff.checks import as_device
+from monai_memeff.checks import as_device, check_logits
 from monai_memeff.errors import InputError
 from monai_memeff.memory import measure_peak
 from monai_memeff.memory.budget import ran_out
@@ -115,6 +115,8 @@ class SparseInferer(Inferer):
                 f"the network gave voxels on a grid of {logits.spatial_shape}, the volume has {shape}; "
                 "bring the volume to the fine grid first, or call the network itself."
             )
+        if not bare.training:
+            check_logits(logits.features, "the sparse network")
         dense = bare.densify(logits.to(inputs.device))
         return convert_to_dst_type(dense, inputs, dtype=dense.dtype, device=dense.device)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,7 @@ from monai_memeff.sparse import (
     ThresholdAtSpacing,
 )
 from monai_memeff.sparse.points import Data, GridSampling3D
+from monai_memeff.transforms import PredictMask
 
 SHAPE = (5, 6, 7)
 UNET = SparseUNet(3, 1, 2, (2, 4), (2,)).eval()
@@ -94,6 +96,31 @@ def test_one_rule_at_every_entrance(entrance: str, place: tuple[int, int, int], 
     volume[(0, 0, *place)] = value  # among the first nine values, which points are made of
     with pytest.raises(InputError, match=r"needs finite values, got \d+ NaN or infinite; replace them first"):
         ENTRANCES[entrance](volume)
+
+
+OUT: dict[str, tuple[Callable[[Tensor, Any], Any], Any]] = {
+    "SlabInferer": (SlabInferer(2, labels=True), CLSTM),
+    "SlabInferer, both directions": (
+        SlabInferer(2, labels=True),
+        CLSTMUNet(3, 1, 1, (2, 4), bidirectional=True).eval(),
+    ),
+    "SparseInferer": (SparseInferer(), UNET),
+    "SparseInferer, completion": (SparseInferer(), copy.deepcopy(COMPLETION).eval()),
+    "OctreeInferer": (OctreeInferer(labels=True), OCCUPANCY),
+    "PredictMask": (lambda x, net: PredictMask(net)(x[0]), torch.nn.Conv3d(1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("way", OUT)
+def test_logits_that_are_nan_give_no_labels(way: str) -> None:
+    """Of broken weights, or overflows of half precision: no comparison is true of NaN, so all would be background."""
+    inferer, network = OUT[way]
+    broken = copy.deepcopy(network)
+    for parameter in broken.parameters():
+        parameter.data.fill_(math.nan)
+    inferer(ONES, network)
+    with pytest.raises(InputError, match="NaN"):
+        inferer(ONES, broken)
 
 
 @pytest.mark.parametrize("entrance", [name for name in ENTRANCES if name not in ("OctreeInferer of a function",)])

@@ -58,6 +58,18 @@ def test_a_label_file_that_is_dropped_vanishes(tmp_path: Path) -> None:
         labels[...] = 2
 
 
+@pytest.mark.parametrize("value", [-2.0, 2.7, 256, -1, np.nan, np.inf, torch.tensor(-0.5)])
+def test_what_is_no_label_is_not_pressed_into_a_label_file(value: Any, tmp_path: Path) -> None:
+    """In uint8 a logit of -2 would be label 254."""
+    with LabelFile(tmp_path / "a.nii", (2, 3, 4), AFFINE) as labels:
+        for part in (value, torch.as_tensor(value).expand(2, 3), np.full((2, 3), value)):
+            with pytest.raises(InputError, match="a label file takes whole numbers from 0 to 255"):
+                labels[0, 0, ..., 1] = part
+        for kind in (torch.int64, torch.float16, torch.bool, torch.uint8):
+            labels[0, 0, ..., 2] = torch.ones(2, 3, dtype=kind)
+    assert nib.load(tmp_path / "a.nii").get_fdata().sum() == 6
+
+
 SHAPES = [
     (1, 2, 8, 8, 12), (1, 2, 8, 8, 10), (1, 2, 8, 8, 1), (1, 2, 8, 9, 11), (1, 1, 8, 8, 11), (2, 2, 8, 8, 11),
     (8, 8, 11), (2, 8, 8, 11), (1, 2, 8, 8, 0), (1, 3, 8, 8, 11),

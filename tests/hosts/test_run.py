@@ -299,6 +299,11 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], int, str]] = {
         2,
         "uses no network",
     ),
+    "logits that are NaN": (
+        lambda c: c.update(inferer="$lambda inputs, network: network(inputs) * float('nan')"),
+        1,
+        "gave logits that are NaN",
+    ),
     "more classes than names": (
         lambda c: c["postprocessing"]["transforms"].insert(
             3, {"_target_": "Lambdad", "keys": "pred", "func": "$lambda x: x * 7"}

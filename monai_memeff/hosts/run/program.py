@@ -17,6 +17,7 @@ from monai.inferers import SimpleInferer
 from monai.transforms import Compose, apply_transform
 from torch import nn
 
+from monai_memeff.checks import check_logits
 from monai_memeff.errors import InputError
 from monai_memeff.geometry import ras_affine
 from monai_memeff.hosts.run.source.bundle import Bundle
@@ -129,8 +130,11 @@ class Program:
             answer: The network's.
 
         Raises:
-            InputError: a result is not on the grid.
+            InputError: the answer has NaN, or a result is not on the grid.
         """
+        for part in answer.values() if isinstance(answer, dict) else [answer]:
+            if isinstance(part, torch.Tensor) and part.is_floating_point():
+                check_logits(part, f"the network of {self.bundle.folder.name}")
         with _timed(case.seconds, "postprocessing"):
             output = {"image": case.inputs, "pred": answer}
             data = {**decollate_batch(case.batch)[0], **decollate_batch(output)[0]}

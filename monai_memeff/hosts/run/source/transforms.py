@@ -35,6 +35,8 @@ class StudyReader(VolumeReader):
         values, meta = super().get_data(img)
         if self.shape is None:
             self.shape, self.affine = values.shape[-3:], np.array(meta["affine"], dtype=np.float64)
+        elif values.shape[-3:] != self.shape or not np.allclose(meta["affine"], self.affine, atol=1e-3):
+            self.notes.append(f"{img[0]} has another grid than the first image; it is for the bundle to join them")
         self.notes += [note for note in [str(meta["notes"])] if note]
         return values, meta
 
