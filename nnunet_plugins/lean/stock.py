@@ -6,6 +6,7 @@ those two import them, through the start-up file's hook.
 
 from __future__ import annotations
 
+import functools
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,10 @@ from torch.utils import _contextlib
 
 EXPORT = "nnunetv2.inference.export_prediction"
 PREDICTOR = "nnunetv2.inference.predict_from_raw_data"
+ITERATORS = "nnunetv2.inference.data_iterators"
+LABELS = "nnunetv2.utilities.label_handling.label_handling"
+PREPROCESSOR = "nnunetv2.preprocessing.preprocessors.default_preprocessor"
+RESAMPLING = "nnunetv2.preprocessing.resampling.default_resampling"
 TOTALSEGMENTATOR = "totalsegmentator.nnunet_runtime_patches"
 """TotalSegmentator's own forms of some functions of the other two, which it puts there."""
 
@@ -45,3 +50,15 @@ def is_from(function: Any, module: str) -> bool:
             return False
         function = function.__wrapped__
     return code is not None
+
+
+def unchanged(module: str, *names: str, here: str = "") -> bool:
+    """Whether functions of a module, which ours do the same as, are nnU-Net's own: nobody replaced or wrapped them.
+
+    Args:
+        module: In which they are written.
+        names: Of functions, or of methods as ``Class.method``.
+        here: A module that imported them by name and calls them, if not ``module``.
+    """
+    owner = import_module(here or module)
+    return all(is_from(functools.reduce(getattr, name.split("."), owner), module) for name in names)

@@ -360,17 +360,18 @@ def test_a_variable_that_changes_meanwhile_is_refused(tmp_path: Path, monkeypatc
         pass
 
 
-def test_predictors_of_others_keep_their_ways(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.half, torch.float32])
+def test_predictors_of_others_keep_their_ways(tmp_path: Path, dtype: torch.dtype) -> None:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     class Own(nnUNetPredictor):
         def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
-            return torch.arange(3.0)[:, None, None, None].half() * input_image.half()
+            return torch.arange(3.0)[:, None, None, None].to(dtype) * input_image.to(dtype)
 
     model = TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3), folds=3).write(tmp_path)
     predictor = Own(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), (0, 1, 2))
-    labels = compare(predictor, noise((9, 8, 10)), (1.0, 1.0, 1.5))
+    labels, _ = compare(predictor, noise((9, 8, 10)), (1.0, 1.0, 1.5), probabilities=True)
     assert set(np.unique(labels)) == {0, 2}
 
 
@@ -409,7 +410,31 @@ def other_ways() -> dict[str, Any]:
             patch.setattr(module, convert, lambda *all, **more: 255 - function(*all, **more))
 
     ways = {f"{how.__name__} {name}": how(name) for how in (derived, own, patched, wrapped) for name in stock}
-    return {**ways, "export": exported}
+    return {**ways, **other_calls(), "export": exported}
+
+
+def other_calls() -> dict[str, Any]:
+    """Ways in which somebody changes what a step of nnU-Net's prediction calls."""
+    from nnunetv2.inference import predict_from_raw_data
+    from nnunetv2.preprocessing.resampling import default_resampling
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    def called(owner: Any, name: str, change: Any) -> Any:
+        return lambda predictor, patch: patch.setattr(owner, name, change(getattr(owner, name)))
+
+    label = "convert_logits_to_segmentation"
+    return {
+        "weights": called(predict_from_raw_data, "compute_gaussian", ramp),
+        "padding": called(predict_from_raw_data, "pad_nd_image", lambda old: lambda x, *more: old(x + 1, *more)),
+        "resizing": called(default_resampling, "resize", lambda old: lambda x, *all, **more: -old(x, *all, **more)),
+        "axes": called(default_resampling, "determine_do_sep_z_and_axis", lambda old: lambda *_, **more: (True, 0)),
+        "labels": called(LabelManager, label, lambda old: lambda self, logits: logits.argmin(0)),
+    }
+
+
+def ramp(gaussian: Any) -> Any:
+    """Weights of tiles of our own; a function with a cache, as nnU-Net's."""
+    return functools.lru_cache(lambda size, **more: torch.linspace(1, 9, size[2]).half().expand(size).contiguous())
 
 
 @pytest.mark.long
@@ -425,6 +450,15 @@ def test_changed_steps_of_nnunet_stay_changed(tmp_path: Path, capsys: Any) -> No
             listed = name.startswith(("patched", "wrapped", "export")) and "_internal_predict" not in name
             assert ("lean prediction keeps" in capsys.readouterr().err) == listed, name
     assert same(plain, compare(predictor_of(folder), image, spacing))
+
+
+def test_iterators_that_others_put_in_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2.inference import predict_from_raw_data
+
+    predictor = predictor_of(TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3)).write(tmp_path))
+    monkeypatch.setattr(predict_from_raw_data, "preprocessing_iterator_fromfiles", lambda files, *_: iter(files))
+    with lean_prediction():
+        assert list(predictor._internal_get_data_iterator_from_lists_of_filenames(["a"], None, None, 1)) == ["a"]
 
 
 def test_what_others_put_in_meanwhile_stays() -> None:

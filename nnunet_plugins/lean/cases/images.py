@@ -20,6 +20,7 @@ from scipy import ndimage
 from skimage.transform import resize
 
 from nnunet_plugins.lean.export.resample import class_by_class, resampled, separate_axis
+from nnunet_plugins.lean.stock import PREPROCESSOR, unchanged
 
 PADDING = 12
 """Voxels by which SciPy extends an image before its filter."""
@@ -47,6 +48,7 @@ class LeanPreprocessing(ConfigurationManager):
 def lean_configuration(configuration: ConfigurationManager) -> ConfigurationManager:
     """The same configuration for images without labels; itself when its preprocessor is not nnU-Net's own."""
     own = type(configuration) is ConfigurationManager and configuration.preprocessor_class is DefaultPreprocessor
+    own = own and unchanged(PREPROCESSOR, "DefaultPreprocessor.run_case", "DefaultPreprocessor.run_case_npy")
     return LeanPreprocessing(configuration.configuration) if own else configuration
 
 

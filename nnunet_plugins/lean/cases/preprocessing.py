@@ -11,6 +11,7 @@ from nnunet_plugins.lean.cases.failures import FailedCase, one_line
 from nnunet_plugins.lean.cases.images import lean_configuration
 from nnunet_plugins.lean.cases.workers import Workers
 from nnunet_plugins.lean.predict.previous_stage import WithPreviousStage
+from nnunet_plugins.lean.stock import ITERATORS, PREDICTOR, stock_method, unchanged
 
 
 def preprocess(
@@ -95,8 +96,14 @@ def _internal_get_data_iterator_from_lists_of_filenames(
     seg_from_prev_stage_files: Any,
     output_filenames_truncated: Any,
     num_processes: int,
-) -> Cases:
+) -> Iterator[dict]:
     """Yield preprocessed cases; in the place of nnU-Net's method of this name."""
+    own = unchanged(ITERATORS, "preprocessing_iterator_fromfiles", here=PREDICTOR)
+    if not (own and unchanged(ITERATORS, "preprocess_fromfiles_save_to_queue")):
+        stocks: Iterator[dict] = stock_method("_internal_get_data_iterator_from_lists_of_filenames")(
+            self, input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_processes
+        )
+        return stocks
     managers = (self.plans_manager, self.dataset_json, self.configuration_manager)
     inputs = (input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated)
     return Cases(cases(*inputs, *managers, num_processes, self.verbose_preprocessing))

@@ -22,9 +22,17 @@ from nnunet_plugins.lean.export.npz import CropAndTranspose, save_probabilities_
 from nnunet_plugins.lean.export.probabilities import ProbabilityFile
 from nnunet_plugins.lean.export.resample import class_by_class, function_of, resampled
 from nnunet_plugins.lean.predict.logits import class_volumes
-from nnunet_plugins.lean.stock import EXPORT, stock
+from nnunet_plugins.lean.stock import EXPORT, LABELS, stock, unchanged
 
 Logits: TypeAlias = Tensor | np.ndarray
+
+OF_LABELS = (
+    "LabelManager.apply_inference_nonlin",
+    "LabelManager.convert_logits_to_segmentation",
+    "LabelManager.convert_probabilities_to_segmentation",
+    "LabelManager.revert_cropping_on_probabilities",
+)
+"""nnU-Net's methods that are done here a class at a time."""
 
 
 def convert_predicted_logits_to_segmentation_with_correct_shape(
@@ -147,7 +155,7 @@ class Case:
         """Whether nnU-Net's result can be had a class at a time; else its own functions do the case."""
         manager, half = self.label_manager, str(self.logits.dtype).endswith("float16")
         nonlin = torch.sigmoid if manager.has_regions else softmax_helper_dim0
-        known = type(manager) is LabelManager and manager.inference_nonlin is nonlin
+        known = type(manager) is LabelManager and manager.inference_nonlin is nonlin and unchanged(LABELS, *OF_LABELS)
         fits = self.logits.ndim == 4 and len(self.logits) == manager.num_segmentation_heads
         if not (half and known and fits and class_by_class(self.function)):
             return False

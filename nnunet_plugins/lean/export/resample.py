@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from scipy.ndimage import map_coordinates
 from skimage.transform import resize
 
 from nnunet_plugins.lean.predict.window import BLOCK
+from nnunet_plugins.lean.stock import RESAMPLING, unchanged
 
 BY_CLASS = (resample_data_or_seg_to_shape, no_resampling_hack)
 
@@ -34,7 +36,17 @@ def class_by_class(function: Any) -> bool:
     """Whether the function may be called for a class at a time: it is known, and resamples no labels."""
     if not isinstance(function, partial) or function.func not in BY_CLASS:
         return False
+    if function.func is resample_data_or_seg_to_shape and not _own_resampling():
+        return False
     return not function.args and not function.keywords.get("is_seg", False)
+
+
+def _own_resampling() -> bool:
+    """Whether what nnU-Net's resampling calls is its own, of which :func:`resampled` does a part in pieces."""
+    calls = vars(import_module(RESAMPLING))
+    libraries = calls["resize"] is resize and calls["map_coordinates"] is map_coordinates
+    names = ("determine_do_sep_z_and_axis", "get_do_separate_z", "get_lowres_axis", "resample_data_or_seg")
+    return libraries and unchanged(RESAMPLING, *names)
 
 
 def resampled(

@@ -29,30 +29,39 @@ def predict_logits_from_preprocessed_data(self: Any, data: Any) -> Tensor:
 
 
 def _mean(predictor: Any, data: Any) -> Tensor:
+    if not by_tiles(predictor):
+        return _mean_of_others(predictor, data.whole() if isinstance(data, WithPreviousStage) else data)
     folds = predictor.list_of_parameters
-    tiled = by_tiles(predictor)
-    if isinstance(data, WithPreviousStage) and not tiled:
-        data = data.whole()
-    if not tiled and len(folds) == 1:
-        _load(predictor, folds[0])
-        whole: Tensor = predictor.predict_sliding_window_return_logits(data).to("cpu")
-        return on_disk(whole) if whole.dtype == torch.half else whole
     logits = LogitsFile((predictor.label_manager.num_segmentation_heads, *data.shape[1:]))
     for number, parameters in enumerate(folds):
         _load(predictor, parameters)
-        sink = FoldSink(logits, number, len(folds))
-        if tiled:
-            stream(predictor, data, sink)
-            continue
-        whole = predictor.predict_sliding_window_return_logits(data).to("cpu")
-        for row in range(whole.shape[1]):
-            sink(row, 0, whole[:, row])
+        stream(predictor, data, FoldSink(logits, number, len(folds)))
     return logits.tensor()
 
 
+def _mean_of_others(predictor: Any, data: Tensor) -> Tensor:
+    """The mean of what another method than ours predicts: in its own type, on disk if that is half precision."""
+    folds = predictor.list_of_parameters
+    mean: Any = None
+    for number, parameters in enumerate(folds):
+        _load(predictor, parameters)
+        whole = predictor.predict_sliding_window_return_logits(data).to("cpu")
+        if mean is None:
+            mean = on_disk(whole)
+        elif isinstance(mean, StoredLogits) and whole.shape == mean.shape and whole.dtype == torch.half:
+            sink = FoldSink(mean.file, number, len(folds))
+            for row in range(whole.shape[1]):
+                sink(row, 0, whole[:, row])
+        else:
+            mean += whole
+            if number == len(folds) - 1:
+                mean /= len(folds)
+    return mean
+
+
 def on_disk(whole: Tensor) -> Tensor:
-    """The same logits in a scratch file."""
-    if isinstance(whole, StoredLogits):
+    """The same logits in a scratch file; in memory if they are not (C, X, Y, Z) in half precision."""
+    if isinstance(whole, StoredLogits) or whole.dtype != torch.half or whole.ndim != 4:
         return whole
     logits = LogitsFile(whole.shape)
     for row in range(whole.shape[1]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from queue import Queue
 from threading import Thread
 from typing import Any, TypeAlias
@@ -43,7 +44,9 @@ def predict_sliding_window_return_logits(self: Any, input_image: Tensor) -> Tens
 
 def has_stock_window(predictor: Any) -> bool:
     """Whether a predictor's loop over tiles is nnU-Net's: no derived class, and nobody else, has put another there."""
-    return is_from(predictor._internal_predict_sliding_window_return_logits, PREDICTOR)
+    calls = vars(import_module(PREDICTOR))
+    own = calls["compute_gaussian"] is compute_gaussian and calls["pad_nd_image"] is pad_nd_image
+    return own and is_from(predictor._internal_predict_sliding_window_return_logits, PREDICTOR)
 
 
 @torch.inference_mode()
