@@ -56,6 +56,13 @@ class CLSTMTrainer(TrainerMixin, nnUNetTrainer):
         offload_to_cpu: keep the states of a training step in host memory, and the outputs that ``recompute`` keeps;
             image and logits are where nnU-Net puts them, on the device.
         norm: Norm of the U-Net; None or a list as in MONAI, such as ["instance", {"affine": true}] or "batch".
+
+    Raises:
+        ValueError: a 2D configuration, or an unknown setting in the plans.
+
+    Examples:
+        >>> class SmallCLSTMTrainer(CLSTMTrainer):  # in a folder of nnUNet_extTrainer, for -tr SmallCLSTMTrainer
+        ...     channels = (32, 64, 128, 256)
     """
 
     settings_key = KEY

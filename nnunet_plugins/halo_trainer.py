@@ -49,6 +49,13 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
     Attributes:
         segments: Number of pieces of the network whose inputs are kept; the rest is computed again. 1 keeps everything.
             Also ``{"halo_trainer": {"segments": 8}}`` in the configuration of the plans, which goes first.
+
+    Raises:
+        ValueError: an unknown setting in the plans, or more processes than the patch has voxels along its longest axis.
+
+    Examples:
+        >>> class LeanerHaloTrainer(HaloTrainer):  # in a folder of nnUNet_extTrainer, for -tr LeanerHaloTrainer
+        ...     segments = 8
     """
 
     settings_key = KEY

@@ -56,6 +56,13 @@ class OccupancyTrainer(TrainerMixin, nnUNetTrainer):
         sampling: Sampling of the points, see :class:`~monai_memeff.occupancy.RandOccupancyPoints`.
         coarse_weight: Weight of the auxiliary low-resolution loss.
         learning_rate: at the start.
+
+    Raises:
+        ValueError: a 2D configuration, region-based labels, or an unknown setting in the plans.
+
+    Examples:
+        >>> class MorePointsTrainer(OccupancyTrainer):  # in a folder of nnUNet_extTrainer, for -tr MorePointsTrainer
+        ...     points = 2**15
     """
 
     settings_key = KEY

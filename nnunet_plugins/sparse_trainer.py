@@ -47,6 +47,13 @@ class SparseTrainer(TrainerMixin, nnUNetTrainer):
         refine_channels: features per level of the sparse network.
         context_channels: features handed from the dense to the sparse network.
         use_checkpoint: recompute activations in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: a 2D configuration, an unknown setting in the plans, or a network without nnU-Net's own pyramid.
+
+    Examples:
+        >>> class HalfMemoryTrainer(SparseTrainer):  # in a folder of nnUNet_extTrainer, for -tr HalfMemoryTrainer
+        ...     memory_share = 0.5
     """
 
     settings_key = KEY

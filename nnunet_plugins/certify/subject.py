@@ -35,6 +35,13 @@ def nnunet_subject(folder: Path, images: Sequence[Path], options: Options) -> Su
 
     Raises:
         InputError: the model cannot be loaded, is 2D or the second of a cascade, or does not take these images.
+
+    Examples:
+        >>> from nnunet_plugins.lean.trial import TrialModel, write_image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = TrialModel({"background": 0, "organ": 1}).write(Path(folder, "model"))
+        ...     nnunet_subject(model, [write_image(Path(folder, "ct.nii.gz"), (16, 16, 16))], Options()).inputs.shape
+        torch.Size([1, 1, 16, 16, 16])
     """
     plans, dataset = PlansManager(read_json_object(folder / "plans.json")), read_json_object(folder / "dataset.json")
     file, others = find_checkpoint(folder, options.fold)

@@ -87,12 +87,12 @@ def lean_prediction() -> Iterator[None]:
     Raises:
         RuntimeError: this nnU-Net, or this system, is not supported, or the variable has an unknown value.
 
-    Example::
-
-        from nnunet_plugins import lean_prediction
-
-        with lean_prediction():
-            predictor.predict_from_files("images", "out")
+    Examples:
+        >>> with lean_prediction():
+        ...     is_on()  # here predictor.predict_from_files("images", "out")
+        True
+        >>> is_on()
+        False
     """
     reason = refusal()
     if reason is not None:
