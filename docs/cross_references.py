@@ -20,4 +20,4 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
         shown = f"<code>{last if role[1].startswith('monai_memeff.') else role[1]}</code>"
         return f'<a href="#{anchors[last]}">{shown}</a>' if several[last] == 1 else shown
 
-    return ROLE.sub(link, html).replace("Example::</p>", "Example:</p>")
+    return ROLE.sub(link, html).replace("::</p>", ":</p>")

@@ -23,6 +23,9 @@ class LiverTumorLoss(nn.Module):
         lesion: Class of the Dice term.
         dice_weight: Weight of the Dice term; that of cross entropy is 1 minus this.
 
+    Raises:
+        ValueError: lesion below 1 or none of the classes, a negative weight, or dice_weight above 1.
+
     Examples:
         >>> logits = torch.zeros(1, 3, 8, 8, 8, requires_grad=True)
         >>> LiverTumorLoss()(logits, torch.zeros(1, 1, 8, 8, 8)).backward()

@@ -15,11 +15,17 @@ from monai_memeff.checks import check_labels
 class LesionDiceMetric(CumulativeIterationMetric):
     """Dice of one class per case (mean over cases) or global (over all voxels of all cases), the two LiTS scores.
 
+    Both ``y_pred`` and ``y`` are label maps (B, 1, spatial...) or one-hot maps (B, classes, spatial...).
+
     Args:
         lesion: Class that counts.
         classes: Number of classes with background; other labels, such as 255 for "not annotated", are refused.
         overall: Return the global score instead of the mean over cases. A case without the class in truth and
-            prediction counts 1 per case and nothing globally.
+            prediction counts 1 per case and nothing globally; where all are such, the global score is 0.
+
+    Raises:
+        ValueError: lesion below 1 or none of the classes; when called, no truth, another grid or number of classes, or
+            values that are neither labels nor one-hot.
 
     Examples:
         >>> metric, label = LesionDiceMetric(), torch.tensor([0, 1, 2, 2]).view(1, 1, 4, 1, 1)

@@ -69,7 +69,7 @@ class RandSkullDefect(RandomizableTransform):
     The published kinds: spherical and cubic defects (Kroviakov, Li and Egger 2021; Li et al. 2023, Data), and free-form
     ones, here a union of overlapping balls whose surface is bent by smooth noise. A defect is centered on a bone voxel
     of the region; it must remove a patch of bone at least a quarter as large as its own cross-section, at least 80 % of
-    which lies in the region, or another one is drawn, at most 20 times.
+    which lies in the region, and less than half of all bone, or another one is drawn, at most 20 times.
 
     Args:
         kind: one of, or a sequence of, ``"sphere"``, ``"cube"``, ``"freeform"``; one is drawn each time.

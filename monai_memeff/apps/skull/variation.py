@@ -139,6 +139,9 @@ class RandSkullVariationd(RandomizableTransform, MapTransform):
         prob: see :class:`RandSkullVariation`.
         allow_missing_keys: whether a dictionary without the key passes through.
 
+    Raises:
+        ValueError: when more than one key is given, or as :class:`RandSkullVariation`.
+
     Examples:
         >>> vary = RandSkullVariationd("skull").set_random_state(0)
         >>> vary({"skull": torch.ones(1, 16, 16, 16)})["skull"].unique()
@@ -161,6 +164,8 @@ class RandSkullVariationd(RandomizableTransform, MapTransform):
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, 1.0)
+        if len(self.keys) != 1:
+            raise ValueError(f"keys must name one complete skull, got {len(self.keys)}: each would be another head")
         self.variation = RandSkullVariation(rotation, scale, shear, bend, cut, prob)
 
     def set_random_state(

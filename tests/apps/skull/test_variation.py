@@ -81,3 +81,8 @@ def test_other_shapes_are_refused(shell: torch.Tensor) -> None:
     for volume, wanted in ((shell[0], r"\(C, H, W, D\)"), (torch.cat((shell, shell)), r"\(1, H, W, D\)")):
         with pytest.raises(ValueError, match=wanted):
             RandSkullVariation()(volume)
+
+
+def test_two_skulls_are_not_varied_apart() -> None:
+    with pytest.raises(ValueError, match="keys must name one complete skull, got 2"):
+        RandSkullVariationd(("skull", "implant"))
