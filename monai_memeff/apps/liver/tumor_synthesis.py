@@ -45,10 +45,10 @@ class RandTumorSynthesis(RandomizableTransform):
 
     As the code of Hou et al. 2019 (https://arxiv.org/abs/1909.03108) does it offline. The contrast is 1.15 times the
     difference of mean intensity of liver and lesion. Real lesions are filled up by it, blurred with a box of side
-    `resolution // 32`; new ones are where smoothed noise falls below a percentile of the volume, inside liver or lesion.
-    Labels: 0 background, 1 liver, 2 lesion. The image is returned unchanged if it has
-    no lesion, or none that is darker than the liver. The fraction of the liver that becomes lesion is approximate,
-    because the percentile is taken over the whole volume, as published.
+    `resolution // 32`; new ones are where smoothed noise falls below a percentile of the volume, inside liver or
+    lesion. Labels: 0 background, 1 liver, 2 lesion. The image is returned unchanged if it has no lesion, or none that
+    is darker than the liver. The fraction of the liver that becomes lesion is approximate, because the percentile is
+    taken over the whole volume, as published.
 
     Args:
         prob: Probability of a synthesis.
