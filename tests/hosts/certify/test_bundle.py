@@ -14,6 +14,7 @@ from monai_memeff.errors import InputError
 from monai_memeff.hosts.certify import certify, command
 from monai_memeff.hosts.certify.sources.subject import Options
 from monai_memeff.hosts.run import run_studies
+from tests.bundles.conftest import ROOT
 from tests.hosts.bundles import image, small_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -107,3 +108,16 @@ def test_a_label_of_other_values_is_refused_or_told(stock: Path, ct: Path, tmp_p
         "The label also holds 7, which no class of the model has: no Dice counts them."
         in (certified(tmp_path / "out")["notes"])
     )
+
+
+@pytest.mark.slow
+def test_postprocessing_that_takes_labels_gets_labels(ct: Path, tmp_path: Path) -> None:
+    """An inferer of this package may give labels, and the bundle's postprocessing is made for them."""
+    source, small = ROOT / "bundles" / "organ_occupancy", {"channels": [4, 8]}
+    bundle = small_bundle(tmp_path / "bundle", source, small, pixdim=[6.0, 6.0, 7.0])
+    assert run_studies(bundle, [ct], tmp_path / "run") == 0
+    label = tmp_path / "run" / "ct" / "segmentation.nii.gz"
+    assert certify(str(bundle), [ct], tmp_path / "out", [label], repeats=1) == command.NOT_EXACT
+    found = certified(tmp_path / "out")
+    assert "OccupancyNet) is not run in parts" in found["verdict"]["sentence"]
+    assert min(score for score in found["dice"]["runs"]["whole"].values() if score is not None) > 0.95

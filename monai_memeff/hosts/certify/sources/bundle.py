@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor
@@ -46,7 +47,8 @@ def bundle_subject(folder: Path, images: Sequence[Path], options: Options) -> Su
     classes: dict[str, tuple[int, ...]] = {}
 
     def labels(answer: Any) -> np.ndarray:
-        values, names = _labels(program.finish(case, _with_meta(answer, case.inputs)).results, outputs)
+        made = _as_inferred(answer, getattr(program.inferer, "labels", False))
+        values, names = _labels(program.finish(case, _with_meta(made, case.inputs)).results, outputs)
         classes.update(names)
         return values
 
@@ -78,6 +80,15 @@ def _with_meta(answer: Any, inputs: Any) -> Any:
     made.copy_meta_from(inputs)
     made.is_batch = inputs.is_batch
     return made
+
+
+def _as_inferred(answer: Any, labels: bool | str) -> Any:
+    """What the bundle's postprocessing gets: labels, where its inferer is one of this package that gives labels."""
+    if not labels or not isinstance(answer, Tensor):
+        return answer
+    if labels == "regions" or answer.shape[1] == 1:
+        return (answer > 0).to(torch.uint8)
+    return answer.argmax(1, keepdim=True).to(torch.int32)
 
 
 def _window(own: Any, options: Options) -> SlidingWindowInferer:
