@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.utils import set_determinism
 
 from monai_memeff.clstm import CLSTMUNet
 from monai_memeff.overlays import overlay_names, overlay_path
@@ -56,6 +57,23 @@ def test_a_later_file_that_replaces_what_an_overlay_sets(
     with pytest.raises(RuntimeError) as caught:
         config.get_parsed_content(f"initialize#{step}")
     assert f"the overlay {name} has no effect" in str(first_cause(caught.value))
+
+
+@pytest.mark.parametrize("name", ["clstm", "occupancy", "sparse_unet"])
+def test_a_training_that_seeds_later_starts_from_the_same_weights_every_time(name: str, stock: Path) -> None:
+    """The overlay's checks make the network, which a bundle that seeds in its `run` makes after that."""
+    found = []
+    for _ in range(2):
+        set_determinism(None)
+        torch.seed()
+        config = parser(base_of(stock, name), overlay_path(name))
+        config["initialize#0"] = None  # the bundle's own seed
+        config["device"] = "cpu"
+        config["network_def#channels"], config["network_def#strides"] = [4, 8], [2]
+        for step in range(len(config["initialize"])):
+            config.get_parsed_content(f"initialize#{step}")
+        found.append(config.get_parsed_content("network_def").state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
 
 
 @pytest.mark.parametrize("name", overlay_names())

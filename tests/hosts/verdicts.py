@@ -159,7 +159,9 @@ def _halo(root: Path, overlay: str) -> str:
 def losses(root: Path, *overlays: str) -> list[float]:
     """Loss of every iteration of a bundle's training, without dropout."""
     still = {"network_def#dropout_prob": 0.0} if "dropout_prob" in _network_of(root) else {}
-    work = workflow(root, "train", *overlays, ckpt_dir=str(root / "models"), **still, **{"train#trainer#max_epochs": 2})
+    seeds = {"halo_seed": SEED} if overlays else {}  # the overlay seeds before it makes the network
+    options = {**still, **seeds, "train#trainer#max_epochs": 2}
+    work = workflow(root, "train", *overlays, ckpt_dir=str(root / "models"), **options)
     work.initialize()
     found: list[float] = []
     set_determinism(SEED)  # some bundles seed when they run, after their parts are made here
