@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from monai_memeff.arguments import numbers_checked
+from monai_memeff.halo.planning.capture import home
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.run.ranks.agreement import digest
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.comm.process_group import init_mesh, start_processes
-from monai_memeff.halo.run.ranks.partition import is_partitioned, spatial_partition
+from monai_memeff.halo.run.ranks.partition import is_partitioned, spatial_partition, unpartition
 from monai_memeff.halo.run.ranks.parts import keeping_marks
 from monai_memeff.halo.run.ranks.volume import gather, scatter, with_meta
 
@@ -62,7 +63,7 @@ def parallelize(network: nn.Module, mesh: HaloMesh) -> nn.Module:
     """Partition a network over the mesh, in place, and average its gradients with DistributedDataParallel.
 
     Args:
-        network: on this process's device, with a parameter at least; its volumes are (B, C, spatial...).
+        network: on this process's device, with a parameter to be trained; its volumes are (B, C, spatial...).
         mesh: from :func:`init_from_torchrun`, or from :func:`init_mesh` within a process group.
 
     Returns:
@@ -71,6 +72,7 @@ def parallelize(network: nn.Module, mesh: HaloMesh) -> nn.Module:
     Raises:
         NotPartitionableError: as :func:`spatial_partition`, which also says what a call refuses.
         ValueError: the network is partitioned already, or the processes have no process group.
+        RuntimeError: the network has no parameter to be trained.
 
     Examples:
         >>> # torchrun --nproc_per_node 2 train.py
@@ -79,9 +81,14 @@ def parallelize(network: nn.Module, mesh: HaloMesh) -> nn.Module:
         >>> loss = SpatialLoss(DiceCELoss(to_onehot_y=True, softmax=True), mesh)  # doctest: +SKIP
         >>> loss(network(scatter(image, mesh)), scatter(label, mesh)).backward()  # doctest: +SKIP
     """
-    device = next(iter(network.parameters())).device
+    device = home(network)
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(spatial_partition(network, mesh), device_ids=ids)
+    spatial_partition(network, mesh)
+    try:
+        return DistributedDataParallel(network, device_ids=ids)
+    except BaseException:
+        unpartition(network)
+        raise
 
 
 def on_rank_zero(handlers: Iterable[Any], mesh: HaloMesh) -> list[Any]:

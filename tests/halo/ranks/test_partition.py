@@ -16,6 +16,8 @@ from monai_memeff.halo import (
     SpatialLoss,
     gather,
     init_mesh,
+    parallelize,
+    plan,
     scatter,
     spatial_partition,
     unpartition,
@@ -65,6 +67,21 @@ def test_keys_references_class_and_copies_survive_and_it_can_be_undone() -> None
     assert [set(m.__dict__) for m in network.modules()] == attributes
     torch.testing.assert_close(network(x), expected)
     pickle.dumps(network)
+
+
+def test_a_network_that_cannot_be_parallelized_stays_as_it_was() -> None:
+    network, x = small(), volume(1, 1, 8, 8, 8)
+    attributes, expected = [set(m.__dict__) for m in network.modules()], network(x)
+    with pytest.raises(ValueError, match="process group has not been initialized"):
+        parallelize(network, init_mesh(spatial=(1,)))
+    assert [set(m.__dict__) for m in network.modules()] == attributes
+    torch.testing.assert_close(network(x), expected)
+
+
+def test_a_partitioned_network_is_not_planned_or_streamed() -> None:
+    network = spatial_partition(small(), init_mesh(spatial=(1,)))
+    with pytest.raises(NotPartitionableError, match=r"partitioned already .* unpartition\(network\) before plan"):
+        plan(network, (1, 1, 8, 8, 8))
 
 
 def test_hooks_see_the_whole() -> None:
