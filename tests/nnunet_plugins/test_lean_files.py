@@ -179,7 +179,7 @@ def resampling(**settings: Any) -> functools.partial:
 @settings(max_examples=30)
 @given(
     before=st.tuples(*[st.integers(1, 15)] * 3),
-    after=st.tuples(*[st.integers(1, 15)] * 3),
+    after=st.tuples(*[st.integers(0, 15)] * 3),
     order=st.sampled_from([0, 1, 2, 3, 5]),
     spacing=st.tuples(*[st.sampled_from([0.5, 1.0, 4.0])] * 3),
     kind=st.sampled_from(["float32", "float64"]),
@@ -191,9 +191,20 @@ def test_images_are_resampled_as_stock_does(before, after, order, spacing, kind,
         data[0, 0, 0, 0] = np.nan
     function = resampling(order=order)
     arguments = (np.array(after), spacing, (1.0, 1.0, 1.0))
-    stock, lean = function(data, *arguments), resampling_of(function)(data, *arguments)
-    assert stock.dtype == lean.dtype
-    np.testing.assert_array_equal(stock, lean)
+    stock, lean = (resampled_or_why_not(way, data, *arguments) for way in (function, resampling_of(function)))
+    if isinstance(stock, np.ndarray):
+        assert stock.dtype == lean.dtype
+        np.testing.assert_array_equal(stock, lean)
+    else:
+        assert stock == lean
+
+
+def resampled_or_why_not(function: Callable[..., np.ndarray], *arguments: Any) -> Any:
+    """The result of a function, or the words in which nnU-Net refuses, to an extent of 0 for example."""
+    try:
+        return function(*arguments)
+    except (ValueError, ZeroDivisionError) as error:
+        return type(error), str(error)
 
 
 def test_splines_take_half_of_the_memory() -> None:

@@ -65,6 +65,9 @@ def _by_channel(
     shape = tuple(int(extent) for extent in shape)
     if data.shape[1:] == shape:
         return data
+    if not all(shape):  # which nnU-Net refuses in its words
+        result: np.ndarray = function(data, shape, spacing, new_spacing)
+        return result
     order = function.keywords.get("order", 3)
     splines = order > 1 and separate_axis(function, spacing, new_spacing) is None and reproduces(order)
     result = np.zeros((len(data), *shape), data.dtype)

@@ -53,9 +53,14 @@ class Workers:
     Args:
         count: Number of processes.
         work: What they do, for messages.
+
+    Raises:
+        ValueError: a negative count.
     """
 
     def __init__(self, count: int, work: str) -> None:
+        if count < 0:
+            raise ValueError(f"the number of processes for {work} must not be negative, got {count} (-npp, -nps).")
         self.count, self.work = count, work
         self.executor = self._new(count) if count else None
 
