@@ -186,6 +186,14 @@ def test_a_killed_process_leaves_nothing_for_long(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["b.nii.gz", "c.nii.gz"]
 
 
+def test_results_go_where_links_lead(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").symlink_to(tmp_path / "elsewhere")
+    with complete_files(str(tmp_path / "a"), ".nii.gz") as name:
+        Path(name + ".nii.gz").write_text("labels")
+    assert (tmp_path / "elsewhere").read_text() == "labels"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.nii.gz", "elsewhere"]
+
+
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
         with complete_files(str(tmp_path / "a")) as name:

@@ -36,11 +36,19 @@ def complete_files(truncated: str, last: str = "") -> Iterator[str]:
     try:
         yield str(folder / target.name)
         for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name + last):
-            os.replace(file, target.parent / file.name)
+            _place(file, target.parent / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _place(file: Path, target: Path) -> None:
+    """Move a file to its name; where that is a link, its bytes go to what the link names, as nnU-Net writes them."""
+    if target.is_symlink():
+        shutil.copyfile(file, target)
+    else:
+        os.replace(file, target)
 
 
 def _locked_folder(parent: Path) -> tuple[Path, int | None]:
