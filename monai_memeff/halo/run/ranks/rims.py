@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from monai_memeff.halo.planning.layout import Box, length
 from monai_memeff.halo.planning.rules.windowed.convolution import DirectConvolution
-from monai_memeff.halo.planning.rules.windowed.kernels import convolve
+from monai_memeff.halo.planning.rules.windowed.kernels import convolve, convolve_backward
 from monai_memeff.halo.planning.rules.windowed.windows import pad_rows
-from monai_memeff.halo.run.ranks.comm.exchange import Returning, Transfer, Traveling
+from monai_memeff.halo.run.ranks.comm.exchange import Transfer, Traveling
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.comm.routes import route
 from monai_memeff.halo.run.ranks.placement import Placement
@@ -58,83 +58,64 @@ class RimConvolution:
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
         """The convolution."""
-        step, flight = self.step, _Flight(self.mesh, self.transfer)
-        x, token = _Depart.apply(x, flight)
-        y = convolve(x, weight, bias[0] if bias else None, step.stride, step.before, step.dilation, step.groups)
-        rims = _Arrive.apply(token, flight)
-        return _AddRows.apply(y, self.dim, [e.out for e in self.edges], rims, *self._added(rims, weight))
+        result: torch.Tensor = _Convolve.apply(self, x, weight, bias[0] if bias else None)
+        return result
 
-    def _added(self, rims: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-        step, found, i = self.step, [], self.dim - self.step.first
-        pads = [0 if j == i else p for j, p in enumerate(step.before)]
-        for edge in self.edges:
-            rows = pad_rows(rims.narrow(self.dim, *edge.rows), self.dim, *edge.pads)
-            kernel = weight.narrow(2 + i, *edge.taps)
-            found.append(convolve(rows, kernel, None, step.stride, pads, step.dilation, step.groups))
-        return found
+    @property
+    def kernel_dim(self) -> int:
+        """The kernel's dimension along the split axis."""
+        return 2 + self.dim - self.step.first
 
+    def options(self, edge: Edge | None = None) -> tuple[list[int], list[int], list[int], int]:
+        """Stride, padding, dilation and groups for the own rows or for a rim's."""
+        pads = [0 if edge and j == self.kernel_dim - 2 else p for j, p in enumerate(self.step.before)]
+        return self.step.stride, pads, self.step.dilation, self.step.groups
 
-class _Flight:
-    """The messages of one call, and those of its backward."""
-
-    def __init__(self, mesh: HaloMesh, transfer: Transfer) -> None:
-        self.mesh, self.transfer = mesh, transfer
-        self.out: Traveling | None = None
-        self.back: Returning | None = None
+    def under(self, edge: Edge, rims: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A rim's rows with their padding, and the kernel rows that reach them."""
+        rows = pad_rows(rims.narrow(self.dim, *edge.rows), self.dim, *edge.pads)
+        return rows, weight.narrow(self.kernel_dim, *edge.taps).contiguous()
 
 
-class _Depart(torch.autograd.Function):
-    """The rank's rows, of which copies leave for the neighbors; backward adds what comes back, after all else."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, flight: _Flight) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.flight = flight
-        flight.out = Traveling(flight.mesh.comm, x, flight.transfer)
-        return x.view_as(x), x.new_empty(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.flight.back.added_to(gradient), None
-
-
-class _Arrive(torch.autograd.Function):
-    """The neighbors' rows; backward sends their gradients off."""
-
-    @staticmethod
-    def forward(ctx: Any, token: torch.Tensor, flight: _Flight) -> torch.Tensor:
-        ctx.flight = flight
-        assert flight.out is not None
-        return flight.out.window()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        flight = ctx.flight
-        flight.back = flight.out.returned(gradient)
-        return gradient.new_zeros(0), None
-
-
-class _AddRows(torch.autograd.Function):
-    """Adds rows to a result in place; backward needs no copy of it. The rims are tied in for ranks that only send."""
+class _Convolve(torch.autograd.Function):
+    """Own rows while the rims travel, then the rims; backward the other way round."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: torch.Tensor, dim: int, starts: Sequence[int], rims: torch.Tensor, *added: torch.Tensor
+        ctx: Any, conv: RimConvolution, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.dim, ctx.like = dim, (rims.shape, rims.dtype)
-        ctx.places = [(start, rows.shape[dim]) for start, rows in zip(starts, added, strict=True)]
-        for (start, count), rows in zip(ctx.places, added, strict=True):
-            y.narrow(dim, start, count).add_(rows)
-        ctx.mark_dirty(y)
+        traveling = Traveling(conv.mesh.comm, x, conv.transfer)
+        y = convolve(x, weight, bias, *conv.options())
+        rims = traveling.window()
+        ctx.places = []
+        for edge in conv.edges:
+            added = convolve(*conv.under(edge, rims, weight), None, *conv.options(edge))
+            ctx.places.append((edge.out, added.shape[conv.dim]))
+            y.narrow(conv.dim, *ctx.places[-1]).add_(added)
+        ctx.conv, ctx.traveling = conv, traveling
+        ctx.save_for_backward(x, weight, rims)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        shape, dtype = ctx.like
-        tie = gradient.new_zeros((), dtype=dtype).expand(shape)
-        return (gradient, None, None, tie, *[gradient.narrow(ctx.dim, *place) for place in ctx.places])
+        conv, (x, weight, rims) = ctx.conv, ctx.saved_tensors
+        _, to_x, to_weight, to_bias = ctx.needs_input_grad
+        g_rims, taps = torch.zeros_like(rims), []
+        for edge, place in zip(conv.edges, ctx.places, strict=True):
+            rows, kernel = conv.under(edge, rims, weight)
+            part = gradient.narrow(conv.dim, *place)
+            g_rows, g_kernel, _ = convolve_backward(part, rows, kernel, (to_x, to_weight, False), *conv.options(edge))
+            taps.append(g_kernel)
+            if to_x:
+                own = g_rows.narrow(conv.dim, edge.pads[0], edge.rows[1])
+                g_rims.narrow(conv.dim, *edge.rows).add_(own)
+        returning = ctx.traveling.returned(g_rims) if to_x else None
+        gx, g_weight, g_bias = convolve_backward(gradient, x, weight, (to_x, to_weight, to_bias), *conv.options())
+        if to_weight:
+            for edge, g_kernel in zip(conv.edges, taps, strict=True):
+                g_weight.narrow(conv.kernel_dim, *edge.taps).add_(g_kernel)
+        return None, returning.added_to(gx) if returning else None, g_weight, g_bias
 
 
 def rim_convolution(

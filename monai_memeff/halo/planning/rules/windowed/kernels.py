@@ -13,6 +13,9 @@ from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 DRY: dict[str, str] = {}
 """While a plan is made, "meta" -> the type of the device the plan is for: a dry run takes the same path."""
 
+_SLOW = 20480
+"""Values of an input without its last dimension up to which torch prefers its slow kernel for a volume."""
+
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -53,6 +56,32 @@ def convolve(
             result: torch.Tensor = kernel(x, weight, bias, padding, stride, dilation, groups)
             return result
     return CONV[weight.dim() - 2](x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def convolve_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    wanted: tuple[bool, bool, bool],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of a convolution by its input, weight and bias, those that are wanted; by oneDNN as `convolve`.
+
+    torch takes oneDNN for an input in oneDNN's layout, whatever its size; read in torch 2.11 and 2.14. The layout is
+    made only where torch would otherwise take its slow kernel.
+    """
+    with torch.no_grad():
+        if torch.backends.mkldnn.enabled and x.shape[:4].numel() <= _SLOW and _direct(x, weight):
+            gradient, x = gradient.contiguous(), x.to_mkldnn()
+        sizes = [weight.shape[0]] if wanted[2] else None
+        rest = (False, [0] * len(stride), groups, wanted)
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.aten.convolution_backward(
+            gradient, x, weight, sizes, stride, padding, dilation, *rest
+        )
+    return found
 
 
 def transpose(
