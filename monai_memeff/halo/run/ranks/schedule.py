@@ -21,6 +21,7 @@ from monai_memeff.halo.planning.rules.base import Env, Read, Reduction, Step, Wh
 from monai_memeff.halo.planning.rules.norm import Moments, Normalize
 from monai_memeff.halo.planning.rules.random import is_random
 from monai_memeff.halo.planning.rules.windowed.convolution import DirectConvolution
+from monai_memeff.halo.run.ranks.activations import activate_in_place, same
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.executor import Task, anchored, run_in_segments, run_tasks
 from monai_memeff.halo.run.ranks.fused import FusedMoments, FusedNormalize, form_of
@@ -51,10 +52,12 @@ class RankPlan:
         self.moments: dict[str, int] = {}
         self.random = any(is_random(program.values[index]) for index in bound.order)
         self.seed = 0
+        self.kept = [*program.wanted(), *program.mutations.values()]
         for position, index in program.inputs.items():
             self.placements[index] = self._given(program.values[index].shape, parts[position])
         for index in bound.order:
             self._add(index, bound.step(index))
+        activate_in_place(program, self.tasks, self.placements, self.kept)
         for position, index in program.input_mutations.items():
             if self.placements[program.inputs[position]] != self.placements[index]:
                 raise NotPartitionableError(
@@ -73,7 +76,7 @@ class RankPlan:
         known = self.moments.setdefault(repr(step.value.args), index) if isinstance(step, Moments) else index
         if known != index:  # batch norm's result and its two running statistics need the same moments
             self.forms[index] = self.forms[known]
-            self.tasks.append(Task(index, (known,), _same))
+            self.tasks.append(Task(index, (known,), same))
             return
         form = self.forms[index] = self._form(index, step)
         if form is not None:
@@ -172,14 +175,13 @@ class RankPlan:
             constant = program.constants.get(name)
             tensor = attrgetter(name)(network) if constant is None else constant.to(self.device)
             values[index] = tensor.clone() if name in program.mutations else tensor  # written to before backward reads
-        kept = [*program.wanted(), *program.mutations.values()]
         with ExitStack() as modes:
             for kind in {"cpu", self.device.type} & {"cpu", "cuda"}:  # the captured network holds autocast's casts
                 modes.enter_context(torch.autocast(kind, enabled=False))
             if segments > 1 and torch.is_grad_enabled():
-                run_in_segments(self.tasks, values, kept, segments)
+                run_in_segments(self.tasks, values, self.kept, segments)
             else:
-                run_tasks(self.tasks, values, kept)
+                run_tasks(self.tasks, values, self.kept)
             return self._finish(network, leaves, values)
 
     def _agreed_seed(self) -> int:
@@ -200,10 +202,6 @@ class RankPlan:
             found[index] = mark(found[index] if part.spread else same_on_all_ranks(found[index]), part)
         outputs = [found[leaf.index] if isinstance(leaf, Ref) else leaf for leaf in program.outputs]
         return unflatten(outputs, program.output_spec)
-
-
-def _same(value: torch.Tensor) -> torch.Tensor:
-    return value
 
 
 def draw_seed() -> torch.Tensor:
