@@ -19,8 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # read in torch 2.6 to
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
-from monai_memeff.halo.planning.lower import lower
+from monai_memeff.halo.planning.lower import lower, place_of
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
+from monai_memeff.halo.planning.reasons import check_constants, reason
+from monai_memeff.halo.planning.state.averages import without_reading_counts
 from monai_memeff.halo.planning.state.constants import Constants
 from monai_memeff.halo.planning.state.counters import Counters
 from monai_memeff.halo.planning.state.escapes import Escapes
@@ -34,27 +36,6 @@ def _fake(leaf: Any, mode: FakeTensorMode, device: torch.device) -> Any:
         if leaf.dim() == 0 and leaf.device.type != "meta":
             device = leaf.device
         return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
-
-
-def _reason(error: BaseException) -> str:
-    if type(error).__name__ == "GuardOnDataDependentSymNode":
-        return "a branch, an index or a size depends on the data"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    if len(lines) > 1 and text.endswith(":"):
-        text = f"{text} {lines[1]}"
-    return f"{type(error).__name__}: {text}"[:400]
-
-
-def _user_line(error: BaseException) -> str:
-    """The innermost line of the traceback that is not torch's own."""
-    found, trace = "", error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and "monai_memeff/halo" not in name and not name.startswith("<"):
-            found = f"{name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return found
 
 
 @contextlib.contextmanager
@@ -167,18 +148,16 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
             _eager(network),
             _quiet(),
         ):
+            without_reading_counts(network)
             with escapes, Constants(network), Counters(network) as counters:
                 exported = torch.export.export(network, fake_args, fake_kwargs, strict=False)
                 counters.check(exported, fake_args, fake_kwargs)
+            check_constants(exported, place_of)
             exported = exported.run_decompositions({})
     except NotPartitionableError:
         raise
     except Exception as error:
-        line = _user_line(error)
-        raise NotPartitionableError(
-            f"{type(network).__name__} cannot be captured at this shape: {_reason(error)}"
-            + (f" ({line})" if line else "")
-        ) from error
+        raise NotPartitionableError(reason(error, network)) from error
     program = lower(exported, network, flat)
     program.call_spec = copy.copy(spec)
     del exported, fake_args, fake_kwargs

@@ -81,6 +81,7 @@ class Estimate:
         states: dict[int, State] = {}
         whole = self._whole(job.index) if job.index in self.schedule.stored else None
         with (
+            self._refused(job),
             _python_dispatch._disable_current_modes(),
             torch.no_grad(),
             dry(self.device),
@@ -98,6 +99,18 @@ class Estimate:
                 del kept
         tracker.close()
         return tracker.peak
+
+    @contextlib.contextmanager
+    def _refused(self, job: Job) -> Iterator[None]:
+        """An operator that cannot be tried without memory is refused by name."""
+        try:
+            yield
+        except NotImplementedError as error:
+            value = self.schedule.bound.program[job.index]
+            raise NotPartitionableError(
+                f"{value.where}: {value.operator}, or an operator beside it, cannot be tried without memory, so its "
+                "bytes are not known before the run"
+            ) from error
 
     def job(self, job: Job, tiles: int, limit: float = math.inf) -> int:
         """Peak bytes of a job cut into so many tiles; above a limit, those of the first tile found that exceeds it."""

@@ -24,7 +24,7 @@ def _user_line(trace: str | None) -> str:
     return found
 
 
-def _where(node: fx.Node) -> Where:
+def place_of(node: fx.Node) -> Where:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, kind = stack[-1] if stack else ("", "")
     kind = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
@@ -50,7 +50,11 @@ class _Lowering:
             if node.op == "call_function":
                 self.call(node)
             elif node.op == "get_attr":
-                raise NotPartitionableError(f"{_where(node)}: {node.target} (a subgraph) cannot be run in parts")
+                reader = next(iter(node.users), node)
+                raise NotPartitionableError(
+                    f"{place_of(reader)}: torch's {reader.target} runs code of its own, which cannot be run in parts; "
+                    "write it with torch.where or a Python loop"
+                )
         self.outputs(user)
         return self.program
 
@@ -111,7 +115,7 @@ class _Lowering:
             return
         args, kwargs = self._args(node.args), self._args(node.kwargs)
         values = node.meta.get("val")
-        where = _where(node)
+        where = place_of(node)
         target: Any = node.target
         if not isinstance(target, torch._ops.OpOverload):
             if values is None or not isinstance(values, (torch.Tensor, list, tuple)):
@@ -132,7 +136,10 @@ class _Lowering:
             self._scalar(node, where)
 
     def _scalar(self, node: fx.Node, where: Where) -> None:
-        raise NotPartitionableError(f"{where}: {node.target} gives a number that depends on the data")
+        raise NotPartitionableError(
+            f"{where}: {node.target} gives a number that depends on the data, and is not known before the run; keep it "
+            "a tensor (torch.where chooses by value)"
+        )
 
     def _emit(
         self, node: fx.Node, target: Any, args: Any, kwargs: Any, pick: int | None, value: torch.Tensor, where: Where
@@ -144,7 +151,11 @@ class _Lowering:
             _check_memory(node, args, where)
         name = node.name if pick is None else f"{node.name}_{pick}"
         if not all(isinstance(n, int) for n in value.shape):
-            raise NotPartitionableError(f"{where}: {target} has a result whose size depends on the data")
+            raise NotPartitionableError(
+                f"{where}: {target} has a result whose size depends on the data; multiply by a mask instead of choosing"
+            )
+        if value.layout != torch.strided:
+            raise NotPartitionableError(f"{where}: {target} gives a tensor that is sparse; use a dense one")
         made = Value(name, tuple(int(n) for n in value.shape), value.dtype, target, args, kwargs, pick, where)
         made.dependent = any(self.program[i].dependent for i in made.refs())
         expander = EXPANDERS.get(target)

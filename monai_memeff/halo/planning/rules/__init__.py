@@ -11,7 +11,7 @@ from monai_memeff.halo.planning.errors import NoTileError, NotPartitionableError
 from monai_memeff.halo.planning.layout import Layout
 from monai_memeff.halo.planning.program import Value
 from monai_memeff.halo.planning.rules import mixing, norm, pointwise, random, reduction, reshape, select
-from monai_memeff.halo.planning.rules.base import Context, Step, whole_step, whole_word
+from monai_memeff.halo.planning.rules.base import Context, Step, arguments, whole_step, whole_word
 from monai_memeff.halo.planning.rules.table import RULES, Rule
 from monai_memeff.halo.planning.rules.windowed import convolution, padding, pooling, resize, transposed
 
@@ -51,7 +51,7 @@ def _check(value: Value) -> None:
     """Refuse what cannot even be run whole."""
     target = value.target
     why = None
-    if torch.Tag.nondeterministic_seeded in target.tags:
+    if torch.Tag.nondeterministic_seeded in target.tags and _draws(value):
         why = "draws random numbers"
     elif torch.Tag.data_dependent_output in target.tags:
         why = "has a result whose size depends on the data"
@@ -59,6 +59,12 @@ def _check(value: Value) -> None:
         why = "has a side effect"
     if why is not None:
         raise NotPartitionableError(f"{value.where}: {target} {why}, which no part can repeat")
+
+
+def _draws(value: Value) -> bool:
+    """Whether an operator that may draw random numbers does: a recurrent layer drops only in training."""
+    given = arguments(value)
+    return bool(given.get("train", True) and given.get("dropout", 1.0))
 
 
 FAMILIES = (

@@ -20,7 +20,7 @@ from monai_memeff.halo.run.ranks.comm.transport import Counters, Message, PeerLo
 
 _NAMES = ("data", "spatial")
 _SMALL, _FEW = 2**16, 8
-"""Bytes and ranks up to which ranks on CPUs tell each other their tensors: gloo's collectives take three times as long."""
+"""Bytes and ranks up to which CPUs tell each other tensors directly: gloo's collectives take three times as long."""
 _TOLD = 1  # the tag of such messages; halo rows have 0
 
 

@@ -1,0 +1,93 @@
+"""Why a capture failed, in one plain sentence: module path, the user's line, what it was, and the way out."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor  # read in torch 2.6 to 2.14
+
+from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.planning.program import Where
+
+_DATA = "depends on the data, and is not known before the run; keep it a tensor (torch.where chooses by value)"
+_SHAPES = "has no fake kernel, so the shape of its result is not known; register one with torch.library.register_fake"
+_OUTSIDE = "a tensor's values are given to code outside of torch (NumPy, C++, torch.func), of which a part cannot know"
+_WAY = "use torch's operators, or do it outside of the network"
+_TEXTS = {
+    "no fake impl registered": f"an operator of its own {_SHAPES}",
+    "no fake impl or Meta kernel": f"an operator of its own {_SHAPES}",
+    ".numpy() is not supported": f"{_OUTSIDE}; {_WAY}",
+    "Cannot access data pointer": f"{_OUTSIDE}; {_WAY}",
+    "FakeTensor.__format__": f"a tensor's value is written into a text; {_WAY}",
+}
+
+
+def reason(error: BaseException, network: nn.Module) -> str:
+    """The refusal's sentence for what a capture raised."""
+    return f"{_where(error, network)}: {_why(error)}"
+
+
+def _why(error: BaseException) -> str:
+    kind, operator = type(error).__name__, getattr(error, "func", None)
+    if kind == "GuardOnDataDependentSymNode":
+        return f"a branch, an index or a size {_DATA}"
+    if kind == "DataDependentOutputException":
+        return f"the result of {operator} {_DATA}"
+    if kind == "UnsupportedOperatorException":
+        return f"the operator {operator} {_SHAPES}"
+    text = str(error)
+    for part, said in _TEXTS.items():
+        if part in text:
+            return said
+    return f"cannot be captured at this shape: {kind}: {_first_line(text) or kind}"[:400]
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else ""
+
+
+def _frames(error: BaseException) -> Iterator[tuple[types.FrameType, int]]:
+    trace = error.__traceback__
+    while trace is not None:
+        yield trace.tb_frame, trace.tb_lineno
+        trace = trace.tb_next
+
+
+def _where(error: BaseException, network: nn.Module) -> Where:
+    """The innermost module of the network and the innermost line that is not torch's own."""
+    paths = {id(module): (path, type(module).__name__) for path, module in network.named_modules()}
+    path, kind, line = "", type(network).__name__, ""
+    for frame, number in _frames(error):
+        name = frame.f_code.co_filename
+        path, kind = paths.get(id(frame.f_locals.get("self")), (path, kind))
+        if "/torch/" not in name and "monai_memeff/halo" not in name and not name.startswith("<"):
+            line = f"{name}:{number}"
+    return Where(path, kind, line)
+
+
+def check_constants(exported: Any, where: Any) -> None:
+    """Refuse a capture that took a tensor made from the input for a constant, as torch.func.grad makes it (2.14).
+
+    Args:
+        exported: the result of `torch.export.export`.
+        where: the function that tells a node's place.
+
+    Raises:
+        NotPartitionableError: with the place of the first reader.
+    """
+    names = getattr(exported.graph_signature, "inputs_to_lifted_tensor_constants", {})
+    for node in exported.graph.nodes:
+        constant = exported.constants.get(names.get(node.name)) if node.op == "placeholder" else None
+        if isinstance(constant, FakeTensor) or (
+            isinstance(constant, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(constant)
+        ):
+            readers = list(node.users)
+            place = where(readers[0]) if readers else "the network"
+            raise NotPartitionableError(f"{place}: {_OUTSIDE}; {_WAY}")
