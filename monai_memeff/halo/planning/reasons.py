@@ -88,6 +88,13 @@ def check_constants(exported: Any, where: Any) -> None:
         if isinstance(constant, FakeTensor) or (
             isinstance(constant, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(constant)
         ):
-            readers = list(node.users)
-            place = where(readers[0]) if readers else "the network"
+            place = _place_of_reader(exported, node, where)
             raise NotPartitionableError(f"{place}: {_OUTSIDE}; {_WAY}")
+
+
+def _place_of_reader(exported: Any, node: Any, where: Any) -> Where:
+    """Where a value is read first; what torch.func wraps knows no line, but what it runs inside does."""
+    place: Where = where(next(iter(node.users), node))
+    graphs = [module.graph for module in exported.graph_module.modules() if hasattr(module, "graph")]
+    inner = (where(n) for graph in graphs for n in graph.nodes if n.op == "call_function")
+    return next((w for w in inner if w.module == place.module and w.line), place)

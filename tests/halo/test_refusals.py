@@ -1,0 +1,98 @@
+"""What a refusal says: the module's path, the user's line, what was done there, and the way out, in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from monai_memeff.halo import explain
+from tests.halo.kinds import small_conv
+from tests.halo.ordinary_code import Call
+from tests.halo.partitioned import try_settings
+
+
+@torch.library.custom_op("memeff_tests::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+_LIBRARY = torch.library.Library("memeff_tests", "FRAGMENT")
+_LIBRARY.define("tripled(Tensor x) -> Tensor")
+_LIBRARY.impl("tripled", lambda x: x * 3, "CPU")
+
+
+class OfNumpy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(x.detach().numpy() * 2)
+
+
+CODE: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
+    "branch": (lambda x: x * 2 if x.mean() > 0 else x - 1, "a branch, an index or a size depends on the data"),
+    "assertion": (lambda x: [x, x.isnan().any().__bool__()][0], "torch.where"),
+    "length": (lambda x: x[:, :, : int(x.abs().sum()) % 5 + 3], "depends on the data"),
+    "item": (lambda x: x * x.mean().item(), "aten.item.default gives a number that depends on the data"),
+    "list": (lambda x: x * x.mean((0, 2, 3, 4)).tolist()[0], "depends on the data"),
+    "equal": (lambda x: x if torch.equal(x, x * 1) else x * 2, "the result of aten.equal.default depends on the data"),
+    "mask": (lambda x: x * x[x > 0].mean(), "aten.index.Tensor has a result whose size depends on the data"),
+    "NumPy": (lambda x: x + torch.from_numpy(x.numpy().mean(0)), "NumPy, C++, torch.func"),
+    "NumPy in a function": (OfNumpy.apply, "use torch's operators"),
+    "torch.func.grad": (lambda x: torch.func.grad(lambda z: (z**3).sum())(x), "NumPy, C++, torch.func"),
+    "text": (lambda x: x * len(f"{x.mean():.3f}"), "written into a text"),
+    "sparse": (lambda x: x + x.to_sparse().to_dense(), "use a dense one"),
+    "torch.cond": (lambda x: torch.cond(x.mean() > 0, torch.sin, torch.cos, (x,)), "cond runs code of its own"),
+    "custom operator": (doubled, "has no fake kernel"),
+    "library operator": (
+        lambda x: torch.ops.memeff_tests.tripled(x),
+        "memeff_tests.tripled.default has no fake kernel",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_a_refusal_says_where_and_what(name: str) -> None:
+    code, said = CODE[name]
+    (reason,) = explain(nn.Sequential(nn.Identity(), Call(name, code)), (1, 2, 8, 6, 5))
+    assert reason.startswith("1 (Call), /"), reason
+    assert said in reason
+    assert "Error" not in reason
+    assert "\n" not in reason
+    assert len(reason) < 400
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer over the voxels in the order of memory."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "GRU": (lambda: Recurrent(nn.GRU(2, 2, batch_first=True)), True),
+    "LSTM both ways": (lambda: Recurrent(nn.LSTM(2, 1, batch_first=True, bidirectional=True)), False),
+    "batch norm that averages": (lambda: nn.BatchNorm3d(2, momentum=None), True),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.slow
+def test_layers_that_only_seem_to_draw_or_to_read_a_number(name: str) -> None:
+    made, train = LAYERS[name]
+    network = nn.Sequential(small_conv(3), made(), small_conv(3)).double().train(train)
+    x = torch.randn(1, 2, 5, 2, 2, dtype=torch.float64)
+    assert try_settings(network, (x,), [(0, 3), (1, 2)]).exact == 2
+
+
+def test_a_recurrent_layer_that_drops_in_training_is_refused() -> None:
+    network = Recurrent(nn.GRU(2, 2, 2, batch_first=True, dropout=0.5)).train()
+    (reason,) = explain(network, (1, 2, 4, 2, 1))
+    assert "layer (GRU)" in reason
+    assert "draws random numbers" in reason
