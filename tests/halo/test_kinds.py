@@ -22,6 +22,8 @@ from tests.halo.ordinary_code import Call
 from tests.halo.partitioned import Tally, clones, difference, one_capture, plain, try_settings
 
 NETWORKS = int(os.environ.get("MEMEFF_HALO_NETWORKS", "3"))
+TRIED: dict[str, int] = {}
+"""Cases that were compared or refused, by test."""
 
 
 def runs(network: nn.Module, args: tuple[torch.Tensor, ...]) -> bool:
@@ -46,6 +48,7 @@ def test_parts_of_random_networks_equal_the_whole(kind: str) -> None:
         try_settings(network, args, chosen, tally=tally)
 
     check()
+    TRIED[kind] = tally.cases
     assert tally.exact > 0.95 * tally.cases, tally.refused
 
 
@@ -62,6 +65,7 @@ def test_hooks_and_further_inputs(kind: Callable[..., Any]) -> None:
         try_settings(network, args, chosen, tally=tally)
 
     check()
+    TRIED[kind.__name__] = tally.cases
     assert tally.exact > 0.95 * tally.cases, tally.refused
 
 
@@ -90,8 +94,17 @@ def test_random_numbers_do_not_depend_on_the_parts() -> None:
             same.append(1)
 
     check()
+    TRIED["random numbers"] = len(same) + len(refused)
     assert same
     assert all("draws random numbers" in reason for reason in refused)
+
+
+@pytest.mark.exhaustive
+def test_as_many_cases_as_are_promised_were_tried() -> None:
+    if len(TRIED) < len(LAYERS) + 3 or NETWORKS < 27:
+        pytest.skip("counts the cases of all tests above, in one process, with MEMEFF_HALO_NETWORKS=27")
+    print(f"{sum(TRIED.values())} cases: {TRIED}")
+    assert sum(TRIED.values()) >= 3000
 
 
 FOUND: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
