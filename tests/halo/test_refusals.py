@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,13 @@ _LIBRARY.define("tripled(Tensor x) -> Tensor")
 _LIBRARY.impl("tripled", lambda x: x * 3, "CPU")
 
 
+@dataclasses.dataclass
+class Unknown:
+    """An output that torch cannot take apart."""
+
+    volume: torch.Tensor
+
+
 class OfNumpy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -42,6 +50,7 @@ CODE: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "NumPy": (lambda x: x + torch.from_numpy(x.numpy().mean(0)), "NumPy, C++, torch.func"),
     "NumPy in a function": (OfNumpy.apply, "use torch's operators"),
     "torch.func.grad": (lambda x: torch.func.grad(lambda z: (z**3).sum())(x), "NumPy, C++, torch.func"),
+    "another class": (lambda x: x.as_subclass(torch.Tensor) * 2, "as_subclass"),
     "text": (lambda x: x * len(f"{x.mean():.3f}"), "written into a text"),
     "sparse": (lambda x: x + x.to_sparse().to_dense(), "use a dense one"),
     "torch.cond": (lambda x: torch.cond(x.mean() > 0, torch.sin, torch.cos, (x,)), "cond runs code of its own"),
@@ -62,6 +71,21 @@ def test_a_refusal_says_where_and_what(name: str) -> None:
     assert "Error" not in reason
     assert "\n" not in reason
     assert len(reason) < 400
+
+
+OUTPUTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "Unknown": Unknown,
+    "set": lambda x: {x * 2},
+    "generator": lambda x: (y for y in (x, x * 2)),
+    "dtype": lambda x: (x * 2, x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_that_cannot_be_put_together(name: str) -> None:
+    (reason,) = explain(Call(name, OUTPUTS[name]), (1, 2, 8, 6, 5))
+    assert f"the output holds a {name}," in reason
+    assert "register_dataclass" in reason
 
 
 class Recurrent(nn.Module):

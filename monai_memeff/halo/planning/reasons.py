@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from monai_memeff.halo.planning.program import Where
 
 _DATA = "depends on the data, and is not known before the run; keep it a tensor (torch.where chooses by value)"
 _SHAPES = "has no fake kernel, so the shape of its result is not known; register one with torch.library.register_fake"
-_OUTSIDE = "a tensor's values are given to code outside of torch (NumPy, C++, torch.func), of which a part cannot know"
+_OUTSIDE = "a tensor's values go to code of which a part cannot know (NumPy, C++, torch.func, as_subclass)"
 _WAY = "use torch's operators, or do it outside of the network"
 _TEXTS = {
     "no fake impl registered": f"an operator of its own {_SHAPES}",
@@ -40,10 +41,24 @@ def _why(error: BaseException) -> str:
     if kind == "UnsupportedOperatorException":
         return f"the operator {operator} {_SHAPES}"
     text = str(error)
+    unknown = re.search(r"Found <class '(.*?)'> in output, which is not a known type", text)
+    if unknown:
+        return (
+            f"the output holds a {unknown[1].rpartition('.')[2]}, which cannot be put together from parts; "
+            "return tensors, numbers, texts, lists, tuples, dictionaries or a "
+            "dataclass known to torch.export.register_dataclass"
+        )
     for part, said in _TEXTS.items():
         if part in text:
             return said
+    if not any(map(_theirs, (frame.f_code.co_filename for frame, _ in _frames(error)))):
+        return f"torch.export fails on it at this shape, in code of torch's own ({kind}: {_first_line(text)})"[:400]
     return f"cannot be captured at this shape: {kind}: {_first_line(text) or kind}"[:400]
+
+
+def _theirs(file: str) -> bool:
+    """Whether a file is neither torch's nor this package's."""
+    return "/torch/" not in file and "monai_memeff/halo" not in file and not file.startswith("<")
 
 
 def _first_line(text: str) -> str:
@@ -67,7 +82,7 @@ def _where(error: BaseException, network: nn.Module) -> Where:
     for frame, number in _frames(error):
         name = frame.f_code.co_filename
         path, kind = paths.get(id(frame.f_locals.get("self")), (path, kind))
-        if "/torch/" not in name and "monai_memeff/halo" not in name and not name.startswith("<"):
+        if _theirs(name):
             line = f"{name}:{number}"
     return Where(path, kind, line)
 

@@ -89,7 +89,8 @@ class _Convolve(torch.autograd.Function):
         rims = traveling.window()
         ctx.places = []
         for edge in conv.edges:
-            added = convolve(*conv.under(edge, rims, weight), None, *conv.options(edge))
+            rows, kernel = conv.under(edge, rims, weight)
+            added = convolve(rows, kernel, None, *conv.options(edge))
             ctx.places.append((edge.out, added.shape[conv.dim]))
             y.narrow(conv.dim, *ctx.places[-1]).add_(added)
         ctx.conv, ctx.traveling = conv, traveling
