@@ -102,8 +102,9 @@ class Workers:
                 return alone.submit(sendable, job[0], *job[1]).result()
             except BrokenProcessPool:
                 return WorkerDiedError(
-                    f"a worker process for {self.work} died twice, perhaps because the system ran out of memory: use "
-                    "fewer workers (-npp, -nps)"
+                    f"a worker process for {self.work} died twice: its error stands further up (a script that predicts "
+                    'needs `if __name__ == "__main__":`); if there is none, the system ran out of memory: use fewer '
+                    "workers (-npp, -nps)"
                 )
             except Exception as error:
                 return error
