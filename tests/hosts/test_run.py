@@ -20,6 +20,7 @@ from monai.bundle import ConfigWorkflow
 from monai.networks.nets import UNet
 
 from monai_memeff import cli
+from monai_memeff.data.dicom.scan import choose_series
 from monai_memeff.hosts.run import run_studies
 from monai_memeff.hosts.run.pool import _outcome
 from monai_memeff.hosts.run.source.bundle import DECODER_LOG, Bundle
@@ -408,6 +409,26 @@ def test_a_study_that_is_a_link_to_nothing_is_told(stock: Path, tmp_path: Path, 
     assert status == 1
     assert "1 of 2 studies have results" in out
     assert re.search(r"memeff: b: .*b\.nii", err)
+
+
+@pytest.mark.parametrize("images", [("image",), ("T1", "T2")])
+def test_a_folder_that_cannot_be_listed_is_told(
+    images: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python passes it over."""
+    series(tmp_path / "anna" / "ct", 1)
+    series(tmp_path / "bert" / "shut", 2)
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "shut":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert names(tmp_path, images)["bert_shut"] == f"{tmp_path / 'bert' / 'shut'}: Permission denied"
+    with pytest.raises(PermissionError):
+        choose_series(tmp_path / "bert")
 
 
 def test_an_output_that_cannot_be_written_ends_in_one_line(stock: Path, tmp_path: Path, memeff: Memeff) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,16 +101,22 @@ def _plain(value: Any) -> str:
 
 def _files(folder: Path) -> list[Path]:
     files: list[Path] = []
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not path.exists():
-            raise InputError(f"{path} is a link to nothing, and may have been a slice: copy the series again.")
-        if path.is_file():
-            files.append(path)
+    for place, _, names in os.walk(folder, onerror=_refuse):
+        for path in (Path(place, name) for name in names):
+            if path.is_symlink() and not path.exists():
+                raise InputError(f"{path} is a link to nothing, and may have been a slice: copy the series again.")
+            if path.is_file():
+                files.append(path)
         if len(files) > MOST_FILES:
             raise InputError(f"{folder} holds more than {MOST_FILES} files; give the folder of one series.")
     if not files:
         raise InputError(f"{folder} is empty: copy the series again, or give another folder.")
     return sorted(files)
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be listed may hold slices."""
+    raise error
 
 
 def _ends_as_text(file: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from monai_memeff.data.dicom.scan import BESIDE, BESIDE_ENDINGS, NO_IMAGES
 from monai_memeff.data.nifti_checks import ENDINGS, first_line
 from monai_memeff.data.volume import DICOM_ENDINGS, ITK_ENDINGS
-from monai_memeff.errors import InputError
+from monai_memeff.errors import InputError, message
 
 VOLUMES = (*ENDINGS, *ITK_ENDINGS)
 COMPANIONS = (".raw", ".zraw", ".raw.gz")
@@ -80,6 +80,9 @@ def _single(root: Path) -> Iterator[Study]:
         yield Study(_name(root, root), (root,), not root.name.lower().endswith(VOLUMES))
         return
     for folder, files in _folders(root):
+        if isinstance(files, OSError):
+            yield Study(_name(root, folder), (folder,), True, message(files))
+            continue
         volumes = [file for file in files if _is_volume(file)]
         for file in volumes:
             yield Study(_name(root, file), (file,))
@@ -90,9 +93,14 @@ def _single(root: Path) -> Iterator[Study]:
 
 def _several(inputs: Sequence[Path], image_names: Sequence[str]) -> list[Study]:
     """One volume file for each image, told apart by words in their names."""
-    groups = [(path, [(folder, files) for folder, files in _folders(path)]) for path in inputs if path.is_dir()]
+    groups = [(path, folder, files) for path in inputs if path.is_dir() for folder, files in _folders(path)]
     single = [path for path in inputs if path.is_file()]
-    found = [_grouped(_name(root, folder), files, image_names) for root, all_of in groups for folder, files in all_of]
+    found = [
+        Study(_name(root, folder), (folder,), fault=message(files))
+        if isinstance(files, OSError)
+        else _grouped(_name(root, folder), files, image_names)
+        for root, folder, files in groups
+    ]
     if single:
         found.append(_grouped(_name(single[0].parent, single[0].parent), single, image_names))
     return [study for study in found if study is not None]
@@ -119,7 +127,8 @@ def _without_split_series(studies: Sequence[Study]) -> list[Study]:
     places: dict[str, list[Study]] = {}
     kept = []
     for study in studies:
-        found = _series_in(study.images[0]) if study.dicom and study.images[0].is_dir() else None
+        listed = study.dicom and not study.fault and study.images[0].is_dir()
+        found = _series_in(study.images[0]) if listed else None
         if found == {}:
             continue
         kept.append(study)
@@ -154,10 +163,10 @@ def _series_in(folder: Path) -> dict[str, str] | None:
     return found
 
 
-def _folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Folders in order with the files that may belong to a study; links are followed once."""
-    seen = set()
-    for folder, below, names in os.walk(root, followlinks=True):
+def _folders(root: Path) -> Iterator[tuple[Path, list[Path] | OSError]]:
+    """Folders in order with files that may belong to a study, links followed once; last those that are shut."""
+    seen, unread = set(), list[OSError]()
+    for folder, below, names in os.walk(root, followlinks=True, onerror=unread.append):
         place = os.path.realpath(folder)
         if place in seen:
             below.clear()
@@ -166,6 +175,7 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
         below[:] = sorted(name for name in below if not name.startswith("."))
         files = [Path(folder, name) for name in sorted(names)]
         yield Path(folder), [file for file in files if _is_file_or_was(file) and not _is_beside(file)]
+    yield from ((Path(error.filename), error) for error in unread)
 
 
 def _is_file_or_was(file: Path) -> bool:
