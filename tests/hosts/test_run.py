@@ -300,6 +300,12 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], int, str]] = {
         2,
         "uses no network",
     ),
+    "a misspelled argument": (
+        lambda c: c["evaluator"].update(inferrer=c["evaluator"].pop("inferer")),
+        2,
+        "argument inferrer, which MONAI's lacks",
+    ),
+    "organs of another order": (lambda c: c.update(organs=["tumor", "liver"]), 2, "names its labels tumor, liver"),
     "logits that are NaN": (
         lambda c: c.update(inferer="$lambda inputs, network: network(inputs) * float('nan')"),
         1,

@@ -17,6 +17,7 @@ from monai_memeff.data.json_object import read_json_object
 from monai_memeff.errors import InputError
 from monai_memeff.hosts.layout import Config, components, get, places, references
 from monai_memeff.hosts.merge import merge_bundle_configs
+from monai_memeff.hosts.run.source.agree import check_arguments, check_names
 from monai_memeff.hosts.run.source.served import LOADERS, serve
 from monai_memeff.overlays import overlay_names, overlay_path
 
@@ -64,6 +65,7 @@ class Bundle:
         ).hexdigest()
         self.evaluator = places(merged).get("evaluator", "evaluator")
         self._check_engine(merged)
+        check_names(merged, self.metadata, self.folder)
         self.config: Config = serve(merged)
         self.config["bundle_root"] = str(self.folder)
         if str(self.folder) not in sys.path:
@@ -170,6 +172,8 @@ class Bundle:
             raise InputError(
                 f"{self.folder} runs a {kind}, and memeff run knows SupervisedEvaluator: use MONAI's command"
             )
+        if isinstance(engine, dict):
+            check_arguments(engine, self.folder)
         if isinstance(engine, dict) and engine.get("decollate", True) is not True:
             raise InputError(f"the evaluator of {self.folder} keeps batches together (decollate): use MONAI's command")
         loaders = {place for place, word in components(merged) if word == "CheckpointLoader"}
