@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # read in torch 2.6 to 2.1
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.program import Where
 
+_PYTHON = sysconfig.get_paths()["stdlib"]
 _DATA = "depends on the data, and is not known before the run; keep it a tensor (torch.where chooses by value)"
 _SHAPES = "has no fake kernel, so the shape of its result is not known; register one with torch.library.register_fake"
 _OUTSIDE = "a tensor's values go to code of which a part cannot know (NumPy, C++, torch.func, as_subclass)"
@@ -42,6 +44,8 @@ def _why(error: BaseException) -> str:
         return f"the operator {operator} {_SHAPES}"
     text = str(error)
     unknown = re.search(r"Found <class '(.*?)'> in output, which is not a known type", text)
+    if _last_file(error).endswith("weakref.py"):  # torch 2.11 remembers what is returned
+        unknown = re.search(r"unhashable type: '(.*?)'", text)
     if unknown:
         return (
             f"the output holds a {unknown[1].rpartition('.')[2]}, which cannot be put together from parts; "
@@ -56,9 +60,14 @@ def _why(error: BaseException) -> str:
     return f"cannot be captured at this shape: {kind}: {_first_line(text) or kind}"[:400]
 
 
+def _last_file(error: BaseException) -> str:
+    return ([frame.f_code.co_filename for frame, _ in _frames(error)] or [""])[-1]
+
+
 def _theirs(file: str) -> bool:
-    """Whether a file is neither torch's nor this package's."""
-    return "/torch/" not in file and "monai_memeff/halo" not in file and not file.startswith("<")
+    """Whether a file is neither torch's, nor Python's, nor this package's."""
+    own = file.startswith(_PYTHON) and "site-packages" not in file
+    return not own and "/torch/" not in file and "monai_memeff/halo" not in file and not file.startswith("<")
 
 
 def _first_line(text: str) -> str:
