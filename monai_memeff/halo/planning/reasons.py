@@ -35,29 +35,30 @@ def reason(error: BaseException, network: nn.Module) -> str:
 
 
 def _why(error: BaseException) -> str:
-    kind, operator = type(error).__name__, getattr(error, "func", None)
-    if kind == "GuardOnDataDependentSymNode":
-        return f"a branch, an index or a size {_DATA}"
-    if kind == "DataDependentOutputException":
-        return f"the result of {operator} {_DATA}"
-    if kind == "UnsupportedOperatorException":
-        return f"the operator {operator} {_SHAPES}"
-    text = str(error)
-    unknown = re.search(r"Found <class '(.*?)'> in output, which is not a known type", text)
-    if _last_file(error).endswith("weakref.py"):  # torch 2.11 remembers what is returned
-        unknown = re.search(r"unhashable type: '(.*?)'", text)
-    if unknown:
-        return (
-            f"the output holds a {unknown[1].rpartition('.')[2]}, which cannot be put together from parts; "
-            "return tensors, numbers, texts, lists, tuples, dictionaries or a "
-            "dataclass known to torch.export.register_dataclass"
-        )
-    for part, said in _TEXTS.items():
-        if part in text:
-            return said
+    kind, text, operator = type(error).__name__, str(error), getattr(error, "func", None)
+    kinds = {
+        "GuardOnDataDependentSymNode": f"a branch, an index or a size {_DATA}",
+        "DataDependentOutputException": f"the result of {operator} {_DATA}",
+        "UnsupportedOperatorException": f"the operator {operator} {_SHAPES}",
+    }
+    known = kinds.get(kind) or _output(error) or next((said for part, said in _TEXTS.items() if part in text), None)
+    if known:
+        return known
     if not any(map(_theirs, (frame.f_code.co_filename for frame, _ in _frames(error)))):
         return f"torch.export fails on it at this shape, in code of torch's own ({kind}: {_first_line(text)})"[:400]
     return f"cannot be captured at this shape: {kind}: {_first_line(text) or kind}"[:400]
+
+
+def _output(error: BaseException) -> str | None:
+    """The sentence for an output of a kind that torch does not take apart."""
+    unknown = re.search(r"Found <class '(.*?)'> in output, which is not a known type", str(error))
+    if _last_file(error).endswith("weakref.py"):  # torch 2.11 remembers what is returned
+        unknown = re.search(r"unhashable type: '(.*?)'", str(error))
+    return unknown and (
+        f"the output holds a {unknown[1].rpartition('.')[2]}, which cannot be put together from parts; return "
+        "tensors, numbers, texts, lists, tuples, dictionaries or a dataclass "
+        "known to torch.export.register_dataclass"
+    )
 
 
 def _last_file(error: BaseException) -> str:

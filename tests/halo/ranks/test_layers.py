@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from monai_memeff.halo.planning.rules.windowed.kernels import convolve_backward
 from monai_memeff.halo.run.ranks import schedule
 from tests.halo.ranks.compare import worst
 
@@ -111,6 +112,27 @@ def test_rims_add_what_the_window_would_hold(
     for parameter in layers[0].parameters():
         parameter.requires_grad_(False)
     assert error(nn.Sequential(*layers), (1, 1, 31, 6), (3,)) < 1e-10
+
+
+@pytest.mark.parametrize("size", [(8, 9, 7), (8, 60, 60)])
+@pytest.mark.slow
+def test_gradients_by_onednn_are_torchs_own(size: tuple[int, ...]) -> None:
+    """Of a volume for which torch takes its slow kernel, and of one for which it takes oneDNN itself."""
+    x, weight, gradient = torch.randn(1, 6, *size), torch.randn(4, 3, 3, 3, 3), torch.randn(1, 4, *size)
+    rest = ([1, 1, 1], [1, 1, 1], [1, 1, 1], 2)
+    wide = torch.ops.aten.convolution_backward(
+        *(t.double() for t in (gradient, x, weight)), [4], *rest[:3], False, [0, 0, 0], 2, (True, True, True)
+    )
+    found = convolve_backward(gradient, x, weight, (True, True, True), *rest)
+    for a, b in zip(found, wide, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+    assert convolve_backward(gradient, x, weight, (False, True, False), *rest)[0] is None
+
+
+@pytest.mark.slow
+def test_small_volumes_in_single_precision() -> None:
+    layers = [nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4), nn.ReLU(), nn.Conv3d(4, 2, 3, 2, 1)]
+    assert worst(nn.Sequential(*layers), [torch.randn(1, 1, 16, 9, 7)], (2,)) < 1e-5
 
 
 @pytest.mark.parametrize("maximum", [False, True])
