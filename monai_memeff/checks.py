@@ -26,6 +26,12 @@ def computable(values: Tensor) -> Tensor:
     return values.to(wider.get(values.dtype, values.dtype))
 
 
+def check_tensor(values: Any, owner: str) -> None:
+    """Refuse what is not a tensor: TypeError."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{owner} takes a tensor, got {type(values).__name__}; use torch.as_tensor.")
+
+
 def check_real(values: Tensor, owner: str) -> None:
     """Refuse complex numbers: InputError."""
     if values.is_complex():
@@ -127,8 +133,7 @@ def as_network_input(values: Tensor, dtype: torch.dtype, owner: str) -> Tensor:
         TypeError: no tensor.
         InputError: NaN, infinity, complex numbers, another floating-point dtype, or integers too large to be exact.
     """
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{owner} takes a tensor, got {type(values).__name__}; use torch.as_tensor.")
+    check_tensor(values, owner)
     check_real(values, owner)
     if values.is_floating_point():
         check_dtype(values, dtype, owner)

@@ -13,7 +13,7 @@ from monai.utils import convert_to_dst_type, optional_import
 from torch import Tensor, nn
 
 from monai_memeff.arguments import check_count, numbers_checked
-from monai_memeff.checks import as_device
+from monai_memeff.checks import as_device, check_tensor
 from monai_memeff.clstm.slabs import check_that_slabs_continue
 from monai_memeff.clstm.sweep import Sweep
 from monai_memeff.clstm.target import SlabTarget
@@ -96,7 +96,7 @@ class SlabInferer(Inferer):
                 f"{len(args) + len(kwargs)} further arguments; use another inferer for other networks."
             )
         if not isinstance(inputs, Tensor):
-            return self._stream(inputs, bare)
+            return self._stream(_slabs_of(inputs), bare)
         if torch.is_grad_enabled() and bare.training:  # a trainer: the network keeps its own memory low
             return network(inputs)
         return self._volume(inputs, bare)
@@ -114,7 +114,7 @@ class SlabInferer(Inferer):
             InputError: ``out`` has another shape, or its dtype cannot hold every value.
         """
         bare = getattr(network, "module", network)
-        target = SlabTarget(out, bare.axis, inputs)
+        target = SlabTarget(out, bare.axis, _slabs_of(inputs))
         try:
             for result in self._stream(self._cut(inputs, bare.axis) if isinstance(inputs, Tensor) else inputs, bare):
                 target.put(result)
@@ -209,6 +209,13 @@ class SlabInferer(Inferer):
                     return
                 yield slab
                 bar.update()
+
+
+def _slabs_of(inputs: Any) -> Any:
+    """The same; TypeError for an array, whose first axis would be walked along as if it were of slabs."""
+    if hasattr(inputs, "ndim"):
+        check_tensor(inputs, "SlabInferer")
+    return inputs
 
 
 def _moved(state: Any, device: torch.device) -> Any:

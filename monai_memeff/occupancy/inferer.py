@@ -15,7 +15,7 @@ from monai.utils import convert_to_dst_type, optional_import
 from torch import Tensor, nn
 
 from monai_memeff.arguments import check_count, numbers_checked
-from monai_memeff.checks import check_finite
+from monai_memeff.checks import check_finite, check_tensor
 from monai_memeff.occupancy.evaluator import PointEvaluator, labels_of
 from monai_memeff.occupancy.octree import NodeGrid, default_stride, node_counts, refine
 from monai_memeff.occupancy.report import OctreeReport, summed
@@ -129,6 +129,7 @@ class OctreeInferer(Inferer):
         """
         if args or kwargs:
             raise TypeError("OctreeInferer passes no further arguments to the network; bind them beforehand.")
+        check_tensor(inputs, "OctreeInferer")
         volume = inputs.as_subclass(Tensor)
         _check_volume(volume)
         results, reports = [], []

@@ -80,6 +80,20 @@ def test_another_floating_point_dtype_is_refused_by_name(name: str) -> None:
     assert net.double()(torch.randn(1, 1, *shape).double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize(
+    ("inferer", "name"),
+    [(SlabInferer(), "CLSTMUNet"), (OctreeInferer(), "OccupancyNet"), (SparseInferer(), "SparseUNet")],
+)
+def test_an_inferer_takes_tensors_only(inferer: Callable[..., Any], name: str) -> None:
+    """An array would be walked along its first axis, as if it were of slabs."""
+    net, volume = NETWORKS[name]().eval(), np.zeros((1, 1, *shape_of(name)), np.float32)
+    with pytest.raises(TypeError, match="takes a tensor, got ndarray"):
+        inferer(volume, net)
+    if isinstance(inferer, SlabInferer):
+        with pytest.raises(TypeError, match="SlabInferer takes a tensor, got ndarray"):
+            inferer.write(volume, net, np.zeros_like(volume))
+
+
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "SparseCompletionNet"])
 def test_autocast_takes_what_it_converts(name: str) -> None:
     net = NETWORKS[name]().eval()
