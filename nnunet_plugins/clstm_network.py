@@ -101,7 +101,10 @@ class LogitsSink:
         count, depth = logits.shape[1], self.logits.shape[2]
         first = depth - self.filled - count if self.from_the_end else self.filled
         part = logits.movedim(1, 2).to(device="cpu", dtype=torch.half)
-        if torch.isinf(part).any():
-            raise RuntimeError("Encountered inf in predicted array: the logits are too large for half precision.")
+        if not torch.isfinite(part).all():  # NaN counts as the largest
+            raise RuntimeError(
+                "Encountered inf or NaN in predicted array: the logits are too large for half precision, or weights "
+                "are broken."
+            )
         self.logits[:, :, first : first + count] = part
         self.filled += count

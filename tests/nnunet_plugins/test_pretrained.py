@@ -185,7 +185,8 @@ def test_logits_of_whole_volumes_are_half_and_in_one_array() -> None:
         logits = network.predict_volume(image)
         np.testing.assert_allclose(logits.float(), network(image), atol=2e-3)
     assert logits.dtype == torch.half
-    network.head.bias.data[3] = 1e6
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="Encountered inf"):
-        network.predict_volume(image)
+    for bias in (1e6, torch.nan):
+        network.head.bias.data[3] = bias
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="Encountered inf or NaN"):
+            network.predict_volume(image)
     assert network.sink is None
