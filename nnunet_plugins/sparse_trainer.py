@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,11 @@ class SparseTrainer(TrainerMixin, nnUNetTrainer):
     full resolution, is computed on the voxels that are worth it only. The memory this frees goes into the patch, which
     grows by the rule of :func:`nnunet_plugins.sparse_plans.largest_patch`. The plans so edited are saved with the
     results, where nnU-Net's predict, export and import find them; the plans in ``nnUNet_preprocessed`` stay as they
-    are, and so does the preprocessed data. Everything else (sampling, augmentation, loss, schedule) is stock.
+    are, and so does the preprocessed data. Everything else (sampling, augmentation, schedule) is stock.
+
+    The loss is stock's but for one weight. Cross entropy is a mean over the patch, so in a larger patch every voxel of a
+    rare class counts for less, and small organs may not be learned at all. Here it is multiplied by the number of
+    voxels over the stock patch's: a voxel counts for as much as in stock.
 
     Settings are the class attributes below. To change one, derive a class (in a folder of ``nnUNet_extTrainer``), or
     write it into the plans, under ``"sparse_trainer"`` in the configuration, for example
@@ -96,6 +101,9 @@ class SparseTrainer(TrainerMixin, nnUNetTrainer):
 
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()
+        stock = self.configuration_manager.configuration[KEY]["stock"]["patch_size"]
+        single = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
+        single.weight_ce *= math.prod(self.configuration_manager.patch_size) / math.prod(stock)
         if isinstance(loss, DeepSupervisionWrapper):
             loss.weight_factors = (2 / 3, 1 / 3)
         return loss
