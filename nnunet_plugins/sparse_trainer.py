@@ -25,9 +25,9 @@ class SparseTrainer(TrainerMixin, nnUNetTrainer):
     results, where nnU-Net's predict, export and import find them; the plans in ``nnUNet_preprocessed`` stay as they
     are, and so does the preprocessed data. Everything else (sampling, augmentation, schedule) is stock.
 
-    The loss is stock's but for one weight. Cross entropy is a mean over the patch, so in a larger patch every voxel of a
-    rare class counts for less, and small organs may not be learned at all. Here it is multiplied by the number of
-    voxels over the stock patch's: a voxel counts for as much as in stock.
+    The loss is stock's but for one weight. Cross entropy is a mean over the patch, so in a larger patch a voxel counts
+    for less, and small organs may not be learned at all. Here it is multiplied by the number of voxels over the stock
+    patch's: a voxel counts for as much as in stock.
 
     Settings are the class attributes below. To change one, derive a class (in a folder of ``nnUNet_extTrainer``), or
     write it into the plans, under ``"sparse_trainer"`` in the configuration, for example

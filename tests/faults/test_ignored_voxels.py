@@ -198,7 +198,10 @@ def loss_of(trainer: type, regions: bool) -> Any:
         has_regions=regions, ignore_label=3, foreground_regions=[(1, 2), (2,)], foreground_labels=[1, 2]
     )
     self.configuration_manager = SimpleNamespace(
-        batch_dice=False, pool_op_kernel_sizes=[[1, 1, 1], [2, 2, 2]], patch_size=[8, 8, 8]
+        batch_dice=False,
+        pool_op_kernel_sizes=[[1, 1, 1], [2, 2, 2]],
+        patch_size=[8, 8, 8],
+        configuration={"sparse_trainer": {"stock": {"patch_size": [4, 8, 8]}}},
     )
     self.is_ddp, self.enable_deep_supervision = False, trainer.__name__ == "SparseTrainer"
     self.settings = {"coarse_weight": 0.1}

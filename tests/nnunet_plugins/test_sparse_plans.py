@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ import nnunet_plugins
 from monai_memeff.memory import measure_peak
 from nnunet_plugins.plans_network import CoarseToSparsePlansUNet
 from nnunet_plugins.sparse_plans import KEY, STOCK_BYTES, edit_plans, grown, sparse_bytes, stock_bytes
+from nnunet_plugins.sparse_trainer import SparseTrainer
 
 STRIDES = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
 LABELS = {"channel_names": {"0": "CT", "1": "PET"}, "labels": {"background": 0, "a": 1, "b": 2}, "numTraining": 4}
@@ -136,6 +138,29 @@ def test_the_estimates_are_near_what_a_training_step_needs(heads):
     needed = sparse_bytes({"strides": STRIDES[:3], "features_per_stage": features, **defaults()}, 1, heads, value=4)
     large = (64, 64, 64)
     assert 2 * needed * np.prod(large) == pytest.approx(step_peak(ours, large, [1, 0.5], heads), rel=0.35)
+
+
+# --- the loss
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_voxel_of_a_larger_patch_counts_for_as_much_as_in_stock(regions):
+    stock, larger = (4, 6, 8), (8, 6, 10)
+    trainer = object.__new__(SparseTrainer)
+    trainer.label_manager = SimpleNamespace(has_regions=regions, ignore_label=None)
+    trainer.is_ddp = trainer.enable_deep_supervision = False
+    trainer.configuration_manager = SimpleNamespace(
+        batch_dice=False, patch_size=larger, configuration={KEY: {"stock": {"patch_size": stock}}}
+    )
+    losses = {larger: trainer._build_loss(), stock: super(SparseTrainer, trainer)._build_loss()}
+    gradients = []
+    for extents, loss in losses.items():
+        loss.weight_dice = 0
+        logits = torch.zeros(1, 3, *extents, dtype=torch.float64, requires_grad=True)
+        target = torch.ones(1, 3 if regions else 1, *extents, dtype=torch.float64)
+        loss(logits, target).backward()
+        gradients.append(logits.grad[0, :, 1, 2, 3])
+    torch.testing.assert_close(*gradients)
 
 
 # --- the edit
