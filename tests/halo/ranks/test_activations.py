@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from monai_memeff.halo import scatter, spatial_partition
-from monai_memeff.halo.run.ranks import activations, schedule
+from monai_memeff.halo.run.ranks import schedule
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.layers import activations
 from tests.halo.ranks.compare import captured_once, worst
 from tests.halo.ranks.threads import run_ranks
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from monai_memeff.halo.run.ranks import norm
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.layers import norm
 from monai_memeff.memory import measure_peak
 from tests.halo.ranks.threads import run_ranks
 

@@ -21,15 +21,15 @@ from monai_memeff.halo.planning.rules.base import Env, Read, Reduction, Step, Wh
 from monai_memeff.halo.planning.rules.norm import Moments, Normalize
 from monai_memeff.halo.planning.rules.random import is_random
 from monai_memeff.halo.planning.rules.windowed.convolution import DirectConvolution
-from monai_memeff.halo.run.ranks.activations import activate_in_place, same
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.executor import Task, anchored, run_in_segments, run_tasks
-from monai_memeff.halo.run.ranks.fused import FusedMoments, FusedNormalize, form_of
-from monai_memeff.halo.run.ranks.norm import Form
+from monai_memeff.halo.run.ranks.layers.activations import activate_in_place, same
+from monai_memeff.halo.run.ranks.layers.fused import FusedMoments, FusedNormalize, form_of
+from monai_memeff.halo.run.ranks.layers.norm import Form
+from monai_memeff.halo.run.ranks.layers.rims import rim_convolution
 from monai_memeff.halo.run.ranks.operators import Fetch, ReducedRun, TiledRun, WholeRun
 from monai_memeff.halo.run.ranks.parts import Part, mark, same_on_all_ranks
 from monai_memeff.halo.run.ranks.placement import Placement, move, place
-from monai_memeff.halo.run.ranks.rims import rim_convolution
 
 
 class RankPlan:

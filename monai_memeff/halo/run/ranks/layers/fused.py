@@ -13,7 +13,7 @@ import torch
 
 from monai_memeff.halo.planning.program import Program, Value
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
-from monai_memeff.halo.run.ranks.norm import Form, normalize, whole_moments
+from monai_memeff.halo.run.ranks.layers.norm import Form, normalize, whole_moments
 from monai_memeff.halo.run.ranks.placement import Placement
 
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from monai_memeff.halo.planning.program import Program, Value
 from monai_memeff.halo.run.ranks.executor import Task
-from monai_memeff.halo.run.ranks.fused import FusedNormalize
+from monai_memeff.halo.run.ranks.layers.fused import FusedNormalize
+from monai_memeff.halo.run.ranks.layers.rims import RimConvolution
 from monai_memeff.halo.run.ranks.placement import Placement
-from monai_memeff.halo.run.ranks.rims import RimConvolution
 
 _FRESH = (FusedNormalize, RimConvolution)  # their results are new tensors that their backward does not look at
 Activation = Callable[[torch.Tensor], torch.Tensor]
