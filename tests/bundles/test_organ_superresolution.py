@@ -163,15 +163,20 @@ def test_it_learns_more_than_interpolation_knows(trained: Path, organ_data: Path
 
 @pytest.mark.slow
 def test_training_goes_on_from_the_last_state(trained: Path, organ_data: Path, tmp_path: Path) -> None:
+    """To the number of epochs that are asked for, with the learning rate of the next one; the best score is known."""
     shutil.copy(trained / "models" / "last.pt", tmp_path / "last.pt")
     before = torch.load(tmp_path / "last.pt", weights_only=True)
-    run_here(
-        [TRAIN], dataset_dir=str(organ_data), ckpt_dir=str(tmp_path), max_epochs=1, resume=True, **CELLS, **FINE_NET
-    )
+    epochs = before["scheduler"]["last_epoch"]
+    options = {"dataset_dir": str(organ_data), "ckpt_dir": str(tmp_path), "resume": True, **CELLS, **FINE_NET}
+    run_here([TRAIN], max_epochs=epochs + 1, **options)
     after = torch.load(tmp_path / "last.pt", weights_only=True)
     steps = [float(state["optimizer"]["state"][0]["step"]) for state in (before, after)]
-    assert steps == [50, 52]
+    assert steps[1] - steps[0] == after["trainer"]["epoch_length"]
     assert after["scheduler"]["last_epoch"] == before["scheduler"]["last_epoch"] + 1
+    assert after["best"] == before["best"]
+    run_here([TRAIN], max_epochs=epochs + 1, **options)  # it is done already
+    again = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert again["scheduler"] == after["scheduler"]
 
 
 @pytest.mark.slow

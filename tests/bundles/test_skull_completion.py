@@ -167,7 +167,7 @@ def trained(skull_bundle: Path, heads: Path) -> Path:
 
 def test_training_writes_the_best_and_the_last_state(trained: Path) -> None:
     best, last = (torch.load(trained / "models" / f"{n}.pt", weights_only=True) for n in ("model", "last"))
-    assert set(last) == {"model", "optimizer"}
+    assert set(last) == {"model", "optimizer", "trainer", "validator", "best"}
     assert last["optimizer"]["param_groups"][0]["amsgrad"] is True
     assert {k: v.shape for k, v in best.items()} == {k: v.shape for k, v in last["model"].items()}
 
@@ -179,7 +179,7 @@ def test_training_goes_on_from_the_last_state(trained: Path, heads: Path, tmp_pa
     newest = max((trained / "models").glob("last_checkpoint*.pt"), key=lambda file: file.stat().st_mtime_ns)
     assert torch.load(newest, weights_only=True)["optimizer"]["state"][0]["step"] == 2
     (tmp_path / "last_checkpoint_epoch=2.pt").write_bytes(newest.read_bytes())  # all that a killed training leaves
-    options = {**SMALL, **TINY, "max_epochs": 1, "batch_size": 1, "resume": True}
+    options = {**SMALL, **TINY, "max_epochs": 3, "batch_size": 1, "resume": True}
     run_here([TRAIN], dataset_dir=str(heads), ckpt_dir=str(tmp_path), **options)
     after = torch.load(tmp_path / "last.pt", weights_only=True)
     steps = [state["optimizer"]["state"][0]["step"] for state in (before, after)]
