@@ -53,6 +53,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "RandVoxelDropout": {"p": 0.5},
     "RandomSphere": {"radius": 1.0},
     "SaveAgreementd": {"keys": "pred"},
+    "CheckSameGridd": {"keys": ["image", "label"]},
     "SliceUNet": {**CHANNELS, "channels": (2, 4)},
     "SparseConv3d": CHANNELS,
     "SparseConvTranspose3d": CHANNELS,

@@ -39,6 +39,7 @@ ACCEPTED: dict[str, str] = {
     "percentile": "0 1.5",
     "pixdim": ANY,  # MONAI's Spacing keeps an axis whose number is not positive
     "sphere_center": ANY,
+    "unannotated": "-1 0",
     "weights": POSITIVE,
     "CoarseToSparseUNet.dilation": "0",
     "DownsampleMask.pixdim": "",

@@ -106,7 +106,7 @@ SEQUENCES: dict[str, Callable[[], Callable[[], float]]] = {
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_counts_outside_of_the_modules_goes_on_as_in_plain_calls(name: str) -> None:
     """Every call makes a plan of its own: forward runs once for each."""
     network, same, x, inferer = Draws(SEQUENCES[name]), Draws(SEQUENCES[name]), volume(), SpatialPartitionInferer(3)

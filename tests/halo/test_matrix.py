@@ -11,7 +11,7 @@ from tests.halo.study import study
 
 
 @pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if e.fast])
-@pytest.mark.slow
+@pytest.mark.long
 def test_networks_in_parts(name: str, tmp_path: Path) -> None:
     row = study(ENTRIES[name], tmp_path, [(0, 3)], more=False)
     assert row.exact == 1, row.refused

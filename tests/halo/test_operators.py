@@ -113,7 +113,7 @@ DEPEND_ON_DATA: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", UNLISTED)
 def test_operators_that_nobody_listed(name: str) -> None:
     x = x_of()

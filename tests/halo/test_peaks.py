@@ -30,7 +30,7 @@ def known(name: str) -> tuple[nn.Module, torch.Tensor, Plan]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("partitions", "share"), [(3, None), ("auto", 2), ("auto", 4), ("auto", 6)])
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_planned_peak_bounds_the_measured_one(name: str, partitions: int | str, share: int | None) -> None:
     network, x, one = known(name)
     budget = None if share is None else one.peak_bytes // share

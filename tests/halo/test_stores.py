@@ -94,7 +94,7 @@ def mapped(process: int, folder: Path) -> int:
     return sum(str(folder) in line for line in Path(f"/proc/{process}/maps").read_text().splitlines())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", FOREVER, str(tmp_path)])

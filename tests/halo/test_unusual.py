@@ -251,7 +251,7 @@ class Random(nn.Module):
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU, Random])
-@pytest.mark.slow
+@pytest.mark.long
 def test_random_numbers_are_the_same_under_any_cut(layer: Callable[[], nn.Module]) -> None:
     network, x = nn.Sequential(small_conv(3), layer(), small_conv(3)).double().train(), x_of() + 1
     before = torch.get_rng_state()

@@ -52,7 +52,7 @@ def expected(model: Path, image: Path) -> np.ndarray:
         {"labels": REGIONS, "regions_class_order": (1, 2, 3)},
     ],
 )
-@pytest.mark.slow
+@pytest.mark.long
 def test_labels_are_those_of_nnunet_on_the_whole_image(settings: Any, image: Path, tmp_path: Path) -> None:
     model = TrialModel(**{**SMALL, **settings}).write(tmp_path / "model")
     label = tmp_path / "label.nii.gz"

@@ -39,7 +39,7 @@ def _whole(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"patch": (8, 8), "mirroring": (0, 1)}, (5, 11, 14)),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.long
 def test_labels_are_those_of_the_network_on_the_whole_image(tmp_path: Path, settings: Any, shape: Any) -> None:
     model = TrialModel(**{"labels": LABELS, "patch": (8, 8, 8), "features": (4, 6, 6), **settings})
     predictor = predictor_of(model.write(tmp_path))

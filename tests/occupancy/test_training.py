@@ -195,7 +195,7 @@ def test_classes_are_scored_one_by_one_and_absent_ones_left_out() -> None:
 
 @pytest.mark.parametrize("own_points", [True, False], ids=["transform", "drawn on the device"])
 @pytest.mark.parametrize("variant", ["c", "interpolated"])
-@pytest.mark.slow
+@pytest.mark.long
 def test_monais_trainer_learns_a_ball(own_points: bool, variant: str) -> None:
     shape = (16, 16, 16)
     network = OccupancyNet(1, 1, volume_shape=shape, channels=(4, 8), variant=variant, width=16)

@@ -81,7 +81,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("mesh", [((2,), (0,)), ((3, 2), (0, 1))], ids=["1D", "2D"])
-@pytest.mark.slow
+@pytest.mark.long
 def test_layer_equals_the_whole(name: str, mesh: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     torch.manual_seed(1)
     network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), LAYERS[name])
@@ -96,7 +96,7 @@ WINDOWS = [
 
 
 @pytest.mark.parametrize(("kernel", "stride", "dilation", "groups"), WINDOWS)
-@pytest.mark.slow
+@pytest.mark.long
 def test_rims_add_what_the_window_would_hold(
     kernel: int, stride: int, dilation: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,7 +88,7 @@ def test_a_mesh_of_two_by_two(name: str) -> None:
     ((8, 8, 20), (3,), (2,)),  # uneven
     ((8, 8, 8), (7,), None),  # empty parts at every level but the first
 ])  # fmt: skip
-@pytest.mark.slow
+@pytest.mark.long
 def test_few_rows_per_part(name: str, space: Sequence[int], spatial: Sequence[int], axes: Any) -> None:
     assert worst(made(NETWORKS[name]), [volume(1, 1, *space)], spatial, axes) < 1e-10
 
@@ -158,7 +158,7 @@ KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_python_code_sees_is_the_whole(kind: str) -> None:
     network = Calls(KINDS[kind]).double()
     x = volume(1, 1, 14, 6, 5)
