@@ -64,7 +64,7 @@ def padded() -> BasicUNet:
     return BasicUNet(features=(4, 4, 8, 8, 8, 4)).eval()  # pads its skips
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("build", [unet, padded], ids=["UNet", "BasicUNet"])
 def test_halo_keeps_every_budget(build: Any) -> None:
@@ -80,7 +80,7 @@ def test_halo_keeps_every_budget(build: Any) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_recurrent_network_is_predicted(training: bool) -> None:
     network = CLSTMUNet(channels=(4, 8), hidden_channels=2, out_channels=3, norm="instance").train(training)
     shape = (1, 1, 12, 16, 49)
@@ -96,7 +96,7 @@ def test_a_recurrent_network_is_predicted(training: bool) -> None:
     assert found.peak_bytes == pytest.approx(peak, rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_slabs_shrink_to_a_budget() -> None:
     network = CLSTMUNet(channels=(4, 8), hidden_channels=2, out_channels=3, norm="instance").eval()
     shape = (1, 1, 12, 16, 24)
@@ -126,7 +126,7 @@ def test_a_network_of_points_is_predicted_or_bounded(training: bool) -> None:
         assert peak <= found.peak_bytes
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_points_shrink_to_a_budget() -> None:
     network = Balls(1, 3, channels=(4, 8)).eval()
     free = estimate_network(network, SHAPE, system="occupancy").peak_bytes
@@ -137,7 +137,7 @@ def test_points_shrink_to_a_budget() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sparse_network_is_predicted_at_the_images_occupancy(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("monai_memeff.sparse.estimate.ENOUGH", 2**18)
     torch.manual_seed(0)

@@ -35,7 +35,7 @@ def roots(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.mark.parametrize(("bundle", "overlay"), list(cases()))
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_table_says_what_happens(bundle: str, overlay: str, roots: dict[str, Path]) -> None:
     assert verdict(roots[bundle], overlay) == TABLE[bundle, overlay]
 

@@ -60,7 +60,7 @@ def killed(seconds: float, action: Callable[..., object], *arguments: object) ->
     assert process.exitcode in (0, -signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_studies_are_whole_or_absent_and_the_rest_is_done_later(tmp_path: Path) -> None:
     bundle, inputs = small_bundle(tmp_path / "bundle", inferer__roi_size=[16, 16, 16]), tmp_path / "in"
     inputs.mkdir()
