@@ -28,10 +28,6 @@ from monai_memeff.halo.planning.state.counters import Counters
 from monai_memeff.halo.planning.state.escapes import Escapes
 from monai_memeff.memory.untouched import as_it_was, bare, home
 
-# Entered here once: torch 2.11 crashes when a thread enters a mode after the first thread that did has ended.
-with FakeTensorMode():
-    pass
-
 
 def _fake(leaf: Any, mode: FakeTensorMode, device: torch.device) -> Any:
     if not isinstance(leaf, torch.Tensor):
