@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (  # read in torch 2.6 to 2.14
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
     UnsupportedFakeTensorException,
 )
 from torch.nn.parameter import is_lazy
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from monai_memeff.errors import InputError
+from monai_memeff.memory.fake import FakeMode
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 from monai_memeff.memory.untouched import as_it_was, home
 
@@ -55,7 +55,7 @@ class DryRun:
     kept_bytes: int = 0
 
 
-class DryMode(FakeTensorMode):
+class DryMode(FakeMode):
     """Tensors without memory; checks of values pass (:func:`monai_memeff.checks.has_values`).
 
     A small tensor that is made of numbers alone keeps its values: ``torch.arange(2, x.dim()).tolist()`` in a loss

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # read in torch 2.6 to 2.14
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
@@ -26,10 +25,11 @@ from monai_memeff.halo.planning.state.averages import without_reading_counts
 from monai_memeff.halo.planning.state.constants import Constants
 from monai_memeff.halo.planning.state.counters import Counters
 from monai_memeff.halo.planning.state.escapes import Escapes
+from monai_memeff.memory.fake import FakeMode
 from monai_memeff.memory.untouched import as_it_was, bare, home
 
 
-def _fake(leaf: Any, mode: FakeTensorMode, device: torch.device) -> Any:
+def _fake(leaf: Any, mode: FakeMode, device: torch.device) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     with mode:
@@ -134,7 +134,7 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
     network = bare(network)
     require_capturable(network)
     flat, spec = flatten_call(tuple(args), dict(kwargs or {}))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeMode(allow_non_fake_inputs=True)
     device = home(network)
     with _python_dispatch._disable_current_modes():  # a caller's meter is not to count what is never allocated
         fake_args, fake_kwargs = unflatten([_fake(leaf, mode, device) for leaf in flat], spec)
