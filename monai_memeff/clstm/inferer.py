@@ -17,7 +17,7 @@ from monai_memeff.checks import as_device, check_tensor
 from monai_memeff.clstm.slabs import check_that_slabs_continue
 from monai_memeff.clstm.sweep import Sweep
 from monai_memeff.clstm.target import SlabTarget
-from monai_memeff.memory.stream import same_stream
+from monai_memeff.memory.threads import same_stream
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 

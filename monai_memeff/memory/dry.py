@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from monai_memeff.errors import InputError
-from monai_memeff.memory.fake import FakeMode
+from monai_memeff.memory.threads import FakeMode
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 from monai_memeff.memory.untouched import as_it_was, home
 
@@ -118,7 +118,7 @@ def dry_run(
         InputError: the network's parameters have no shapes yet.
         Exception: whatever the step raises; :func:`needs_values` tells whether a real step may succeed.
     """
-    tracker, mode = StorageTracker("meta", count_older=False), DryMode(allow_non_fake_inputs=True)
+    tracker, mode = StorageTracker("meta", count_older=False), DryMode()
     with (
         _python_dispatch._disable_current_modes(),  # a caller's meter is not to count what is never allocated
         _quiet(),

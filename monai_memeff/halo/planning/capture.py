@@ -25,7 +25,7 @@ from monai_memeff.halo.planning.state.averages import without_reading_counts
 from monai_memeff.halo.planning.state.constants import Constants
 from monai_memeff.halo.planning.state.counters import Counters
 from monai_memeff.halo.planning.state.escapes import Escapes
-from monai_memeff.memory.fake import FakeMode
+from monai_memeff.memory.threads import FakeMode
 from monai_memeff.memory.untouched import as_it_was, bare, home
 
 
@@ -134,7 +134,7 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
     network = bare(network)
     require_capturable(network)
     flat, spec = flatten_call(tuple(args), dict(kwargs or {}))
-    mode = FakeMode(allow_non_fake_inputs=True)
+    mode = FakeMode()
     device = home(network)
     with _python_dispatch._disable_current_modes():  # a caller's meter is not to count what is never allocated
         fake_args, fake_kwargs = unflatten([_fake(leaf, mode, device) for leaf in flat], spec)

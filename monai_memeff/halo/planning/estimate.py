@@ -18,7 +18,7 @@ from monai_memeff.halo.planning.rules.remember import Remembering
 from monai_memeff.halo.planning.rules.windowed.kernels import DRY
 from monai_memeff.halo.planning.schedule import Job, Schedule
 from monai_memeff.halo.planning.tile import Worker, compile_tile
-from monai_memeff.memory.fake import FakeMode
+from monai_memeff.memory.threads import FakeMode
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 
 META = torch.device("meta")
@@ -228,7 +228,7 @@ def dry_peak(network: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> in
     """Activation bytes that the plain network needs at once in inference, by a dry run of its own forward."""
     tracker = StorageTracker("meta", count_older=False)
     device = home(network)
-    mode = FakeMode(allow_non_fake_inputs=True)
+    mode = FakeMode()
     with _python_dispatch._disable_current_modes(), torch.no_grad(), mode, Watcher(tracker):
         network(torch.empty(tuple(shape), dtype=dtype, device=device))
     tracker.close()

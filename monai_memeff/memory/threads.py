@@ -1,18 +1,35 @@
-"""The mode of tensors without memory, entered so that it outlives the thread that entered it first."""
+"""What torch leaves to each thread: CUDA's device and stream, and the stand-in for a device that is not there."""
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode  # read in torch 2.6 to 2.14
 
-_held = not torch.__version__ < (2, 14)
+_owned = not torch.__version__ < (2, 14)
+
+
+def same_stream(device: torch.device | None = None) -> Callable[[], AbstractContextManager[object]]:
+    """What another thread enters to work in order with this one.
+
+    Args:
+        device: Device of the stream; default this thread's current CUDA device.
+
+    Returns:
+        Makes a context with this thread's stream, and its device the current one; one that does nothing where CUDA is
+        not in use or ``device`` is another kind of device.
+    """
+    if not torch.cuda.is_initialized() or (device is not None and device.type != "cuda"):
+        return nullcontext
+    stream = torch.cuda.current_stream(device)
+    return lambda: torch.cuda.stream(stream)
 
 
 class FakeMode(FakeTensorMode):
-    """`FakeTensorMode`, safe in threads that end.
+    """The mode of tensors without memory, which real ones may join; safe in threads that end.
 
     Where CUDA finds no device, entering a mode registers a stand-in for CUDA's device guard with the whole process.
     Releases before 2.14 (read and disassembled in 2.11) let the thread that entered first own it: when that thread
@@ -20,15 +37,15 @@ class FakeMode(FakeTensorMode):
     a process that is forked later keeps the stand-in, because no destructor of another thread runs in it.
     """
 
-    def __init__(self, **options: Any) -> None:
-        _hold_device_guard()
-        super().__init__(**options)
+    def __init__(self) -> None:
+        _own_device_guard()
+        super().__init__(allow_non_fake_inputs=True)
 
 
-def _hold_device_guard() -> None:
+def _own_device_guard() -> None:
     """Enter a mode once, in a thread that lasts; two threads that come at once start two of them, and both last."""
-    global _held
-    if _held:
+    global _owned
+    if _owned:
         return
     if threading.current_thread() is threading.main_thread():
         _enter()
@@ -36,7 +53,7 @@ def _hold_device_guard() -> None:
         entered = threading.Event()
         threading.Thread(target=_enter_and_stay, args=(entered,), name="device guard", daemon=True).start()
         entered.wait()
-    _held = True
+    _owned = True
 
 
 def _enter() -> None:
