@@ -11,12 +11,19 @@ import pytest
 import torch
 
 from monai_memeff.sparse import backends
-from tests.benchmarks.gpu_day import SECTIONS, Day, run_for, run_sections
+from tests.benchmarks.gpu_day import SECTIONS, Day, run_sections
+from tests.benchmarks.gpu_day_sections import run_for
 from tests.benchmarks.supervised import supervise
 
+LONG = ("lean",)
 
-@pytest.mark.parametrize("section", [name for name in SECTIONS if name != "convolutions"])
-@pytest.mark.slow
+
+def marked(section: str) -> object:
+    """The section as a parameter with its mark."""
+    return pytest.param(section, marks=pytest.mark.long if section in LONG else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("section", [marked(name) for name in SECTIONS if name != "convolutions"])
 def test_a_section_runs_dry(section: str, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     failed = run_sections(Day(torch.device("cuda"), True), [section], 5, rows)

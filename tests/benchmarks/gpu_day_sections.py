@@ -1,0 +1,341 @@
+"""Sections of the script for the day a GPU is there: each yields its rows as soon as they are known."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GPU_TESTS = ("tests/test_on_gpu.py", "tests/halo", "tests/sparse/networks", "tests/memory", "tests/occupancy")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Day:
+    """Where and how large: the sizes of `--toy` are for a CPU."""
+
+    device: torch.device
+    toy: bool
+    organs: Path | None = None
+    organs_seconds: float = 60.0
+
+    @property
+    def captured(self) -> torch.device:
+        """Where networks live that are captured as a graph."""
+        return torch.device("cpu") if self.toy else self.device
+
+    def size(self, full: int, toy: int = 16) -> int:
+        """An extent of this day."""
+        return toy if self.toy else full
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if not self.toy:
+            torch.cuda.synchronize()
+
+    def measure(self, work: Callable[[], Any]) -> tuple[Any, Row]:
+        """The result of some work, its seconds and its peak."""
+        if not self.toy:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        before = 0 if self.toy else torch.cuda.memory_allocated()
+        self.synchronize()
+        start = time.perf_counter()
+        result = work()
+        self.synchronize()
+        seconds = time.perf_counter() - start
+        peak = 0 if self.toy else torch.cuda.max_memory_allocated() - before
+        return result, {"seconds": round(seconds, 3), "peak_gib": round(peak / 2**30, 3)}
+
+
+def tests(day: Day) -> Iterator[Row]:
+    """The tests that use a GPU, in several processes."""
+    if day.toy:
+        yield {"skipped": "a dry run does not run tests in tests"}
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--maxfail=20"]
+    command += ["-n", "10"] if importlib.util.find_spec("xdist") else []
+    command += ["-m", "not exhaustive", *GPU_TESTS]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        status = run_for(command, 100, stdout=output, stderr=subprocess.STDOUT)
+        output.seek(0)
+        lines = output.read().splitlines()
+    yield {
+        "status": "stopped after 100 s" if status is None else status,
+        "summary": lines[-1][-300:] if lines else "",
+        "failed": [x for x in lines if x.startswith(("FAILED", "E  "))],
+    }
+
+
+def run_for(command: list[str], seconds: float, **streams: Any) -> int | None:
+    """The exit status of a command, None where it was stopped with all that it had started."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # where nothing is installed
+    environment = {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams) as process:
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None
+
+
+def plain_unet(features: tuple[int, ...] = (16, 32, 64, 128), classes: int = 4) -> nn.Module:
+    """nnU-Net's plain U-Net, or one of torch's own layers where its package is missing."""
+    try:
+        from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    except ImportError:
+        from monai.networks.nets.unet import UNet
+
+        return UNet(3, 1, classes, features, (2,) * (len(features) - 1), num_res_units=2)
+    depth = len(features)
+    convs, strides, kernels = [2] * depth, [1] + [2] * (depth - 1), [3] * depth
+    norm = {"norm_op": nn.InstanceNorm3d, "norm_op_kwargs": {"affine": True}}
+    act = {"nonlin": nn.LeakyReLU, "nonlin_kwargs": {"inplace": True}}
+    return PlainConvUNet(
+        1, depth, features, nn.Conv3d, kernels, strides, convs, classes, convs[1:], conv_bias=True, **norm, **act
+    )
+
+
+def faultseg_unet() -> nn.Module:
+    """A U-Net of FaultSeg3D's size: 16, 32, 64, 128 features, one output channel, no norm."""
+    from monai.networks.nets.basic_unet import BasicUNet
+
+    return BasicUNet(3, 1, 1, (16, 32, 64, 128, 256, 16), act=("relu", {"inplace": True}), norm=("batch", {}))
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions without TF32, so that a difference is a difference."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def exact(day: Day) -> Iterator[Row]:
+    """Streaming against the whole on one card: largest difference, peak and seconds."""
+    from monai_memeff.halo import SpatialPartitionInferer
+
+    n = day.size(256, 32)
+    volume = torch.randn(1, 1, n, n - 8, n - 16)
+    for name, make in (("plain", plain_unet), ("faultseg", faultseg_unet)):
+        torch.manual_seed(0)
+        network = make().to(day.captured).eval()
+        with torch.no_grad(), full_precision():
+            on_device = volume.to(day.captured)
+            whole, row = day.measure(lambda net=network, x=on_device: net(x).cpu())
+            yield {"network": name, "shape": list(volume.shape), "parts": 1, **row}
+            for parts in (8, 16):
+                inferer = SpatialPartitionInferer(parts)
+                inferer(volume, network)
+                found, row = day.measure(lambda net=network, run=inferer: run(volume, net))
+                yield {
+                    "network": name,
+                    "shape": list(volume.shape),
+                    "parts": parts,
+                    **row,
+                    "difference": float((found - whole).abs().max() / whole.abs().max()),
+                    **report(inferer),
+                }
+
+
+def report(inferer: Any) -> Row:
+    """The numbers of an inferer's last call."""
+    last = inferer.last_report
+    return {
+        "planned_gib": round(last.planned_peak_bytes / 2**30, 3),
+        "counted_gib": round(last.device_peak_bytes / 2**30, 3),
+        "moved_gib": round(last.moved_bytes / 2**30, 2),
+        "plan_seconds": round(last.plan_seconds, 2),
+        "tiles": last.partitions,
+    }
+
+
+def stream(day: Day) -> Iterator[Row]:
+    """Whole volumes through one card within a budget."""
+    from monai_memeff.halo import SpatialPartitionInferer
+
+    for name, make, edge, budget in (("plain", plain_unet, 512, 8), ("faultseg", faultseg_unet, 1024, 24)):
+        n = day.size(edge, 16)
+        torch.manual_seed(0)
+        network = make().to(day.captured).eval()
+        volume = torch.randn(1, 1, n, n, n)
+        inferer = SpatialPartitionInferer("auto", memory_budget=budget * 2**30, labels=True)
+        with torch.no_grad():
+            _, row = day.measure(lambda net=network, run=inferer, x=volume: run(x, net))
+        yield {"network": name, "shape": list(volume.shape), "budget_gib": budget, **row, **report(inferer)}
+
+
+def sparse(day: Day) -> Iterator[Row]:
+    """A training step of the completion network on a generated skull, engine by engine."""
+    from monai_memeff.apps.skull.phantom import HEAD_LABELS, head_phantom
+    from monai_memeff.sparse import SparseCompletionLoss, SparseCompletionNet, backends
+
+    for edge in (64, 128, 256):
+        n = day.size(edge, 16)
+        head = head_phantom((n, n, n), 256 / n)
+        skull = (head.labels == HEAD_LABELS["skull"]).float()[None, None].to(day.device)
+        for engine in ("native",) if day.toy else ("native", "triton", "spconv_triton", "spconv"):
+            try:
+                backends.use(engine)
+                torch.manual_seed(0)
+                network, loss = SparseCompletionNet().to(day.device), SparseCompletionLoss()
+
+                def step(net: nn.Module = network, criterion: nn.Module = loss, x: Tensor = skull) -> None:
+                    criterion(net(x, x), x).backward()
+
+                for _ in range(1 if day.toy else 4):
+                    step()
+                _, row = day.measure(lambda run=step: [run() for _ in range(1 if day.toy else 5)])
+                row["seconds"] = round(row["seconds"] / (1 if day.toy else 5), 4)
+                yield {"engine": engine, "edge": n, "voxels": int(skull.sum()), **row}
+            except Exception as error:  # a library fails in its own ways
+                yield {"engine": engine, "edge": n, "reason": str(error)[:200]}
+            finally:
+                backends.use(None)
+
+
+def clstm(day: Day) -> Iterator[Row]:
+    """A training step of the published C-LSTM on 512 x 512 x 320."""
+    from monai_memeff.clstm import CLSTMUNet
+
+    n, depth = day.size(512, 16), day.size(320, 4)
+    channels = (4, 8) if day.toy else (64, 128, 256, 512, 1024)
+    torch.manual_seed(0)
+    network = CLSTMUNet(3, 1, 2, channels, hidden_channels=8, norm="instance", checkpoint="slice").to(day.device)
+    volume = torch.randn(1, 1, n, n, depth)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = network(volume.to(day.device))
+        logits.float().square().mean().backward()
+
+    _, row = day.measure(step)
+    yield {"shape": list(volume.shape), **row}
+
+
+def hou(day: Day) -> Iterator[Row]:
+    """A training step of Hou's network in mixed precision on one card, at the largest edge that fits."""
+    from monai_memeff.halo.unet import FEATURES, VolumeUNet
+
+    features = (4, 8) if day.toy else FEATURES[512]
+    for edge in (256, 384, 512):
+        n = day.size(edge, 16)
+        torch.manual_seed(0)
+        network = VolumeUNet(features=features).to(day.device)
+        volume = torch.randn(1, 1, n, n, n)
+
+        def step(net: nn.Module = network, x: Tensor = volume) -> None:
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = net(x.to(day.device))
+            logits.float().mean().backward()
+
+        _, row = day.measure(step)
+        yield {"shape": list(volume.shape), "parameters": sum(p.numel() for p in network.parameters()), **row}
+        if day.toy:
+            return
+
+
+def convolutions(day: Day) -> Iterator[Row]:
+    """The table of single sparse convolutions, by its own script."""
+    engines = ("native", "triton", "spconv_triton", "spconv")
+    sizes = ("--cases", "50k", "250k", "--channels", "32", "64", "--minutes", "1", "--patience", "15")
+    yield from convolution_table(day, engines, sizes, 75)
+
+
+def ocnn(day: Day) -> Iterator[Row]:
+    """One row of the same with ocnn, whose tuner compiles a hundred kernels before its first number."""
+    sizes = ("--cases", "50k", "--channels", "32", "--dtypes", "float16", "--minutes", "1", "--patience", "100")
+    yield from convolution_table(day, ("native", "ocnn") if day.toy else ("triton", "ocnn"), sizes, 115)
+
+
+def convolution_table(day: Day, engines: tuple[str, ...], sizes: tuple[str, ...], seconds: float) -> Iterator[Row]:
+    """Its rows, and why engines have no number."""
+    options = ("--toy", "--channels", "16", "--dtypes", "float32") if day.toy else sizes
+    yield from rows_of("sparse_gpu.py", ("--engines", *engines, *options), seconds)
+
+
+def lean(day: Day) -> Iterator[Row]:
+    """Stock nnU-Net's prediction of 61 classes against lean prediction: both peaks, seconds, voxels that differ."""
+    if importlib.util.find_spec("nnunetv2") is None:
+        yield {"skipped": "nnunetv2 is not installed"}
+        return
+    sizes = (
+        "--classes",
+        "61",
+        "--output",
+        *["256"] * 3,
+        "--patch",
+        *["96"] * 3,
+        "--features",
+        "32",
+        "64",
+        "128",
+        "256",
+    )
+    toy = ("--classes", "3", "--output", *["20"] * 3, "--patch", *["16"] * 3, "--features", "2", "4")
+    where = ("--device", "cpu") if day.toy else ("--device", "cuda")
+    yield from rows_of("nnunet_lean.py", (*(toy if day.toy else sizes), "--scale", "1", *where), 115, "--record")
+
+
+ORGAN_TRAINERS = ("SparseTrainer", "nnUNetTrainer", "OccupancyTrainer", "ResEncM", "HaloTrainer", "CLSTMTrainer")
+
+
+def organs(day: Day) -> Iterator[Row]:
+    """The organ comparison, a trainer at a time, on data that `nnunet_organs.py prepare` has made."""
+    if day.organs is None:
+        yield {"skipped": "--organs names no folder of nnunet_organs.py"}
+        return
+    os.environ.update(nnUNet_compile="f")  # would take most of so short a training
+    for trainer in ORGAN_TRAINERS:
+        words = ("run", "--work", str(day.organs), "--trainers", trainer, "--device", day.device.type)
+        yield from rows_of("nnunet_organs.py", (*words, "--seconds", str(day.organs_seconds)), 4 * day.organs_seconds)
+
+
+def rows_of(script: str, options: tuple[str, ...], seconds: float, rows_to: str = "--jsonl") -> Iterator[Row]:
+    """The rows that a script of this folder has written when it ends or is stopped, and what it says is missing."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows, said, errors = (Path(folder) / name for name in ("rows.jsonl", "said.txt", "errors.txt"))
+        command = [sys.executable, str(ROOT / "tests/benchmarks" / script), *options, rows_to, str(rows)]
+        with said.open("w") as output, errors.open("w") as trouble:
+            status = run_for(command, seconds, stdout=output, stderr=trouble)
+        for line in rows.read_text("utf-8").splitlines() if rows.exists() else ():
+            yield json.loads(line)
+        for line in said.read_text("utf-8").splitlines():
+            if line.startswith("# ") and (" left out" in line or " no number" in line):
+                yield {"missing": line[2:]}
+        if status != 0:
+            why = f"stopped after {seconds:g} s" if status is None else errors.read_text("utf-8")[-600:]
+            yield {"reason": why}
+
+
+SECTIONS: dict[str, tuple[Callable[[Day], Iterator[Row]], int]] = {
+    "exact": (exact, 60),
+    "stream": (stream, 60),
+    "tests": (tests, 110),
+    "sparse": (sparse, 60),
+    "clstm": (clstm, 60),
+    "hou": (hou, 60),
+    "lean": (lean, 120),
+    "convolutions": (convolutions, 80),
+    "ocnn": (ocnn, 120),
+    "organs": (organs, 150),
+}
+"""Name -> what it does, and the seconds that must be left for it to begin; after twice as many it is stopped."""
