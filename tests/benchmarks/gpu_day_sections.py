@@ -21,7 +21,20 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GPU_TESTS = ("tests/test_on_gpu.py", "tests/halo", "tests/sparse/networks", "tests/memory", "tests/occupancy")
+GPU_TESTS = (
+    "tests/test_on_gpu.py",
+    "tests/halo/test_on_cuda.py",
+    "tests/halo/ranks/test_for_gpus.py",
+    "tests/memory",
+    "tests/occupancy/test_octree_inferer.py",
+    "tests/sparse/test_inferer.py",
+    "tests/sparse/core/test_for_gpus.py",
+    "tests/sparse/backends",
+    "tests/geometry/test_key_lists.py",
+)
+TESTS_STOP = 150
+"""Seconds for them."""
+
 Row = dict[str, Any]
 
 
@@ -68,17 +81,17 @@ def tests(day: Day) -> Iterator[Row]:
     if day.toy:
         yield {"skipped": "a dry run does not run tests in tests"}
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--maxfail=20"]
-    command += ["-n", "10"] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["-n", "14"] if importlib.util.find_spec("xdist") else []
     command += ["-m", "not exhaustive", *GPU_TESTS]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        status = run_for(command, 100, stdout=output, stderr=subprocess.STDOUT)
+        status = run_for(command, TESTS_STOP, stdout=output, stderr=subprocess.STDOUT)
         output.seek(0)
         lines = output.read().splitlines()
     yield {
-        "status": "stopped after 100 s" if status is None else status,
+        "status": f"stopped after {TESTS_STOP} s" if status is None else status,
         "summary": lines[-1][-300:] if lines else "",
-        "failed": [x for x in lines if x.startswith(("FAILED", "E  "))],
+        "failed": [x[:300] for x in lines if x.startswith(("FAILED", "ERROR", "E  ", "[gw"))][:80],
     }
 
 
@@ -329,7 +342,7 @@ def rows_of(script: str, options: tuple[str, ...], seconds: float, rows_to: str 
 SECTIONS: dict[str, tuple[Callable[[Day], Iterator[Row]], int]] = {
     "exact": (exact, 60),
     "stream": (stream, 60),
-    "tests": (tests, 110),
+    "tests": (tests, 160),
     "sparse": (sparse, 60),
     "clstm": (clstm, 60),
     "hou": (hou, 60),
