@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from monai_memeff.checks import as_device, check_tensor
 from monai_memeff.clstm.slabs import check_that_slabs_continue
 from monai_memeff.clstm.sweep import Sweep
 from monai_memeff.clstm.target import SlabTarget
+from monai_memeff.memory.budget import refusing_when_full
 from monai_memeff.memory.threads import same_stream
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
@@ -129,12 +131,14 @@ class SlabInferer(Inferer):
         slabs, here = self._cut(volume, network.axis), next(network.parameters()).device
         sweep = self._new_sweep(network, tuple(volume.shape) if device == here else None)
         if self.memory_budget is not None:  # slabs of the size that fits: nothing is joined
-            slab = min(self.slab, sweep.fit(slabs[0].to(here)))
+            with _refusing_when_full(here):
+                slab = min(self.slab, sweep.fit(slabs[0].to(here)))
             slabs = list(volume.as_subclass(Tensor).split(slab, dim=2 + network.axis))
         for result in self._stream(slabs, network, device, sweep):
             if whole is None:
                 shape = (*result.shape[:2], *volume.shape[2:])
-                whole = torch.empty(shape, dtype=result.dtype, device=device)
+                with _refusing_when_full(device):
+                    whole = torch.empty(shape, dtype=result.dtype, device=device)
             length = result.shape[2 + network.axis]
             whole.narrow(2 + network.axis, first, length).copy_(result)
             first += length
@@ -164,7 +168,8 @@ class SlabInferer(Inferer):
                     "a bidirectional network walks over the slabs twice: give a sequence (a list, NiftiSlabs), not an "
                     f"iterator that can be read once ({type(slabs).__name__})."
                 )
-            ends = self._states_before(slabs, network, sweep)
+            with _refusing_when_full(sweep.device):
+                ends = self._states_before(slabs, network, sweep)
         return self._results(slabs, network, device or self.device or torch.device("cpu"), ends, sweep)
 
     def _states_before(self, slabs: Sequence[Tensor], network: Any, sweep: Sweep) -> list[Any]:
@@ -182,11 +187,12 @@ class SlabInferer(Inferer):
     ) -> Iterator[Tensor]:
         state = None
         total = len(slabs) if isinstance(slabs, Sequence) else None
-        for slab in self._ahead(check_that_slabs_continue(slabs, network.axis), network, total, "slabs"):
-            end = _moved(ends.pop(), slab.device) if ends else None
-            with torch.no_grad():
-                result, state = sweep(slab, state, end, device)
-            yield result
+        with _refusing_when_full(sweep.device):
+            for slab in self._ahead(check_that_slabs_continue(slabs, network.axis), network, total, "slabs"):
+                end = _moved(ends.pop(), slab.device) if ends else None
+                with torch.no_grad():
+                    result, state = sweep(slab, state, end, device)
+                yield result
 
     def _ahead(self, slabs: Iterable[Tensor], network: nn.Module, total: int | None, name: str) -> Iterator[Tensor]:
         """The slabs on the network's device, some of them fetched while others are computed."""
@@ -209,6 +215,11 @@ class SlabInferer(Inferer):
                     return
                 yield slab
                 bar.update()
+
+
+def _refusing_when_full(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """For what lies on the device beside the slices at work: slabs fetched ahead, states, results."""
+    return refusing_when_full("a slab with what waits beside it", device, "free some, or take a smaller slab or plane")
 
 
 def _slabs_of(inputs: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from monai_memeff.checks import check_logits
 from monai_memeff.errors import InputError
-from monai_memeff.memory.budget import fitting_part, measured_part, ran_out
+from monai_memeff.memory.budget import fitting_part, lacking, measured_part, ran_out
 
 
 class Trial(NamedTuple):
@@ -92,8 +92,8 @@ class Sweep:
         depth = part.shape[2 + self.network.axis]
         if depth == 1:
             raise InputError(
-                f"one slice of {tuple(part.shape)} is more than the memory of {self.device} holds for this network: "
-                "take a smaller plane or network, or another device"
+                f"one slice of {tuple(part.shape)} {lacking(error, self.device)}: free some, take a smaller plane or "
+                "network, or another device"
             ) from error
         self.limit = -(-depth // 2)
 

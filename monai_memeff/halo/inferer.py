@@ -28,6 +28,7 @@ from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.halo.planning.state.fingerprint import call_key, fingerprint, mode_key
 from monai_memeff.halo.run.stores import FolderStore, HostStore, Store, available_memory
 from monai_memeff.halo.run.stream import Stream
+from monai_memeff.memory.budget import refusing_when_full
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 _LOG = logging.getLogger(__name__)
@@ -191,8 +192,9 @@ class SpatialPartitionInferer(Inferer):
         try:
             self._calls += 1
             seed = torch.initial_seed() + self._calls
-            stream = Stream(plan, network, store, bar.update if bar is not None else None, seed)
-            whole = stream(*call)
+            with refusing_when_full("the network beside its weights", device, "free some, or take another device"):
+                stream = Stream(plan, network, store, bar.update if bar is not None else None, seed)
+                whole = stream(*call)
         finally:
             if bar is not None:
                 bar.close()

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 
 import torch
 
 from monai_memeff.errors import InputError
 from monai_memeff.memory.meter import measure_peak
+
+_FULL = (  # how libraries of kernels and the host say that memory ran out
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this computation",  # cuDNN, where no engine's workspace fits
+    "DefaultCPUAllocator",
+)
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_SIZE = r"([\d.]+) (bytes|KiB|MiB|GiB)"
+_NUMBERS = {  # what torch's messages say
+    "wanted": rf"[Tt]ried to allocate {_SIZE}",
+    "held": rf"{_SIZE} is allocated by PyTorch",
+    "capacity": rf"total capacity of {_SIZE}",
+    "free": rf"of which {_SIZE} is free",
+    "allowed": rf"{_SIZE} allowed",  # to this process
+}
 
 
 def fitting_part(
@@ -35,7 +55,12 @@ def fitting_part(
     """
     part, best, least = min(first, largest), 0, None
     while True:
-        needed = peak(part)
+        try:
+            needed = peak(part)
+        except RuntimeError as error:  # the device has less than the budget
+            if not best or not _says_full(error):
+                raise
+            break
         if needed + kept(part) <= budget:
             best = part
         least = min(least or needed + kept(part), needed + kept(part))
@@ -51,13 +76,63 @@ def fitting_part(
     return best
 
 
-def ran_out(error: RuntimeError, device: torch.device) -> bool:
+def ran_out(error: BaseException, device: torch.device) -> bool:
     """Whether an error says that a device had too little memory; its unused cache is given back then."""
-    if not isinstance(error, torch.OutOfMemoryError):
+    if not _says_full(error):
         return False
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return True
+
+
+def _says_full(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _FULL)
+
+
+def lacking(error: BaseException, device: torch.device) -> str:
+    """What work that ran out of memory needed, and what there was: the end of a sentence, with bytes where known."""
+    said = {name: _bytes(re.search(words, str(error))) for name, words in _NUMBERS.items()}
+    if device.type == "cuda" and torch.cuda.is_available():  # kernels of libraries say no numbers
+        free, capacity = torch.cuda.mem_get_info(device)
+        known = {"capacity": capacity, "free": free, "held": torch.cuda.memory_allocated(device)}
+        said = {name: known.get(name) if found is None else found for name, found in said.items()}
+    held, wanted, there, free = (said[name] for name in ("held", "wanted", "capacity", "free"))
+    if held is None and wanted is None:
+        return f"needs more than the memory of {device}"
+    needs = f"needs {(held or 0) + (wanted or 0)} bytes of {device} or more"
+    if there is None or free is None:
+        return needs
+    if said["allowed"] is not None:
+        there, free = said["allowed"], min(free, max(0, said["allowed"] - (held or 0)))
+    return f"{needs}, which has {there} bytes, {free} of them free"
+
+
+@contextlib.contextmanager
+def refusing_when_full(what: str, device: torch.device, way_out: str) -> Iterator[None]:
+    """Refuse in one line what has no smaller parts, where the block runs out of a device's memory.
+
+    Args:
+        what: begins the line: it "needs so many bytes".
+        device: where the block works.
+        way_out: ends the line.
+
+    Raises:
+        InputError: it names the bytes that were needed and those that are there.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out(error, device):
+            raise
+        raise InputError(f"{what} {lacking(error, device)}: {way_out}") from error
+
+
+def _bytes(found: re.Match[str] | None) -> int | None:
+    """Bytes of a number as torch prints it, with two decimals of a unit: the least that it can stand for."""
+    if found is None:
+        return None
+    unit = _UNITS[found[2]]
+    return int(found[1]) if unit == 1 else int((float(found[1]) - 0.005) * unit)
 
 
 def measured_part(run: Callable[[int], object], device: torch.device) -> Callable[[int], int]:

@@ -11,7 +11,9 @@ from monai_memeff.checks import check_logits
 from monai_memeff.errors import InputError
 from monai_memeff.geometry import index_to_unit, sample_at
 from monai_memeff.memory import measure_peak
-from monai_memeff.memory.budget import fitting_part, measured_part, ran_out
+from monai_memeff.memory.budget import fitting_part, lacking, measured_part, ran_out, refusing_when_full
+
+_WAY_OUT = "free some, take a coarser grid, or another device"
 
 
 class PointEvaluator:
@@ -48,10 +50,11 @@ class PointEvaluator:
         self._budget, self._limit = memory_budget, 0
         self.coarse: Tensor | None = None
         if not self._plain:
-            self._volume = volume.to(self._device)
-            self._latent = self._encode(memory_budget)
-            if hasattr(network, "coarse_logits"):
-                self.coarse = self._checked_coarse(network.coarse_logits(self._latent))
+            with refusing_when_full(f"a look at the whole volume of {self._shape}", self._device, _WAY_OUT):
+                self._volume = volume.to(self._device)
+                self._latent = self._encode(memory_budget)
+                if hasattr(network, "coarse_logits"):
+                    self.coarse = self._checked_coarse(network.coarse_logits(self._latent))
 
     def logits(self, voxels: Tensor) -> Tensor:
         """The network's logits (N, K) at (N, 3) voxels, in as many passes as memory needs.
@@ -69,9 +72,7 @@ class PointEvaluator:
             if not ran_out(error, self._device):
                 raise
             if len(voxels) == 1:
-                raise InputError(
-                    f"one point is more than the memory of {self._device} holds beside the volume"
-                ) from error
+                raise InputError(f"one point beside the volume {lacking(error, self._device)}: {_WAY_OUT}") from error
         self._limit = -(-len(voxels) // 2)
         return self.logits(voxels)
 

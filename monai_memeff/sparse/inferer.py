@@ -13,7 +13,7 @@ from monai_memeff.arguments import numbers_checked
 from monai_memeff.checks import as_device, check_logits
 from monai_memeff.errors import InputError
 from monai_memeff.memory import measure_peak
-from monai_memeff.memory.budget import ran_out
+from monai_memeff.memory.budget import lacking, ran_out, refusing_when_full
 from monai_memeff.sparse.core.tensor import SparseTensor
 
 
@@ -67,7 +67,9 @@ class SparseInferer(Inferer):
         bare = getattr(network, "module", network)
         device = self.device or next(bare.parameters()).device
         if isinstance(inputs, SparseTensor):
-            return network(inputs.to(device), *args, **kwargs)
+            what = f"a SparseTensor of {len(inputs.features)} voxels"
+            with refusing_when_full(what, device, "take fewer, or give it more memory"):
+                return network(inputs.to(device), *args, **kwargs)
         if not (hasattr(bare, "sparsify") and hasattr(bare, "densify")):
             raise TypeError(
                 f"SparseInferer needs a network with the methods sparsify and densify, got {type(bare).__name__}; "
@@ -80,7 +82,7 @@ class SparseInferer(Inferer):
                 if not ran_out(error, device):
                     raise
                 if len(inputs) < 2 or bare.training:
-                    raise InputError(_too_much(inputs, f"the memory of {device}")) from error
+                    raise InputError(_too_much(inputs, lacking(error, device))) from error
         # each volume has its own parts of what is passed on only where nothing else is
         if args or kwargs or (bare.training and len(inputs) > 1):
             raise InputError(
@@ -100,9 +102,11 @@ class SparseInferer(Inferer):
         except RuntimeError as error:
             if not ran_out(error, device):
                 raise
-            raise InputError(_too_much(item, f"the memory of {device}")) from error
+            raise InputError(_too_much(item, lacking(error, device))) from error
         if meter.peak_bytes > self.memory_budget:
-            raise InputError(_too_much(item, f"memory_budget = {self.memory_budget}, it took {meter.peak_bytes}"))
+            raise InputError(
+                _too_much(item, f"needs more than memory_budget = {self.memory_budget}, it took {meter.peak_bytes}")
+            )
         return dense
 
     def _dense(
@@ -121,9 +125,9 @@ class SparseInferer(Inferer):
         return convert_to_dst_type(dense, inputs, dtype=dense.dtype, device=dense.device)[0]
 
 
-def _too_much(volume: Tensor, bound: str) -> str:
+def _too_much(volume: Tensor, needs: str) -> str:
     active = int((volume != 0).any(1).sum())
     return (
-        f"a volume of {tuple(volume.shape[2:])} voxels with {active} that are not 0 needs more than {bound}: crop it, "
-        "take a coarser grid, or raise the bound"
+        f"a volume of {tuple(volume.shape[2:])} voxels with {active} that are not 0 {needs}: crop it, take a "
+        "coarser grid, or give it more memory"
     )

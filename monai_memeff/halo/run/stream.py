@@ -22,7 +22,7 @@ from monai_memeff.halo.planning.schedule import Job
 from monai_memeff.halo.planning.tile import Worker
 from monai_memeff.halo.run.copies import to_device
 from monai_memeff.halo.run.stores import Store
-from monai_memeff.memory.budget import ran_out
+from monai_memeff.memory.budget import lacking, ran_out
 from monai_memeff.memory.meter import CUDAPeakMeter
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 
@@ -145,7 +145,8 @@ class Stream:
         base = estimate.kept_bytes()[self.schedule.jobs.index(job)]
         raise InputError(
             f"{value.where}: {value.operator} needs {base + estimate.job(job, job.rows)} bytes of {self.env.device} "
-            f"even in {job.rows} tiles, and they are not free: free them, take a smaller volume, or another device"
+            f"even in {job.rows} tiles, and they are not free (with all else, the work "
+            f"{lacking(error, self.env.device)}): free them, take a smaller volume, or another device"
         ) from error
 
     def _written(self, index: int, whole: torch.Tensor) -> None:
