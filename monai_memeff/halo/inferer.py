@@ -29,6 +29,7 @@ from monai_memeff.halo.planning.state.fingerprint import call_key, fingerprint, 
 from monai_memeff.halo.run.stores import FolderStore, HostStore, Store, available_memory
 from monai_memeff.halo.run.stream import Stream
 from monai_memeff.memory.budget import refusing_when_full
+from monai_memeff.memory.threads import one_at_a_time
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 _LOG = logging.getLogger(__name__)
@@ -168,6 +169,7 @@ class SpatialPartitionInferer(Inferer):
         self.last_report = replace(self.last_report, padded_to=size)
         return _with_meta(answer, inputs)
 
+    @one_at_a_time
     def _taken(self, network: nn.Module, inputs: torch.Tensor) -> tuple[int, ...] | None:
         """Larger extents at which the network runs, None for the volume's own."""
         own, key = tuple(inputs.shape[2:]), (fingerprint(network), mode_key(), tuple(inputs.shape), inputs.dtype)
@@ -234,6 +236,7 @@ class SpatialPartitionInferer(Inferer):
     def _store(self, device: torch.device) -> Store:
         return HostStore(device) if self.store == "host" else FolderStore(Path(self.store))
 
+    @one_at_a_time
     def _plan(
         self, network: nn.Module, call: Any, flat: list[Any], device: torch.device, program: Program | None = None
     ) -> Plan:

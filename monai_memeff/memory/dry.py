@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from monai_memeff.errors import InputError
-from monai_memeff.memory.threads import FakeMode
+from monai_memeff.memory.threads import FakeMode, one_at_a_time
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 from monai_memeff.memory.untouched import as_it_was, home
 
@@ -98,6 +98,7 @@ class MultiplicationCounter(TorchDispatchMode):
         return result
 
 
+@one_at_a_time
 def dry_run(
     network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, step: Callable[[Tensor], Any], training: bool
 ) -> DryRun:

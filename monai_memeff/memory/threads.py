@@ -1,15 +1,40 @@
-"""What torch leaves to each thread: CUDA's device and stream, and the stand-in for a device that is not there."""
+"""Threads: what of torch only one may use at a time, what is each one's own, and what outlives none of them."""
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode  # read in torch 2.6 to 2.14
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_alone = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a fork waits, so that a new process finds everything as it was
+    os.register_at_fork(before=_alone.acquire, after_in_parent=_alone.release, after_in_child=_alone.release)
+
 _owned = not torch.__version__ < (2, 14)
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """The function; while one that is marked so runs, other threads wait.
+
+    A network is looked at on tensors without memory by such functions only: `torch.export` and dry runs change the
+    network and parts of torch as long as they last.
+    """
+
+    @functools.wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _alone:
+            return function(*args, **kwargs)
+
+    return alone
 
 
 def same_stream(device: torch.device | None = None) -> Callable[[], AbstractContextManager[object]]:

@@ -1,13 +1,20 @@
-"""Modes of tensors without memory in threads that end: the process goes on, in every torch release."""
+"""Networks looked at on tensors without memory in several threads: in threads that end, and at once."""
 
 from __future__ import annotations
 
+import copy
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import monai_memeff
+from monai_memeff.halo import SpatialPartitionInferer
+from monai_memeff.memory import estimate_network
 from tests.processes import run_module
 
 FOLDER = Path(monai_memeff.__file__).parent
@@ -75,3 +82,24 @@ def test_threads_that_end(first: str, second: str, tmp_path: Path) -> None:
 def test_every_mode_of_the_package_is_such_a_mode() -> None:
     own = [p for p in FOLDER.rglob("*.py") if "FakeTensorMode" in p.read_text("utf-8")]
     assert own == [FOLDER / "memory" / "threads.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
+def test_threads_at_once(shared: bool) -> None:
+    own = [nn.Sequential(nn.Conv3d(1, 2 + i, 3, padding=1), nn.InstanceNorm3d(2 + i)).double() for i in range(3)]
+    expected, inferer = copy.deepcopy(own), SpatialPartitionInferer(partitions=2)
+
+    def run(i: int) -> None:
+        which, volume = 0 if shared else i, torch.randn(1, 1, 5 + i, 4, 3, dtype=torch.float64)
+        found = (inferer if shared else SpatialPartitionInferer(partitions=2))(volume, own[which])
+        torch.testing.assert_close(found, expected[which](volume).detach())
+        assert estimate_network(own[which], volume.shape).peak_bytes >= found.nbytes
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # else a thread may be done before the next one starts
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(run, range(3)))
+    finally:
+        sys.setswitchinterval(interval)

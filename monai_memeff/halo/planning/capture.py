@@ -25,7 +25,7 @@ from monai_memeff.halo.planning.state.averages import without_reading_counts
 from monai_memeff.halo.planning.state.constants import Constants
 from monai_memeff.halo.planning.state.counters import Counters
 from monai_memeff.halo.planning.state.escapes import Escapes
-from monai_memeff.memory.threads import FakeMode
+from monai_memeff.memory.threads import FakeMode, one_at_a_time
 from monai_memeff.memory.untouched import as_it_was, bare, home
 
 
@@ -117,6 +117,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@one_at_a_time
 def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Program:
     """Capture a network at the shapes of its arguments.
 

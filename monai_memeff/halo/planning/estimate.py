@@ -18,7 +18,7 @@ from monai_memeff.halo.planning.rules.remember import Remembering
 from monai_memeff.halo.planning.rules.windowed.kernels import DRY
 from monai_memeff.halo.planning.schedule import Job, Schedule
 from monai_memeff.halo.planning.tile import Worker, compile_tile
-from monai_memeff.memory.threads import FakeMode
+from monai_memeff.memory.threads import FakeMode, one_at_a_time
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 
 META = torch.device("meta")
@@ -65,6 +65,7 @@ class Estimate:
             found += _form(rows, self.schedule.bound.layouts[index].rows)
         return tuple(found)
 
+    @one_at_a_time
     def tile(self, job: Job, box: Box) -> int:
         """Peak bytes of one tile."""
         key = (job.index, self._signature(job, box))
@@ -224,6 +225,7 @@ def _fewest(estimate: Estimate, job: Job, base: int, limit: int, most: int) -> b
         tiles = min(max(tiles + 1, guess), most)
 
 
+@one_at_a_time
 def dry_peak(network: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> int:
     """Activation bytes that the plain network needs at once in inference, by a dry run of its own forward."""
     tracker = StorageTracker("meta", count_older=False)

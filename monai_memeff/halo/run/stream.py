@@ -24,6 +24,7 @@ from monai_memeff.halo.run.copies import to_device
 from monai_memeff.halo.run.stores import Store
 from monai_memeff.memory.budget import lacking, ran_out
 from monai_memeff.memory.meter import CUDAPeakMeter
+from monai_memeff.memory.threads import one_at_a_time
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 
 
@@ -53,6 +54,7 @@ class Stream:
         self.wholes: dict[int, torch.Tensor] = {}
         self._read_state(bare(network))
 
+    @one_at_a_time
     def _read_state(self, network: nn.Module) -> None:
         state = dict(network.named_parameters(remove_duplicate=False))
         state.update(network.named_buffers(remove_duplicate=False))

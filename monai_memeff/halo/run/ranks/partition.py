@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,11 +19,11 @@ from monai_memeff.halo.run.ranks.agreement import agreed_parts, digest
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.parts import Part
 from monai_memeff.halo.run.ranks.schedule import RankPlan
+from monai_memeff.memory.threads import one_at_a_time
 
 _KEPT = 8  # plans per network: training, validation and a few shapes
 _MARK = "_memeff_partition"
 _SKIPPED = frozenset(("_parameters", "_buffers", *calls.ROUTED, _MARK))  # tensors are found by name at every call
-_CAPTURE = threading.Lock()  # torch.export patches global state
 
 
 class _Partition:
@@ -76,6 +75,7 @@ class _Partition:
         plan = self._plan(traits, leaves, spec, parts)
         return plan.run(self.network, leaves, self.segments)
 
+    @one_at_a_time
     def _plan(self, traits: Any, leaves: Sequence[Any], spec: Any, parts: Sequence[Part | None]) -> RankPlan:
         described = [_described(leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
         seen = fingerprint(self.network, _SKIPPED)
@@ -84,7 +84,7 @@ class _Partition:
             _check_sharding(self.network)
             whole = [_whole(leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
             args, kwargs = tree_unflatten(whole, spec)
-            with _CAPTURE, calls.plain(self.network):
+            with calls.plain(self.network):
                 program = capture(self.network, args, kwargs)
             plan = RankPlan(program, self.mesh, parts)
             if seen != fingerprint(self.network, _SKIPPED):  # forward changes what the next call sees
