@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from monai_memeff.arguments import check_count, numbers_checked
 from monai_memeff.checks import check_finite, check_tensor
+from monai_memeff.memory.budget import refusing_when_full
 from monai_memeff.occupancy.evaluator import PointEvaluator, labels_of
 from monai_memeff.occupancy.octree import NodeGrid, default_stride, node_counts, refine
 from monai_memeff.occupancy.report import OctreeReport, summed
@@ -130,7 +131,11 @@ class OctreeInferer(Inferer):
         if args or kwargs:
             raise TypeError("OctreeInferer passes no further arguments to the network; bind them beforehand.")
         check_tensor(inputs, "OctreeInferer")
-        volume = inputs.as_subclass(Tensor)
+        with refusing_when_full("the octree of a volume", inputs.device, "free some, or take a smaller volume"):
+            result = self._infer(inputs.as_subclass(Tensor), network)
+        return convert_to_dst_type(result, inputs, dtype=result.dtype, device=result.device)[0]
+
+    def _infer(self, volume: Tensor, network: nn.Module | Callable[[Tensor], Tensor]) -> Tensor:
         _check_volume(volume)
         results, reports = [], []
         for item in volume.split(1):
@@ -140,8 +145,7 @@ class OctreeInferer(Inferer):
             seconds = time.perf_counter() - began
             reports.append(search.report(seconds, search.disagreement() if self.compare_dense else None))
         self.last_report = summed(reports)
-        result = torch.stack(results) if len(results) > 1 else results[0][None]
-        return convert_to_dst_type(result, inputs, dtype=result.dtype, device=result.device)[0]
+        return torch.stack(results) if len(results) > 1 else results[0][None]
 
 
 class _Search:

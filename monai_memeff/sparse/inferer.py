@@ -126,7 +126,8 @@ class SparseInferer(Inferer):
 
 
 def _too_much(volume: Tensor, needs: str) -> str:
-    active = int((volume != 0).any(1).sum())
+    planes = volume.as_subclass(Tensor).transpose(0, 2)  # a plane at a time: memory may just have run out
+    active = sum(int((plane != 0).any(0).sum()) for plane in planes)
     return (
         f"a volume of {tuple(volume.shape[2:])} voxels with {active} that are not 0 {needs}: crop it, take a "
         "coarser grid, or give it more memory"

@@ -16,6 +16,7 @@ from monai_memeff.errors import InputError
 from monai_memeff.halo import NotPartitionableError, SpatialPartitionInferer
 from monai_memeff.halo.planning.tile import Worker
 from monai_memeff.memory import measure_peak
+from monai_memeff.memory.budget import fitting_part
 from monai_memeff.occupancy import OccupancyNet, OctreeInferer
 from monai_memeff.sparse import SparseInferer, SparseUNet
 
@@ -217,6 +218,13 @@ def test_sparse_volumes_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "forward", out_of_memory(network.forward, 0, lambda tensor: tensor.batch_size))
     with pytest.raises(InputError, match=r"needs \d+ bytes of cpu or more, which has \d+ bytes, \d+ of them"):
         SparseInferer()(volume[:1], network)
+
+
+def test_a_budget_that_is_not_there_ends_at_the_part_that_ran_out() -> None:
+    peak = out_of_memory(lambda part: 8 * part, 5, lambda part: part)
+    assert fitting_part(100, peak, 10**9, "slices") == 4
+    with pytest.raises(torch.OutOfMemoryError):
+        fitting_part(100, peak, 10**9, "slices", first=8)
 
 
 @pytest.mark.parametrize("kind", [SlabInferer])
