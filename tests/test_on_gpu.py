@@ -29,6 +29,8 @@ from tests.oracles import assert_tensors_agree, asymmetric, fill_asymmetric
 
 CPU, TRUE_GPU = torch.device("cpu"), torch.cuda.is_available()
 SHAPE = (2, 1, 16, 8, 24)
+ROUNDING = 1e-8
+"""The bias before a norm has no gradient but what rounding leaves of large terms, and a GPU adds them otherwise."""
 
 
 def clstm(**options: object) -> nn.Module:
@@ -79,7 +81,8 @@ def a_step(network: nn.Module, device: torch.device) -> dict[str, Tensor]:
     assert x.device.type == device.type
     (result * asymmetric(result.shape).to(result.device)).sum().backward()
     assert x.grad is not None
-    return {"result": result.detach().cpu(), "x": x.grad.cpu(), **gradients(network)}
+    found = {"result": result.detach().cpu(), "x": x.grad.cpu(), **gradients(network)}
+    return {name: torch.where(value.abs() < ROUNDING, 0.0, value) for name, value in found.items()}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

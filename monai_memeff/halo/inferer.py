@@ -28,6 +28,7 @@ from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.halo.planning.state.fingerprint import call_key, fingerprint, mode_key
 from monai_memeff.halo.run.stores import FolderStore, HostStore, Store, available_memory
 from monai_memeff.halo.run.stream import Stream
+from monai_memeff.memory.bound import bounded
 from monai_memeff.memory.budget import refusing_when_full
 from monai_memeff.memory.threads import one_at_a_time
 
@@ -92,8 +93,9 @@ class SpatialPartitionInferer(Inferer):
         labels: True gives a label for every voxel instead of logits, written part by part: `logit > 0` of one channel,
             else the arg-max, (B, 1, spatial...) uint8 (int16 from 257 classes on). "regions" gives `logit > 0` of every
             channel, (B, C, spatial...) uint8, for regions that overlap.
-        memory_budget: bytes for activations on the device; by default 70 % of a GPU's free memory. On a CPU, where the
-            store shares the memory, half of what is free, less what the store needs.
+        memory_budget: bytes for activations on the device; by default 70 % of a GPU's free memory. A GPU's allocator
+            gives this process no more, to 40 MiB, while the work lasts. On a CPU, where the store shares the memory,
+            half of what is free, less what the store needs.
         progress: show a progress bar.
         pad: True puts zeros around a volume whose extents the network itself does not take or rounds up, to the next
             multiples it takes, says so in a log line, and crops the results. Other volumes are not padded, nor are
@@ -196,7 +198,8 @@ class SpatialPartitionInferer(Inferer):
             seed = torch.initial_seed() + self._calls
             with refusing_when_full("the network beside its weights", device, "free some, or take another device"):
                 stream = Stream(plan, network, store, bar.update if bar is not None else None, seed)
-                whole = stream(*call)
+                with bounded(device, self.memory_budget):
+                    whole = stream(*call)
         finally:
             if bar is not None:
                 bar.close()

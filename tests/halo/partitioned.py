@@ -80,7 +80,7 @@ def difference(actual: Any, expected: Any) -> float:
             continue
         if a.shape != b.shape or a.dtype != b.dtype:
             return float("inf")
-        a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a.detach(), b.detach()))
+        a, b = (t.cpu().to(torch.complex128 if t.is_complex() else torch.float64) for t in (a.detach(), b.detach()))
         same = (a == b) | (torch.isnan(a) & torch.isnan(b))
         scale = b[torch.isfinite(b)].abs().max().clamp(min=1e-6) if torch.isfinite(b).any() else torch.ones(())
         apart = torch.where(same, torch.zeros((), dtype=a.dtype), a - b).abs()

@@ -10,7 +10,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from monai_memeff.halo import SpatialPartitionInferer
+from monai_memeff.halo.run.pinned import locked
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
+from monai_memeff.memory import measure_peak
 from tests.halo.matrix import ENTRIES
 from tests.halo.networks import NETWORKS
 from tests.halo.partitioned import clones, difference, try_settings
@@ -49,6 +51,33 @@ def test_a_volume_on_the_host(name: str, store: str, tmp_path: Path) -> None:
     inferer = SpatialPartitionInferer(3, store=tmp_path if store == "folder" else store, device=GPU)
     found = inferer(args[0], network.to(GPU), *moved(args[1:], GPU))
     assert difference(moved(found, torch.device("cpu")), expected) < 1e-8
+
+
+@pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
+@pytest.mark.parametrize("name", ["UNet instance", "BasicUNet", "ResidualEncoderUNet", "SegResNetDS"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_a_budget_is_a_promise(name: str, share: float, precision: torch.dtype) -> None:
+    network = made(NETWORKS[name]).to(GPU, precision).eval()
+    x = torch.randn(1, 1, 192, 160, 128, device=GPU, dtype=precision)
+    network(x[:, :, :64])  # libraries keep workspaces from their first use on
+    with measure_peak(GPU) as meter:
+        expected = network(x)
+    inferer = SpatialPartitionInferer(memory_budget=int(share * meter.peak_bytes))
+    found = inferer(x.cpu(), network)
+    assert difference(found, expected) < (1e-9 if precision == torch.float64 else 1e-4)
+    report = inferer.last_report
+    assert report is not None
+    assert report.device_peak_bytes <= inferer.memory_budget
+    assert report.planned_peak_bytes <= inferer.memory_budget
+
+
+def test_memory_that_cannot_be_locked_is_used_as_it_is() -> None:
+    block = torch.zeros(2**20, dtype=torch.uint8)
+    assert locked(block)
+    assert not locked(block)  # it is already
+    assert int(torch.ones(3, device=GPU).sum()) == 3  # no error is left behind
+    assert int(torch.cuda.cudart().cudaHostUnregister(block.data_ptr())) == 0
 
 
 @pytest.mark.parametrize("name", list(BOTH))

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from monai_memeff.halo import SpatialPartitionInferer
-from monai_memeff.halo.run import stores
+from monai_memeff.halo import SpatialPartitionInferer, plan
+from monai_memeff.halo.run import pinned, stores
 from tests.halo.kinds import small_conv
 from tests.halo.partitioned import difference, plain
 
@@ -82,7 +82,7 @@ def test_too_little_host_memory_is_refused_before_the_run(monkeypatch: pytest.Mo
 FOREVER = """
 import sys, torch
 from torch import nn
-from monai_memeff.halo import SpatialPartitionInferer
+from monai_memeff.halo import SpatialPartitionInferer, plan
 network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 1, 3, padding=1))
 while True:
     SpatialPartitionInferer(8, store=sys.argv[1])(torch.randn(1, 1, 64, 64, 64), network)
@@ -114,3 +114,59 @@ def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     network, x = net(), torch.randn(1, 2, 24, 16, 16)
     assert difference(SpatialPartitionInferer(3, store=tmp_path)(x, network), plain(network, (x,))) < 1e-5
+
+
+class Locks:
+    """CUDA's runtime as far as it locks memory."""
+
+    def __init__(self, works: bool) -> None:
+        self.status, self.held = 0 if works else 2, dict[int, int]()
+
+    def cudaHostRegister(self, address: int, nbytes: int, _: int) -> int:  # noqa: N802 CUDA's name
+        """Lock."""
+        if self.status == 0:
+            self.held[address] = nbytes
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> None:  # noqa: N802 CUDA's name
+        """Unlock; fails for what is not locked."""
+        del self.held[address]
+
+
+@pytest.fixture
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Locks:
+    found = Locks(request.param)
+    monkeypatch.setattr(pinned, "_runtime", lambda: found)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return found
+
+
+@pytest.mark.parametrize("locks", [True, False], indirect=True)
+def test_locked_memory_is_used_again_when_no_view_of_it_is_left(locks: Locks) -> None:
+    store = stores.HostStore(torch.device("cuda"))
+    store.reserve(1000)
+    first = store.allocate((2, 50), torch.float32)
+    row, address = first[1], first.data_ptr()
+    del first
+    second = store.allocate((100,), torch.float32)
+    assert second.data_ptr() != address  # a row of the first is in use
+    del row
+    third = store.allocate((50, 4), torch.float16)
+    assert third.data_ptr() == address
+    assert locks.held == ({address: 400, second.data_ptr(): 400} if locks.status == 0 else {})
+    del second
+    fourth = store.allocate((300,), torch.bfloat16)  # more than 1000 bytes with the block that nobody uses
+    assert locks.held == ({address: 400, fourth.data_ptr(): 600} if locks.status == 0 else {})
+    assert store.allocate((3, 0), torch.bfloat16).shape == (3, 0)
+    del store, third
+    assert list(locks.held.values()) == ([600] if locks.status == 0 else [])
+    fourth.fill_(1)
+    del fourth
+    assert not locks.held
+
+
+def test_a_plan_for_a_gpu_counts_the_workspace_of_convolutions() -> None:
+    network = nn.Conv3d(2, 3, 3, padding=1)
+    here, there = (plan(network, (1, 2, 8, 8, 8), device=device).peak_bytes for device in ("meta", "cuda"))
+    x, y = 2 * 8**3 * 4, 3 * 8**3 * 4
+    assert (here, there) == (x + y, 2 * (x + y))

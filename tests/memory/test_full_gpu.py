@@ -48,7 +48,7 @@ CASES = {
     "slabs": Case(
         SlabInferer(slab=16),
         lambda: CLSTMUNet(channels=(8, 16), hidden_channels=4, out_channels=3),
-        (1, 1, 192, 160, 40),
+        (1, 1, 384, 352, 40),
         (1, 1, 16, 12, 20),
     ),
     "octree": Case(
@@ -60,7 +60,7 @@ CASES = {
     "slabs in a budget that is not there": Case(
         SlabInferer(slab=16, memory_budget=2**40),
         lambda: CLSTMUNet(channels=(8, 16), hidden_channels=4, out_channels=3),
-        (1, 1, 192, 160, 40),
+        (1, 1, 384, 352, 40),
         (1, 1, 16, 12, 20),
     ),
     "octree in a budget that is not there": Case(

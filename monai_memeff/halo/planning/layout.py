@@ -12,7 +12,7 @@ A layout only says how a tensor is sliced. Any choice is correct; a good one is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -126,7 +126,11 @@ def narrow(tensor: torch.Tensor, layout: Layout, have: Box, want: Box) -> torch.
     return tensor
 
 
-def put(whole: torch.Tensor, layout: Layout, box: Box, part: torch.Tensor, non_blocking: bool = False) -> None:
+Write = Callable[[torch.Tensor, torch.Tensor], object]
+"""Writes the values of the second tensor into the first, which may be a view of several strides."""
+
+
+def put(whole: torch.Tensor, layout: Layout, box: Box, part: torch.Tensor, write: Write = torch.Tensor.copy_) -> None:
     """Write the rows `box` into a whole contiguous tensor."""
     sizes: list[int] = []
     view = whole.view([n for dim in layout.dims for n, _ in dim])
@@ -134,7 +138,7 @@ def put(whole: torch.Tensor, layout: Layout, box: Box, part: torch.Tensor, non_b
         if axis >= 0:
             view = view.narrow(d, box[axis][0], box[axis][1] - box[axis][0])
         sizes.append(view.shape[d])
-    view.copy_(part.reshape(sizes), non_blocking=non_blocking)
+    write(view, part.reshape(sizes))
 
 
 def _stride(layout: Layout, axis: int) -> tuple[int, int, int]:

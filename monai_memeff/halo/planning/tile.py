@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from monai_memeff.halo.planning.layout import Box, Layout, crop, length, put, source_box
+from monai_memeff.halo.planning.layout import Box, Layout, Write, crop, length, put, source_box
 from monai_memeff.halo.planning.rules.base import Env, Read, Reduction, State, Step
 from monai_memeff.halo.planning.schedule import Job, Schedule
 
@@ -100,11 +100,13 @@ class Worker:
         schedule: what is stored and kept.
         load: reads rows of a stored, kept, input or state value onto the device.
         env: device and seed.
+        write: writes rows into a place of a whole.
     """
 
     schedule: Schedule
     load: Load
     env: Env
+    write: Write = torch.Tensor.copy_
 
     def tile(self, job: Job, box: Box, whole: torch.Tensor | None, states: dict[int, State]) -> torch.Tensor | None:
         """Compute one tile: write it to `whole`, add it to the states of the job's reductions.
@@ -125,7 +127,7 @@ class Worker:
             self._feed(tap, rows, box, states)
         if whole is None:
             return rows
-        put(whole, bound.layouts[job.index], box, rows, non_blocking=rows.device.type == "cuda")
+        put(whole, bound.layouts[job.index], box, rows, self.write)
         return None
 
     def _feed(self, index: int, rows: torch.Tensor, box: Box, states: dict[int, State]) -> None:

@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 
+from monai_memeff.halo.run.pinned import PinnedBlocks
+
 
 class Store(Protocol):
     """Gives out whole tensors; one is given back by forgetting it."""
@@ -25,14 +27,15 @@ class Store(Protocol):
 
 
 class HostStore:
-    """Host memory, pinned if the device is a GPU.
+    """Host memory, locked if the device is a GPU.
 
     Args:
         device: where the tiles are computed.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._pin = device.type == "cuda"
+        self._locks = device.type == "cuda"
+        self._blocks = PinnedBlocks(0)
 
     def reserve(self, nbytes: int) -> None:
         """Raise MemoryError if the machine has less free memory than that."""
@@ -42,10 +45,11 @@ class HostStore:
                 f"The store needs {nbytes} bytes of host memory but {free} are free; "
                 "give store= a folder on a local disk."
             )
+        self._blocks = PinnedBlocks(nbytes)
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in host memory."""
-        return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._pin)
+        return self._blocks.allocate(shape, dtype) if self._locks else torch.empty(tuple(shape), dtype=dtype)
 
 
 class FolderStore:

@@ -20,7 +20,7 @@ from monai_memeff.halo.planning.program import Ref, check_memory, flatten_call
 from monai_memeff.halo.planning.rules.base import Env, Reduction, State
 from monai_memeff.halo.planning.schedule import Job
 from monai_memeff.halo.planning.tile import Worker
-from monai_memeff.halo.run.copies import to_device
+from monai_memeff.halo.run.copies import to_device, to_store
 from monai_memeff.halo.run.stores import Store
 from monai_memeff.memory.budget import lacking, ran_out
 from monai_memeff.memory.meter import CUDAPeakMeter
@@ -119,7 +119,7 @@ class Stream:
 
     def _tiles(self, job: Job, whole: torch.Tensor | None) -> tuple[torch.Tensor | None, dict[int, State]]:
         """Compute a job's tiles; returns the last if it is kept, and the states of the reductions."""
-        worker, states, kept = Worker(self.schedule, self.load, self.env), dict[int, State](), None
+        worker, states, kept = Worker(self.schedule, self.load, self.env, to_store), dict[int, State](), None
         most, count = job.rows, 0
         for lo, hi in job.cuts():
             while True:

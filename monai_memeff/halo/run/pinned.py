@@ -1,0 +1,73 @@
+"""Host memory that a GPU reads and writes directly, given out in whole tensors and used again."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class PinnedBlocks:
+    """Locked blocks of the exact size; one that no tensor uses any more is given to the next tensor of that size.
+
+    torch's own pinned memory is rounded up to powers of two and never given back to the system. Where the system locks
+    no memory it is used as it is, and copies are slower.
+
+    Args:
+        limit: bytes that may be held at once; blocks that nobody uses are given back before more is taken.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held = limit, 0
+        self._unused: list[torch.Tensor] = []
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of any content."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not nbytes:
+            return torch.empty(tuple(shape), dtype=dtype)
+        block = self._block(nbytes)
+        handle = block.numpy()[:]  # of this tensor and its views alone: it dies with the last of them
+        weakref.finalize(handle, _give_back, weakref.ref(self), block).atexit = False
+        return torch.from_numpy(handle).view(dtype).view(tuple(shape))
+
+    def _block(self, nbytes: int) -> torch.Tensor:
+        for at, block in enumerate(self._unused):
+            if block.numel() == nbytes:
+                return self._unused.pop(at)
+        while self._unused and self._held + nbytes > self._limit:
+            self._held -= self._unused.pop().numel()
+        self._held += nbytes
+        block = torch.empty(nbytes, dtype=torch.uint8)
+        if locked(block):
+            weakref.finalize(block.untyped_storage(), _unlock, block.data_ptr()).atexit = False
+        return block
+
+
+def _give_back(blocks: weakref.ref[PinnedBlocks], block: torch.Tensor) -> None:
+    """To those who gave it out, if they are there; results may outlive them."""
+    owner = blocks()
+    if owner is not None:
+        owner._unused.append(block)
+
+
+def locked(block: torch.Tensor) -> bool:
+    """Lock the memory of a tensor; whether the system does it."""
+    if int(_runtime().cudaHostRegister(block.data_ptr(), block.numel() * block.element_size(), 0)) == 0:
+        return True
+    with contextlib.suppress(RuntimeError):  # the error stays until somebody looks
+        torch.zeros(1, device="cuda")
+    return False
+
+
+def _unlock(address: int) -> None:
+    torch.cuda.synchronize()  # copies may be on their way
+    _runtime().cudaHostUnregister(address)
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()
