@@ -194,7 +194,7 @@ def stream(day: Day) -> Iterator[Row]:
         n = day.size(edge, 16)
         torch.manual_seed(0)
         network = make().to(day.captured).eval()
-        volume = torch.randn(1, 1, n, n, n)
+        volume = torch.randn(1, 1, 1, n, n).repeat(1, 1, n, 1, 1)
         inferer = SpatialPartitionInferer("auto", memory_budget=budget * 2**30, labels=True)
         try:
             with torch.no_grad():
