@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from monai_memeff.halo import GatheredNetwork, HaloMesh, SpatialLoss, scatter, spatial_partition, unpartition
 from monai_memeff.halo.run.ranks.parts import part_of
 from nnunet_plugins.lean import switch
+from nnunet_plugins.training.halo_groups import as_processes, dice_over_groups, refuse_batch, refuse_batch_norm
 from nnunet_plugins.training.halo_processes import (
     local_device,
     mesh_of_launch,
+    share_buffers,
     share_weights,
     shared_batch,
     sum_gradients,
@@ -28,6 +30,8 @@ from nnunet_plugins.training.trainer_mixin import TrainerMixin
 
 KEY = "halo_trainer"
 """Key of a configuration in the plans: settings to change beforehand."""
+LOWEST = {"segments": 1, "processes_per_patch": 0}
+WHOLE = {0: "a number from 0 on", 1: "a positive number"}
 
 
 class HaloTrainer(TrainerMixin, nnUNetTrainer):
@@ -37,11 +41,12 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
     gradients are those of stock for the same batch, up to rounding. In one process most activations are computed a
     second time in backward and not kept. Under ``torchrun --nproc_per_node N --no-python nnUNetv2_train ...`` (or
     ``-num_gpus N``) the N processes share every patch, each with a part along the patch's longest axis; the first
-    process loads the batches. Checkpoints are stock's, under the name of nnU-Net's trainer: stock continues them
-    and predicts with them without this package, and the other way round.
+    process loads the batches. With ``processes_per_patch`` P they are N / P data-parallel groups: each draws its share
+    of the batch as the processes of stock's DDP do, and loss and gradients are those of stock in N / P processes.
+    Checkpoints are stock's, under the name of nnU-Net's trainer: stock continues them and predicts with them without
+    this package, and the other way round.
 
-    To train larger patches, set ``patch_size`` in the plans. All processes share one patch: data-parallel groups of
-    such processes are not offered.
+    To train larger patches, set ``patch_size`` in the plans.
 
     - Compile: off. Batch size, oversampling, 2D, regions, ignore label, cascade: as in stock.
     - Validation: whole images or tiles as ``MEMEFF_NNUNET`` says, leanly; the cases are dealt out to the processes.
@@ -49,9 +54,12 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
     Attributes:
         segments: Number of pieces of the network whose inputs are kept; the rest is computed again. 1 keeps everything.
             Also ``{"halo_trainer": {"segments": 8}}`` in the configuration of the plans, which goes first.
+        processes_per_patch: Number of processes of a launch that share a patch; 0: all. Also in the plans, as segments.
 
     Raises:
-        ValueError: an unknown setting in the plans, or more processes than the patch has voxels along its longest axis.
+        ValueError: an unknown setting in the plans; processes that are no multiple of ``processes_per_patch``, or more
+            that share a patch than it has voxels along its longest axis; a batch that cannot be divided among the
+            groups; batch norm in several groups.
 
     Examples:
         >>> class LeanerHaloTrainer(HaloTrainer):  # in a folder of nnUNet_extTrainer, for -tr LeanerHaloTrainer
@@ -60,6 +68,7 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
 
     settings_key = KEY
     segments = 4
+    processes_per_patch = 0
     network: Any
     grad_scaler: Any
 
@@ -72,9 +81,11 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which it inspects
     ) -> None:
         manager = PlansManager(deepcopy(plans)).get_configuration(configuration)
-        self.segments = _segments(manager.configuration.get(KEY, {}), self.segments)
+        settings = _settings(manager.configuration.get(KEY, {}))
+        self.segments = settings.get("segments", self.segments)
+        self.processes_per_patch = settings.get("processes_per_patch", self.processes_per_patch)
         patch = list(manager.patch_size)
-        self.mesh: HaloMesh = mesh_of_launch(device, patch.index(max(patch)))
+        self.mesh: HaloMesh = mesh_of_launch(device, patch.index(max(patch)), self.processes_per_patch)
         if self.mesh.size > max(patch):
             raise ValueError(f"{self.mesh.size} processes cannot share a patch of {patch}: start at most {max(patch)}.")
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -83,19 +94,34 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
             self.grad_scaler = self.grad_scaler if self.device.type == "cuda" else None
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let nnU-Net's code see one process: neither DDP nor its split of the batch is wanted."""
-        self.is_ddp, before = False, self.is_ddp
+    def _seen(self, processes: int) -> Iterator[None]:
+        """Let nnU-Net's code see a number of processes: the groups, or one, where DDP's own network is not wanted."""
+        self.is_ddp, before = processes > 1, self.is_ddp
         try:
-            yield
+            with as_processes(self.mesh, type(self)) if processes > 1 else contextlib.nullcontext():
+                yield
         finally:
             self.is_ddp = before
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        return self._seen(1)
+
+    def _set_batch_size_and_oversample(self) -> None:
+        """As stock, in as many processes as there are groups."""
+        refuse_batch(self.configuration_manager, self.mesh)
+        with self._seen(self.mesh.data):
+            super()._set_batch_size_and_oversample()
+
+    def _build_loss(self) -> Any:
+        with self._seen(self.mesh.data):
+            return super()._build_loss()
 
     def initialize(self) -> None:
         """As stock in one process, with the network in parts; every process starts from the first one's weights."""
         with self._alone():
             super().initialize()
-        share_weights(self.network, self.mesh)
+        refuse_batch_norm(self.network, self.mesh)
+        share_weights(self.network)
         spatial_partition(self.network, self.mesh, self.segments)
         self.spatial_loss = _spatial(self.loss, self.mesh)
 
@@ -108,7 +134,7 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
             super().set_deep_supervision_enabled(enabled)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """Stock's on the first process; the others get its batches."""
+        """Stock's on the first process of a group; the others get its batches."""
         if self.mesh.comm.rank == 0:
             loaders: tuple[Any, Any] = super().get_dataloaders()
             return loaders
@@ -116,20 +142,24 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
         return repeat(None), repeat(None)
 
     def train_step(self, batch: dict | None) -> dict:
-        """A step of stock on this process's part of the batch; gradients are summed before they are clipped."""
+        """A step of stock on this process's part of the batch; gradients meet before they are clipped."""
         shared = shared_batch(batch, self.mesh, self.device)
+        share_buffers(self.network, self.mesh)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext():
             output = self.network(scatter(shared["data"], self.mesh))
-            loss = self.spatial_loss(output, _cut_like(output, shared["target"], self.mesh))
+            with dice_over_groups(self.mesh):
+                loss = self.spatial_loss(output, _cut_like(output, shared["target"], self.mesh))
         return self.learn_from(loss, lambda: sum_gradients(self.network.parameters(), self.mesh))
 
     def validation_step(self, batch: dict | None) -> dict:
         """Stock's, on the gathered outputs."""
         network = self.network
+        share_buffers(network, self.mesh)
         self.network = GatheredNetwork(network, self.mesh)
         try:
-            result: dict = super().validation_step(shared_batch(batch, self.mesh, self.device))
+            with dice_over_groups(self.mesh):
+                result: dict = super().validation_step(shared_batch(batch, self.mesh, self.device))
         finally:
             self.network = network
         return result
@@ -158,6 +188,7 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Stock's with lean prediction, or whole volumes when ``MEMEFF_NNUNET=whole``; the network runs undivided."""
         unpartition(self.network)
+        share_buffers(self.network, self.mesh)
         reason = switch.refusal()
         if reason is not None:
             self.print_to_log_file(f"stock prediction in the validation: {reason}")
@@ -168,14 +199,16 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
             spatial_partition(self.network, self.mesh, self.segments)
 
 
-def _segments(settings: dict[str, Any], default: int) -> int:
-    unknown = sorted(set(settings) - {"segments"})
-    if unknown:
-        raise ValueError(f"unknown setting {unknown[0]!r} under {KEY!r} in the plans; known is segments.")
-    segments = settings.get("segments", default)
-    if not isinstance(segments, int) or segments < 1:
-        raise ValueError(f"segments under {KEY!r} in the plans must be a positive number but is {segments!r}.")
-    return segments
+def _settings(settings: dict[str, Any]) -> dict[str, int]:
+    """The settings of the plans, of which each must be a whole number from its lowest on."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{KEY!r} in the plans must hold settings by name but is {settings!r}.")
+    for name, value in settings.items():
+        if name not in LOWEST:
+            raise ValueError(f"unknown setting {name!r} under {KEY!r} in the plans; known are {', '.join(LOWEST)}.")
+        if not isinstance(value, int) or isinstance(value, bool) or value < LOWEST[name]:
+            raise ValueError(f"{name} under {KEY!r} in the plans must be {WHOLE[LOWEST[name]]} but is {value!r}.")
+    return settings
 
 
 def _spatial(loss: nn.Module, mesh: HaloMesh) -> nn.Module:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_plugins import HaloTrainer
 from nnunet_plugins.lean.trial import TrialModel
+from tests.processes import run_module
 
 ROOT = Path(__file__).parents[2]
 KINDS: dict[str, dict[str, Any]] = {
@@ -26,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "regions": {"labels": {"background": 0, "all": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": (1, 2)},
     "flat": {"labels": {"background": 0, "a": 1, "b": 2}, "patch": (16, 24)},
 }
+LAUNCHES = ["halo:2:2", "stock:2", "halo:4:2", "halo:2:1"]
 
 
 def trainer_of(kind: str, which: type, folder: Path) -> Any:
@@ -35,7 +36,10 @@ def trainer_of(kind: str, which: type, folder: Path) -> Any:
     model = TrialModel(**{"patch": (16, 20, 12), "features": (4, 6, 6), **KINDS[kind]})
     plans = model.plans() | {"continue_training": False}
     configuration = plans["configurations"][model.configuration]
-    configuration |= {"data_identifier": "trial", "batch_size": 2, "batch_dice": kind == "flat"}
+    configuration |= {"data_identifier": "trial"}
+    configuration |= (
+        {"batch_size": 3, "batch_dice": False} if kind == "labels" else {"batch_size": 2, "batch_dice": True}
+    )
     torch.manual_seed(0)
     trainer = which(plans, model.configuration, 0, model.dataset(), torch.device("cpu"))
     trainer.initialize()
@@ -43,29 +47,30 @@ def trainer_of(kind: str, which: type, folder: Path) -> Any:
     return trainer
 
 
-def batch_of(trainer: Any, kind: str, seed: int = 0) -> dict[str, Any]:
-    """A batch as nnU-Net's loaders make it."""
-    rng = torch.Generator().manual_seed(seed)
-    patch = trainer.configuration_manager.patch_size
-    data = torch.randn(2, 1, *patch, generator=rng, dtype=torch.float64)
+def batch_of(trainer: Any, kind: str, seed: int = 0, group: int = 0) -> dict[str, Any]:
+    """A batch as nnU-Net's loaders make it, of a data-parallel group."""
+    rng = torch.Generator().manual_seed(100 * group + seed)
+    patch, samples = trainer.configuration_manager.patch_size, trainer.batch_size
+    data = torch.randn(samples, 1, *patch, generator=rng, dtype=torch.float64)
     targets = []
     for scale in trainer._get_deep_supervision_scales():
         size = [round(extent * factor) for extent, factor in zip(patch, scale, strict=True)]
         if kind == "regions":
-            targets.append(torch.randint(0, 2, (2, 3, *size), generator=rng).bool())
+            targets.append(torch.randint(0, 2, (samples, 3, *size), generator=rng).bool())
         else:
             labels = 3 if kind == "flat" else 4
-            targets.append(torch.randint(0, labels, (2, 1, *size), generator=rng).to(torch.int16))
+            targets.append(torch.randint(0, labels, (samples, 1, *size), generator=rng).to(torch.int16))
     return {"data": data, "target": targets, "keys": ["a", "b"]}
 
 
-def steps(trainer: Any, kind: str, count: int = 2) -> dict[str, Any]:
+def steps(trainer: Any, kind: str, count: int = 2, batch: Callable[..., Any] = batch_of) -> dict[str, Any]:
     """Losses, the gradients of the last step, and a validation step's result."""
-    losses = [float(trainer.train_step(batch_of(trainer, kind, seed))["loss"]) for seed in range(count)]
-    gradients = {n: p.grad.numpy().copy() for n, p in trainer.network.named_parameters() if p.grad is not None}
+    losses = [float(trainer.train_step(batch(trainer, kind, seed))["loss"]) for seed in range(count)]
+    network = getattr(trainer.network, "module", trainer.network)  # in DDP
+    gradients = {n: p.grad.numpy().copy() for n, p in network.named_parameters() if p.grad is not None}
     trainer.network.eval()
     with torch.no_grad():
-        validation = trainer.validation_step(batch_of(trainer, kind, 9))
+        validation = trainer.validation_step(batch(trainer, kind, 9))
     trainer.network.train()
     return {"losses": losses, "gradients": gradients, "validation": validation}
 
@@ -124,42 +129,40 @@ def test_settings_that_are_refused(folder: Path) -> None:
             HaloTrainer(plans, "3d_fullres", 0, {}, torch.device("cpu"))
 
 
-WORKER = """
-import pickle, sys, torch
-import torch.distributed as dist
-from pathlib import Path
-from nnunet_plugins import HaloTrainer
-from tests.nnunet_plugins import test_halo_trainer as shared
-
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-build = shared.batch_of
-shared.batch_of = lambda *all: build(*all) if rank == 0 else None
-for kind in shared.KINDS:
-    trainer = shared.trainer_of(kind, HaloTrainer, folder)
-    assert trainer.is_ddp and trainer.mesh.size == 2
-    (folder / f"{kind}{rank}.pkl").write_bytes(pickle.dumps(shared.steps(trainer, kind)))
-    trainer.save_checkpoint(str(folder / f"{kind}{rank}.pth"))
-dist.barrier()
-dist.destroy_process_group()
-"""
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """What :func:`steps` gave in every process, by launch and kind; see :mod:`tests.nnunet_plugins.halo_ranks`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    folders = {f"nnUNet_{name}": str(folder) for name in ("raw", "preprocessed", "results")}
+    env = os.environ | folders | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = run_module("tests.nnunet_plugins.halo_ranks", str(folder), *LAUNCHES, folder=folder, variables=env)
+    assert done.returncode == 0, done.stdout[-2500:] + done.stderr[-5000:]
+    files = {(launch, kind): sorted(folder.glob(f"{launch}-{kind}-?.pkl")) for launch in LAUNCHES for kind in KINDS}
+    return {key: [pickle.loads(file.read_bytes()) for file in found] for key, found in files.items()}
 
 
 @pytest.mark.long
-def test_two_processes_share_a_patch(folder: Path) -> None:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore", "-c", WORKER, str(folder)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen([*command, str(rank)], env=env, cwd=ROOT, **pipes) for rank in range(2)]
-    try:
-        printed = [process.communicate(timeout=400)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(text[-2500:] for text in printed)
-    for kind in KINDS:
-        stock = steps(trainer_of(kind, nnUNetTrainer, folder), kind)
-        for rank in range(2):
-            assert_same(pickle.loads((folder / f"{kind}{rank}.pkl").read_bytes()), stock)
-        assert (folder / f"{kind}0.pth").exists()
-        assert not (folder / f"{kind}1.pth").exists()  # the first process writes
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_two_processes_share_a_patch(kind: str, folder: Path, launched: Any) -> None:
+    stock = steps(trainer_of(kind, nnUNetTrainer, folder), kind)
+    assert len(launched["halo:2:2", kind]) == 2
+    for found in launched["halo:2:2", kind]:
+        assert_same(found, stock)
+        assert found["wrote"] == (found is launched["halo:2:2", kind][0])  # the first process writes
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_groups_of_processes_train_as_the_processes_of_stock(kind: str, launched: Any) -> None:
+    """Four processes are two groups here, and two are two."""
+    stock = launched["stock:2", kind]
+    assert [found["batch_size"] for found in stock] == ([2, 1] if kind == "labels" else [1, 1])
+    assert abs(stock[0]["losses"][0] - stock[1]["losses"][0]) > 1e-3
+    for launch, parts in (("halo:4:2", 2), ("halo:2:1", 1)):
+        assert len(launched[launch, kind]) == 2 * parts
+        for rank, found in enumerate(launched[launch, kind]):
+            expected = stock[rank // parts]
+            assert_same(found, expected)
+            for name in ("batch_size", "oversample"):
+                assert found[name] == expected[name]
+            assert found["wrote"] == (rank == 0)

@@ -16,7 +16,14 @@ import torch.distributed as dist
 
 from monai_memeff.arguments import numbers_checked
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh, single_rank_mesh, split_axes
-from monai_memeff.halo.run.ranks.comm.transport import Counters, Message, PeerLostError, Pending
+from monai_memeff.halo.run.ranks.comm.transport import (
+    Communicator,
+    Counters,
+    Message,
+    PeerLostError,
+    Pending,
+    SingleRank,
+)
 
 _NAMES = ("data", "spatial")
 _SMALL, _FEW = 2**16, 8
@@ -25,11 +32,11 @@ _TOLD = 1  # the tag of such messages; halo rows have 0
 
 
 class ProcessGroupCommunicator(Counters):
-    """A spatial group of torch.distributed processes (NCCL or gloo)."""
+    """A group of torch.distributed processes (NCCL or gloo): a spatial one, or one across the data-parallel groups."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, kind: str = "spatial") -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
-        self._group = group
+        self._group, self._kind = group, kind
         self._global = [dist.get_global_rank(group, r) for r in range(self.size)]
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
@@ -38,14 +45,14 @@ class ProcessGroupCommunicator(Counters):
         ops = [dist.P2POp(dist.isend, t, self._global[p], self._group) for p, t in sends]
         ops += [dist.P2POp(dist.irecv, t, self._global[p], self._group) for p, t in receives]
         peers = sorted({p for p, _ in [*sends, *receives]})
-        with _Naming(self.rank, f"exchanging halo rows with ranks {peers}"):
+        with _Naming(self.rank, f"exchanging halo rows with ranks {peers}", self._kind):
             works = dist.batch_isend_irecv(ops) if ops else []
         return _Works(works, [t for _, t in receives], [t for _, t in sends], self.rank, peers)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the group, in place."""
         self.reductions += 1
-        with _Naming(self.rank, "summing over the spatial group"):
+        with _Naming(self.rank, f"summing over the {self._kind} group", self._kind):
             if self._told_directly(tensor):
                 tensor.copy_(torch.stack(self._told(tensor)).sum(0))  # in one order, so alike on all ranks
             else:
@@ -55,7 +62,7 @@ class ProcessGroupCommunicator(Counters):
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Tensors of all ranks, by rank."""
         self.reductions += 1
-        with _Naming(self.rank, "gathering over the spatial group"):
+        with _Naming(self.rank, f"gathering over the {self._kind} group", self._kind):
             if self._told_directly(tensor):
                 return self._told(tensor)
             tensors = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -79,8 +86,8 @@ class ProcessGroupCommunicator(Counters):
 class _Naming:
     """Turns a transport's error into one line that says what was under way."""
 
-    def __init__(self, rank: int, doing: str) -> None:
-        self._rank, self._doing = rank, doing
+    def __init__(self, rank: int, doing: str, kind: str = "spatial") -> None:
+        self._rank, self._doing, self._kind = rank, doing, kind
 
     def __enter__(self) -> None:
         return None
@@ -89,8 +96,8 @@ class _Naming:
         if isinstance(error, RuntimeError):
             text = str(error).strip().splitlines()
             raise PeerLostError(
-                f"Spatial rank {self._rank} got no answer while {self._doing}: a process ended, hung past the timeout "
-                f"or runs another configuration. Look for the first error in the other ranks' logs. "
+                f"{self._kind.capitalize()} rank {self._rank} got no answer while {self._doing}: a process ended, hung "
+                f"past the timeout or runs another configuration. Look for the first error in the other ranks' logs. "
                 f"Transport: {text[0] if text else kind.__name__}"
             ) from error
 
@@ -218,13 +225,19 @@ def process_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def broadcast_object(value: Any) -> Any:
-    """The first process's object on every process."""
-    values = [value]
-    dist.broadcast_object_list(values, 0)
+def data_communicator(mesh: HaloMesh) -> Communicator:
+    """This process's communicator with those that hold the same part in the other data-parallel groups of its mesh."""
+    return SingleRank() if mesh.data == 1 else ProcessGroupCommunicator(mesh.device_mesh.get_group("data"), "data")
+
+
+def broadcast_object(value: Any, mesh: HaloMesh) -> Any:
+    """The object of the first process of a spatial group on every process of that group."""
+    values, group = [value], mesh.device_mesh.get_group("spatial")
+    dist.broadcast_object_list(values, dist.get_global_rank(group, 0), group)
     return values[0]
 
 
-def broadcast_tensor(tensor: torch.Tensor) -> None:
-    """Fill a tensor, in place, with the first process's values."""
-    dist.broadcast(tensor, 0)
+def broadcast_tensor(tensor: torch.Tensor, mesh: HaloMesh | None = None) -> None:
+    """Fill a tensor, in place, with the values of the first process, of all or of a spatial group."""
+    group = None if mesh is None else mesh.device_mesh.get_group("spatial")
+    dist.broadcast(tensor, 0 if group is None else dist.get_global_rank(group, 0), group)
