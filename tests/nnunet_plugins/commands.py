@@ -2,9 +2,10 @@
 
 The JSON is a list of commands, each a list of words. Those with ``-device cuda`` get a fake CUDA device. A word
 ``env:NAME=VALUE`` sets a variable from then on; the word ``fails`` says that the command must raise an error, which is
-printed; ``python FILE`` runs a script. Our start-up file runs as when Python starts. nnU-Net's worker
-processes are forked, unless there is a GPU, so that they need not import everything again; and a fingerprint draws ten
-thousand intensities, not a hundred million whatever the size of the images.
+printed; ``python FILE`` runs a script; ``ranks:N`` runs the command in N forked processes that meet as torchrun's do.
+Our start-up file runs as when Python starts. nnU-Net's worker processes are forked, unless there is a GPU, so that they
+need not import everything again; and a fingerprint draws ten thousand intensities, not a hundred million whatever the
+size of the images.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -28,7 +30,10 @@ def run(command: list[str], scripts: dict[str, Any]) -> None:
     """Run one command's entry point."""
     os.environ.update(word[4:].split("=", 1) for word in command if word.startswith("env:"))
     fails = "fails" in command
-    sys.argv = [word for word in command if word != "fails" and not word.startswith("env:")]
+    sys.argv = [word for word in command if word != "fails" and not word.startswith(("env:", "ranks:"))]
+    for word in command:
+        if word.startswith("ranks:"):
+            return run_ranks([other for other in command if other != word], int(word[6:]), scripts)
     try:
         with fake_cuda_device() if "cuda" in command else contextlib.nullcontext():
             if sys.argv[0] == "python":
@@ -42,6 +47,25 @@ def run(command: list[str], scripts: dict[str, Any]) -> None:
         print("FAILED WITH", type(error).__name__, error)
     else:
         assert not fails, command
+
+
+def run_ranks(command: list[str], count: int, scripts: dict[str, Any]) -> None:
+    """Run one command in forked processes that torch.distributed lets meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+
+    def begin(rank: int) -> None:
+        os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count))
+        run(command, scripts)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=begin, args=(rank,)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert not any(process.exitcode for process in processes), command
 
 
 def draw_few_intensities() -> None:

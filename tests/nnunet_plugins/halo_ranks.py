@@ -48,7 +48,7 @@ def trained(launch: str, rank: int, world: int, folder: Path) -> None:
     def batch(*all: Any) -> Any:
         return shared.batch_of(*all, group=rank // parts) if rank % parts == 0 else None  # a group's first loads
 
-    for kind in shared.KINDS:
+    for kind in shared.LAUNCHES[launch]:
         trainer = shared.trainer_of(kind, which, folder)
         found = shared.steps(trainer, kind, batch=batch)
         found |= {"batch_size": trainer.batch_size, "oversample": trainer.oversample_foreground_percent}

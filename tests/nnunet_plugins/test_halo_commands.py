@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -24,10 +25,15 @@ from short_trainers import Short
 
 class ShortHaloTrainer(Short, HaloTrainer):
     """Stock's network."""
+
+
+class ShortGroupsTrainer(ShortHaloTrainer):
+    """Two processes share a patch, the next two another one."""
+    processes_per_patch = 2
 '''
 
 NAME = "Dataset931_Halo"
-HALO, STOCK = "ShortHaloTrainer", "ShortStockTrainer"
+HALO, STOCK, GROUPS = "ShortHaloTrainer", "ShortStockTrainer", "ShortGroupsTrainer"
 TORCHRUN = ["--standalone", "--nproc_per_node", 2, "--no-python"]
 
 
@@ -77,6 +83,22 @@ def test_two_processes_of_torchrun_train_and_validate_by_the_true_command(host: 
     checkpoint = torch.load(model_of(host, HALO) / "fold_0" / "checkpoint_final.pth", weights_only=False)
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
     assert checkpoint["current_epoch"] == 1
+
+
+@pytest.mark.long
+def test_two_groups_of_two_processes_go_on_and_validate(host: Host) -> None:
+    hand_over(host, HALO, GROUPS)
+    printed = host.run_in_one_process(["ranks:4", *train(GROUPS, "--c")], SHORT_EPOCHS="2")
+    assert printed.count("worker 0 batch_size 1") == printed.count("worker 1 batch_size 1") == 2  # stock's words
+    assert_validated(host, GROUPS)
+    before, log = sorted((model_of(host, GROUPS) / "fold_0").glob("training_log*.txt"), key=os.path.getmtime)
+    assert "Epoch 0" in before.read_text()
+    assert log.read_text().count("Epoch 1") == 1
+    checkpoint = torch.load(model_of(host, GROUPS) / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert (checkpoint["trainer_name"], checkpoint["current_epoch"]) == ("nnUNetTrainer", 2)
+    assert len(checkpoint["logging"]["train_losses"]) == 2
+    printed = host.run_in_one_process(["ranks:3", "fails", *train(GROUPS)])
+    assert "3 processes cannot be divided into groups of 2 that share a patch" in printed
 
 
 def test_stock_goes_on_then_halo_and_stock_predicts(host: Host, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_plugins import HaloTrainer
 from nnunet_plugins.lean.trial import TrialModel
+from nnunet_plugins.training.halo_groups import as_processes, refuse_batch, refuse_batch_norm
 from tests.processes import run_module
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "regions": {"labels": {"background": 0, "all": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": (1, 2)},
     "flat": {"labels": {"background": 0, "a": 1, "b": 2}, "patch": (16, 24)},
 }
-LAUNCHES = ["halo:2:2", "stock:2", "halo:4:2", "halo:2:1"]
+LAUNCHES = {"halo:2:2": KINDS, "stock:2": KINDS, "halo:4:2": ["labels", "flat"], "halo:2:1": ["regions"]}
+"""Kinds that a launch of processes trains; see :mod:`tests.nnunet_plugins.halo_ranks`."""
 
 
 def trainer_of(kind: str, which: type, folder: Path) -> Any:
@@ -137,7 +140,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     env = os.environ | folders | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = run_module("tests.nnunet_plugins.halo_ranks", str(folder), *LAUNCHES, folder=folder, variables=env)
     assert done.returncode == 0, done.stdout[-2500:] + done.stderr[-5000:]
-    files = {(launch, kind): sorted(folder.glob(f"{launch}-{kind}-?.pkl")) for launch in LAUNCHES for kind in KINDS}
+    pairs = [(launch, kind) for launch, kinds in LAUNCHES.items() for kind in kinds]
+    files = {(launch, kind): sorted(folder.glob(f"{launch}-{kind}-?.pkl")) for launch, kind in pairs}
     return {key: [pickle.loads(file.read_bytes()) for file in found] for key, found in files.items()}
 
 
@@ -152,17 +156,50 @@ def test_two_processes_share_a_patch(kind: str, folder: Path, launched: Any) -> 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_groups_of_processes_train_as_the_processes_of_stock(kind: str, launched: Any) -> None:
+@pytest.mark.parametrize(("launch", "kind"), [("halo:4:2", "labels"), ("halo:4:2", "flat"), ("halo:2:1", "regions")])
+def test_groups_of_processes_train_as_the_processes_of_stock(launch: str, kind: str, launched: Any) -> None:
     """Four processes are two groups here, and two are two."""
-    stock = launched["stock:2", kind]
-    assert [found["batch_size"] for found in stock] == ([2, 1] if kind == "labels" else [1, 1])
+    stock, found = launched["stock:2", kind], launched[launch, kind]
+    assert [one["batch_size"] for one in stock] == ([2, 1] if kind == "labels" else [1, 1])
     assert abs(stock[0]["losses"][0] - stock[1]["losses"][0]) > 1e-3
-    for launch, parts in (("halo:4:2", 2), ("halo:2:1", 1)):
-        assert len(launched[launch, kind]) == 2 * parts
-        for rank, found in enumerate(launched[launch, kind]):
-            expected = stock[rank // parts]
-            assert_same(found, expected)
-            for name in ("batch_size", "oversample"):
-                assert found[name] == expected[name]
-            assert found["wrote"] == (rank == 0)
+    parts = len(found) // 2
+    assert parts == int(launch[-1])
+    for rank, one in enumerate(found):
+        expected = stock[rank // parts]
+        assert_same(one, expected)
+        assert (one["batch_size"], one["oversample"]) == (expected["batch_size"], expected["oversample"])
+        assert one["wrote"] == (rank == 0)
+
+
+class FewProcesses:
+    """Parts of nnU-Net's configuration and of a mesh that say how a batch is divided."""
+
+    def __init__(self, batch: int, groups: int, batch_dice: bool = False) -> None:
+        self.batch_size, self.batch_dice, self.data, self.data_rank = batch, batch_dice, groups, 0
+
+
+def test_batches_and_networks_that_groups_cannot_train() -> None:
+    one = FewProcesses(1, 1, True)
+    refuse_batch(one, one)  # type: ignore[arg-type]
+    for few, words in (
+        (FewProcesses(1, 2), "a batch of 1 cannot be divided among 2 .* a multiple of 2"),
+        (FewProcesses(3, 2, True), "batch Dice wants as many samples in each of 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refuse_batch(few, few)  # type: ignore[arg-type]
+    network = torch.nn.Sequential(torch.nn.InstanceNorm3d(2), torch.nn.BatchNorm3d(2))
+    refuse_batch_norm(network, one)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"batch norm \(1\) cannot be trained in 2"):
+        refuse_batch_norm(network, FewProcesses(2, 2))  # type: ignore[arg-type]
+
+
+def test_the_code_of_a_trainer_and_its_bases_sees_groups_in_the_place_of_processes() -> None:
+    from nnunetv2.training.nnUNetTrainer.variants.sampling.nnUNetTrainer_probabilisticOversampling import (
+        nnUNetTrainer_probabilisticOversampling as Sampling,
+    )
+
+    before = torch.distributed.get_world_size
+    places = [vars(sys.modules[one.__module__]) for one in (nnUNetTrainer, Sampling)]  # each calls dist
+    with as_processes(FewProcesses(2, 3), type("Both", (HaloTrainer, Sampling), {})):  # type: ignore[arg-type]
+        assert [place["dist"].get_world_size() for place in places] == [3, 3]
+    assert all(place["dist"].get_world_size is before for place in places)

@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from nnunet_plugins.__main__ import main
 from nnunet_plugins.lean.cases.failures import Failures, PredictionError
 from nnunet_plugins.lean.cases.workers import WorkerDiedError, Workers, sendable
 from nnunet_plugins.lean.export.output import PREFIX, complete_files
-from nnunet_plugins.lean.predict.files import FOLDER_VARIABLE
+from nnunet_plugins.lean.predict.files import FOLDER_VARIABLE, NoRoomError, folders, reserve, roomiest
 from nnunet_plugins.lean.trial import predictor_of
 from tests.nnunet_plugins.host import ROOT
 from tests.nnunet_plugins.lean_world import COMMAND, World, run
@@ -128,6 +130,45 @@ def test_no_room_for_one_case_or_for_logits(world: World, monkeypatch: pytest.Mo
     monkeypatch.setenv(FOLDER_VARIABLE, str(world.folder / "missing"))
     with lean_prediction(), pytest.raises(PredictionError, match=rf"5 of 5 .* set {FOLDER_VARIABLE}"):
         predictor.predict_from_files_sequential(str(world.images), world.new("full"))
+
+
+def test_folders_that_cannot_be_used_end_in_one_line(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nnunetv2.inference import predict_from_raw_data
+
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(
+        sys, "argv", ["predict", *map(str, ("-i", world.images, "-o", file / "out", "-m", world.model))]
+    )
+    with lean_prediction(), pytest.raises(SystemExit, match=r"^NotADirectoryError: [^\n]*/out'$"):
+        predict_from_raw_data.predict_entry_point_modelfolder()
+    with pytest.raises(FileNotFoundError, match=r"/gone'$"), complete_files(str(tmp_path / "gone" / "a")):
+        pass
+    monkeypatch.setattr("nnunet_plugins.lean.predict.files.folders", lambda: [str(tmp_path / "gone"), str(file)])
+    with pytest.raises(
+        NoRoomError, match=r"needs 2\.0 KiB of disk .*/gone: No such file or directory; .*/file: Not a "
+    ):
+        reserve(2048)
+
+
+def test_scratch_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert {str(tmp_path), tempfile.gettempdir()} <= set(folders())
+
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    assert str(tmp_path) in folders()  # without the one that Python knows
+    room = {str(tmp_path): 3, str(tmp_path / "more"): 4}
+    monkeypatch.setattr("nnunet_plugins.lean.predict.files.folders", lambda: list(room))
+    monkeypatch.setattr(shutil, "disk_usage", lambda name: SimpleNamespace(free=room[name]))
+    assert roomiest() == str(tmp_path)  # the other one is not there
+    (tmp_path / "more").mkdir()
+    assert roomiest() == str(tmp_path / "more")
 
 
 def test_a_worker_that_dies_does_not_stop_the_others() -> None:

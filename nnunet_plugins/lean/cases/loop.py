@@ -18,7 +18,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunet_plugins.lean.cases.failures import FailedCase, Failures, PredictionError, case_name
+from nnunet_plugins.lean.cases.failures import FailedCase, Failures, PredictionError, case_name, one_line
 from nnunet_plugins.lean.cases.preprocessing import Cases, cases
 from nnunet_plugins.lean.cases.workers import Job, Workers
 from nnunet_plugins.lean.predict.folds import predict_logits_from_preprocessed_data
@@ -172,12 +172,12 @@ def _output_folder(outputs: str | list[str] | None) -> str | None:
 
 
 def predict_entry_point() -> None:
-    """Run ``nnUNetv2_predict``; failed cases end in one line and status 1."""
+    """Run ``nnUNetv2_predict``; failed cases and folders without use end in one line and status 1."""
     _one_line(stock(PREDICTOR, "predict_entry_point"))
 
 
 def predict_entry_point_modelfolder() -> None:
-    """Run ``nnUNetv2_predict_from_modelfolder``; failed cases end in one line and status 1."""
+    """Run ``nnUNetv2_predict_from_modelfolder``; failed cases and folders without use end in one line and status 1."""
     _one_line(stock(PREDICTOR, "predict_entry_point_modelfolder"))
 
 
@@ -186,3 +186,5 @@ def _one_line(entry: Callable[[], None]) -> None:
         entry()
     except PredictionError as error:
         raise SystemExit(str(error)) from None
+    except OSError as error:  # a folder or file that cannot be used
+        raise SystemExit(one_line(error)) from None

@@ -53,7 +53,10 @@ def _place(file: Path, target: Path) -> None:
 
 def _locked_folder(parent: Path) -> tuple[Path, int | None]:
     """A new folder that is locked before it has the name under which others look for abandoned ones."""
-    new = Path(tempfile.mkdtemp(prefix=NEW, dir=parent))
+    try:
+        new = Path(tempfile.mkdtemp(prefix=NEW, dir=parent))
+    except OSError as error:  # by the name that the user knows
+        raise type(error)(error.errno, error.strerror, str(parent)) from None
     lock = _lock(new)
     folder = parent / new.name.replace(NEW, PREFIX)
     os.rename(new, folder)

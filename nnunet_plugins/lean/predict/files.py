@@ -7,6 +7,7 @@ import mmap
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,22 @@ def reserve(size: int) -> int:
     tried = []
     for folder in folders():
         try:
-            free = shutil.disk_usage(folder).free - SPARE
-            if free >= size:
+            free = shutil.disk_usage(folder).free
+            if free - SPARE >= size:
                 return _reserved_in(folder, size)
-            tried.append(f"{folder} has {max(free, 0) / 2**30:.1f} GiB free")
+            tried.append(f"{folder} has {in_words(free)} free, of which {in_words(SPARE)} stay free")
         except OSError as error:
             tried.append(f"{folder}: {error.strerror or error}")
     raise NoRoomError(
-        f"lean prediction needs {size / 2**30:.2f} GiB of disk for logits, and {'; '.join(tried) or 'no folder'}: "
+        f"lean prediction needs {in_words(size)} of disk for logits, and {'; '.join(tried) or 'no folder'}: "
         f"free some, or set {FOLDER_VARIABLE} to a folder with room."
     )
+
+
+def in_words(size: int) -> str:
+    """A number of bytes as people read it."""
+    unit = next((n for n in (30, 20, 10) if size >= 2**n), 0)
+    return f"{size / 2**unit:.1f} { {30: 'GiB', 20: 'MiB', 10: 'KiB'}[unit] }" if unit else f"{size} bytes"
 
 
 def _reserved_in(folder: str, size: int) -> int:
@@ -105,9 +112,22 @@ def folders() -> list[str]:
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen:
         return [chosen]
-    candidates = list(dict.fromkeys([tempfile.gettempdir(), "/var/tmp", os.getcwd()]))
+    candidates = ["/var/tmp", os.getcwd()]
+    with suppress(OSError):  # no folder can be written to
+        candidates.insert(0, tempfile.gettempdir())
     memory = _memory_mounts()
-    return sorted((c for c in candidates if os.path.isdir(c)), key=lambda c: _mount_of(c) in memory)
+    return sorted((c for c in dict.fromkeys(candidates) if os.path.isdir(c)), key=lambda c: _mount_of(c) in memory)
+
+
+def roomiest() -> str:
+    """The folder with most room for scratch files, on a disk where there is one that can be written to."""
+    memory = _memory_mounts()
+
+    def order(folder: str) -> tuple[bool, bool, int]:
+        return not os.access(folder, os.W_OK), _mount_of(folder) in memory, -shutil.disk_usage(folder).free
+
+    found = folders()
+    return min(found, key=order) if len(found) > 1 else found[0]
 
 
 def _memory_mounts() -> set[str]:

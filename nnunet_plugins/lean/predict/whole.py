@@ -14,7 +14,7 @@ from nnunetv2.utilities.helpers import dummy_context, empty_cache
 from torch import Tensor, nn
 
 from monai_memeff.halo import SpatialPartitionInferer
-from nnunet_plugins.lean.predict.files import folders
+from nnunet_plugins.lean.predict.files import FOLDER_VARIABLE, NoRoomError, roomiest
 from nnunet_plugins.lean.predict.logits import LogitsFile
 from nnunet_plugins.lean.predict.writer import INFINITE
 from nnunet_plugins.lean.variable import check_unchanged
@@ -34,6 +34,7 @@ def predict_sliding_window_return_logits(self: Any, input_image: Tensor) -> Tens
 
     Raises:
         NotPartitionableError: the network cannot be run in parts; nothing was computed.
+        NoRoomError: the scratch folder has too little room for the activations.
         RuntimeError: nnU-Net's own, for infinite logits; or the variable is not ``whole`` any more.
     """
     check_unchanged(whole=True)
@@ -77,8 +78,11 @@ def _predicted(predictor: Any, image: Tensor, quiet: bool = False) -> Tensor:
     padded, inside = pad_nd_image(image, size, "constant", {"value": 0}, True, None)
     axes = predictor.allowed_mirroring_axes if predictor.use_mirroring else None
     if predictor not in _INFERERS:
-        _INFERERS[predictor] = SpatialPartitionInferer(store=folders()[0], device=predictor.device)
-    whole: Tensor = _mirrored(_INFERERS[predictor], network, padded[None], axes)[0]
+        _INFERERS[predictor] = SpatialPartitionInferer(store=roomiest(), device=predictor.device)
+    try:
+        whole: Tensor = _mirrored(_INFERERS[predictor], network, padded[None], axes)[0]
+    except OSError as error:
+        raise NoRoomError(f"{error.strerror or error} ({FOLDER_VARIABLE} names the folder)") from error
     cropped = (slice(None), *inside[1:])
     return whole[cropped]
 
