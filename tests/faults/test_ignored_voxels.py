@@ -204,7 +204,7 @@ def loss_of(trainer: type, regions: bool) -> Any:
         configuration={"sparse_trainer": {"stock": {"patch_size": [4, 8, 8]}}},
     )
     self.is_ddp, self.enable_deep_supervision = False, trainer.__name__ == "SparseTrainer"
-    self.settings = {"coarse_weight": 0.1}
+    self.settings, self.mesh = {"coarse_weight": 0.1}, single_rank_mesh()
     loss = self._build_loss()
     if trainer.__name__ == "HaloTrainer":  # stock's loss, which it runs on parts
         return SpatialLoss(loss, single_rank_mesh(), averaged=False)
