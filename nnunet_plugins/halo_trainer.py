@@ -57,7 +57,7 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
         processes_per_patch: Number of processes of a launch that share a patch; 0: all. Also in the plans, as segments.
 
     Raises:
-        ValueError: an unknown setting in the plans; processes that are no multiple of ``processes_per_patch``, or more
+        ValueError: an unknown setting in the plans; processes that ``processes_per_patch`` does not divide, or more
             that share a patch than it has voxels along its longest axis; a batch that cannot be divided among the
             groups; batch norm in several groups.
 
