@@ -20,9 +20,9 @@ def mesh_of_launch(device: torch.device, axis: int, per_patch: int) -> HaloMesh:
     processes of one machine then wait for each other's threads, so that each takes its share here.
 
     Args:
-        device: of the kind that the processes compute on.
-        axis: of the patch, along which it is cut.
-        per_patch: processes that share a patch; the others are further data-parallel groups. 0: all of them.
+        device: Kind of device, of which each process takes its own.
+        axis: Spatial axis along which a patch is cut.
+        per_patch: Number of processes that share a patch; the others are further data-parallel groups. 0: all of them.
 
     Raises:
         ValueError: the processes cannot be divided into groups of so many.
