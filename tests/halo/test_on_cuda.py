@@ -54,7 +54,7 @@ def test_a_volume_on_the_host(name: str, store: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
-@pytest.mark.parametrize("name", ["UNet instance", "BasicUNet", "ResidualEncoderUNet", "SegResNetDS"])
+@pytest.mark.parametrize("name", ["UNet instance", "BasicUNet deconv", "ResidualEncoderUNet", "SegResNetDS"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64])
 @torch.no_grad()
 def test_a_budget_is_a_promise(name: str, share: float, precision: torch.dtype) -> None:
