@@ -21,7 +21,7 @@ import monai_memeff
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("monai_memeff", "nnunet_plugins")
-SUBPACKAGES = ("geometry", "data", "memory", "transforms", "sparse", "occupancy", "clstm", "halo", "apps")
+SUBPACKAGES = ("geometry", "data", "memory", "transforms", "handlers", "sparse", "occupancy", "clstm", "halo", "apps")
 OPTIONAL = (
     "spconv",
     "ocnn",

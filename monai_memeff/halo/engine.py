@@ -111,7 +111,7 @@ def on_rank_zero(handlers: Iterable[Any], mesh: HaloMesh) -> list[Any]:
         ['StatsHandler']
     """
     first = mesh.comm.rank == 0 and mesh.data_rank == 0
-    kept = [h for h in handlers if first or type(h).__name__ not in _ALONE]
+    kept = [h for h in handlers if first or not any(kind.__name__ in _ALONE for kind in type(h).__mro__)]
     return [_OwnIteration(), *kept]
 
 

@@ -167,7 +167,7 @@ def trained(skull_bundle: Path, heads: Path) -> Path:
 
 def test_training_writes_the_best_and_the_last_state(trained: Path) -> None:
     best, last = (torch.load(trained / "models" / f"{n}.pt", weights_only=True) for n in ("model", "last"))
-    assert set(last) == {"model", "optimizer", "trainer", "validator", "best"}
+    assert set(last) == {"model", "optimizer", "scaler", "trainer", "validator", "best"}
     assert last["optimizer"]["param_groups"][0]["amsgrad"] is True
     assert {k: v.shape for k, v in best.items()} == {k: v.shape for k, v in last["model"].items()}
 

@@ -65,6 +65,19 @@ def test_an_overlay_trains_in_parts_like_the_stock_bundle(
         torch.testing.assert_close(parts[key], value, atol=2e-3, rtol=1e-3, msg=key)
 
 
+@pytest.mark.exhaustive
+def test_a_training_in_parts_goes_on_as_if_nobody_had_interrupted_it(organ_data: Path, tmp_path: Path) -> None:  # noqa: F811
+    files = listed("configs/train.json", overlay_path("halo"))
+    size = ["--side", "16", "--features", "[2, 4]", "--convs", "1", "--val_count", "1"]
+    for folder, *options in (("whole", "3"), ("out", "1"), ("out", "3", "--resume", "True")):
+        where = ["--dataset_dir", str(organ_data), "--ckpt_dir", str(tmp_path / folder), "--max_epochs", *options]
+        run = torchrun(ROOT / "bundles" / "liver_tumor_halo", 2, "run", "--config_file", files, *where, *size)
+        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    ours, theirs = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("out", "whole"))
+    for name in ("model", "optimizer", "scheduler"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
+
+
 # 128 x 48 x 48 voxels: eight parts at multiples of the network's stride 16, with the logits written out as well
 FINE = {
     "preprocessing#transforms#3#pixdim": [2.84, 8.0, 10.0],

@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,27 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
 STUDIES = "abc"
-CAVITY = ROOT / "bundles" / "cranial_cavity_clstm" / "configs"
-STILL: dict[str, Any] = {"network_def#channels": [2, 3], "rotation_degrees": 0, "shift": 0, "pretrained": ""}
-"""A small network, and nothing random: a training that goes on is the one that was not interrupted."""
 EPOCHS = 4
+TRAININGS: dict[str, dict[str, Any]] = {
+    "cranial_cavity_clstm": {
+        "network_def#channels": [2, 3],
+        "pretrained": "",
+        "learning_rate": 0.01,
+        "iterations": 2 * EPOCHS,
+        "frozen_iterations": 3,
+        "val_interval": 2,
+    },
+    "liver_tumor_halo": {"side": 8, "features": [2, 4], "convs": 1, "max_epochs": EPOCHS, "val_count": 1},
+    "organ_occupancy": {
+        "network_def#channels": [2, 4],
+        "organs": ["liver"],
+        "points": 64,
+        "milestones": [2, 3],
+        "max_epochs": EPOCHS,
+        "val_interval": 1,
+    },
+}
+"""Small ones, as random as they are: order, augmentation, points; the learning rate changes on the way."""
 
 
 def begin(action: Callable[..., object], *arguments: object) -> BaseProcess:
@@ -49,6 +67,16 @@ def timed(action: Callable[..., object], *arguments: object) -> float:
     process.join()
     assert process.exitcode == 0
     return time.perf_counter() - began
+
+
+def killed_with(found: Callable[[], object], action: Callable[..., object], *arguments: object) -> None:
+    """Kill work as soon as something of it is there."""
+    process = begin(action, *arguments)
+    while process.is_alive() and not found():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert found()
 
 
 def killed(seconds: float, action: Callable[..., object], *arguments: object) -> None:
@@ -84,30 +112,50 @@ def last(folder: Path) -> Path:
     return max(folder.glob("last_checkpoint*.pt"), key=lambda file: file.stat().st_mtime_ns)
 
 
-def train(data: Path, folder: Path) -> None:
+def epochs_of(folder: Path) -> int:
+    """How many epochs the newest checkpoint has seen."""
+    done = [int(file.stem.rpartition("=")[2]) for file in folder.glob("last_checkpoint*.pt")]
+    return max(done, default=0)
+
+
+def train(bundle: str, data: Path, folder: Path) -> None:
     """Train, or go on with the training that is there."""
     found = any(folder.glob("last_checkpoint*.pt"))
-    options = {"dataset_dir": str(data), "ckpt_dir": str(folder), "resume": found, "learning_rate": 0.01}
-    long = {"iterations": EPOCHS, "frozen_iterations": 1, "val_interval": 1}
-    run_here([CAVITY / "train.json"], fake_gpu=False, **STILL, **long, **options)
+    options = {"dataset_dir": str(data), "ckpt_dir": str(folder), "resume": found, **TRAININGS[bundle]}
+    run_here([ROOT / "bundles" / bundle / "configs" / "train.json"], fake_gpu=False, **options)
 
 
-@pytest.mark.slow
-def test_a_bundles_training_goes_on_as_if_nobody_had_killed_it(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three volumes with labels, one of them for validation."""
+    folder = tmp_path_factory.mktemp("heads")
     values = image((10, 12, 9))
-    for number in range(2):
-        save_nifti(tmp_path / "imagesTr" / f"{number}.nii.gz", np.roll(values, number), np.eye(4))
-        save_nifti(tmp_path / "labelsTr" / f"{number}.nii.gz", (values > 60).astype(np.uint8), np.eye(4))
-    took, draw, epochs = timed(train, tmp_path, tmp_path / "whole"), random.Random(1), 0
-    for _ in range(3):
-        killed(draw.uniform(0.3, 1) * took, train, tmp_path, tmp_path / "out")
-        for file in (tmp_path / "out").glob("*.pt"):
+    for number in range(3):
+        save_nifti(folder / "imagesTr" / f"{number}.nii.gz", np.roll(values, number), np.eye(4))
+        save_nifti(folder / "labelsTr" / f"{number}.nii.gz", (values > 60).astype(np.uint8), np.eye(4))
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("bundle", TRAININGS)
+def test_a_bundles_training_goes_on_as_if_nobody_had_killed_it(bundle: str, heads: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    took, epochs = timed(train, bundle, heads, whole), 0
+    for kill in (
+        partial(killed_with, partial(epochs_of, out)),
+        partial(killed, random.Random(1).uniform(0.3, 1) * took),
+    ):
+        kill(train, bundle, heads, out)
+        for file in out.glob("*.pt"):
             torch.load(file, weights_only=True)
-        done = [int(file.stem.rpartition("=")[2]) for file in (tmp_path / "out").glob("last_checkpoint*.pt")]
-        assert max(done, default=0) >= epochs  # nothing that was saved is lost
-        epochs = max(done, default=0)
-    timed(train, tmp_path, tmp_path / "out")
-    assert last(tmp_path / "out").name == last(tmp_path / "whole").name == f"last_checkpoint_epoch={EPOCHS}.pt"
+        assert epochs_of(out) >= epochs  # nothing that was saved is lost
+        epochs = epochs_of(out)
+    timed(train, bundle, heads, out)
+    assert last(out).name == last(whole).name == f"last_checkpoint_epoch={EPOCHS}.pt"
     for find in (last, lambda folder: folder / "model.pt"):
-        ours, theirs = (torch.load(find(tmp_path / name), weights_only=True) for name in ("out", "whole"))
-        torch.testing.assert_close(ours.get("model", ours), theirs.get("model", theirs), rtol=0, atol=0)
+        ours, theirs = (torch.load(find(folder), weights_only=True) for folder in (out, whole))
+        for name in ("model", "optimizer", "scheduler"):
+            if name in theirs:
+                torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
+        if "model" not in theirs:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import StatsHandler
+from monai.handlers import CheckpointSaver, StatsHandler
 from torch import nn
 
 from monai_memeff.halo import HaloMesh, NotPartitionableError, PrepareBatchPartition, on_rank_zero, spatial_partition
+from monai_memeff.handlers import EpochSeed
 from tests.halo.ranks.threads import run_ranks
 
 
@@ -36,6 +37,18 @@ def test_different_batches_are_refused(other: dict[str, torch.Tensor]) -> None:
 
     with pytest.raises(NotPartitionableError, match=r"have loaded different batches.*no DistributedSampler"):
         run_ranks(work)
+
+
+def test_only_the_first_rank_writes_files() -> None:
+    class Saver(CheckpointSaver):
+        """One with ways of its own."""
+
+    def work(mesh: HaloMesh) -> list[str]:
+        network = nn.Conv3d(1, 2, 1)
+        handlers = on_rank_zero([StatsHandler(), Saver("models", {"model": network}), EpochSeed()], mesh)
+        return [type(handler).__name__ for handler in handlers[1:]]
+
+    assert run_ranks(work) == [["StatsHandler", "Saver", "EpochSeed"], ["EpochSeed"]]
 
 
 @pytest.mark.parametrize("update", [None, lambda engine, batch: {}])
