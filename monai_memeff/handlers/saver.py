@@ -20,11 +20,12 @@ class AtomicCheckpointSaver(CheckpointSaver):
     do those go that are no longer wanted. As there, the first of several processes writes.
 
     Examples:
+        >>> import os
         >>> from ignite.engine import Engine
         >>> trainer, state = Engine(lambda engine, batch: None), {"model": torch.nn.Linear(2, 1)}
         >>> AtomicCheckpointSaver("checkpoints", state, save_interval=1, n_saved=1).attach(trainer)
         >>> _ = trainer.run([0], max_epochs=3)
-        >>> [file.name for file in Path("checkpoints").iterdir()]
+        >>> os.listdir("checkpoints")
         ['model_epoch=3.pt']
     """
 
