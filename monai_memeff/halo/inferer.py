@@ -28,8 +28,7 @@ from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.halo.planning.state.fingerprint import call_key, fingerprint, mode_key
 from monai_memeff.halo.run.stores import FolderStore, HostStore, Store, available_memory
 from monai_memeff.halo.run.stream import Stream
-from monai_memeff.memory.bound import bounded
-from monai_memeff.memory.budget import refusing_when_full
+from monai_memeff.memory.budget import bounded, refusing_when_full
 from monai_memeff.memory.threads import one_at_a_time
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
