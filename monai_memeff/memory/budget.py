@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 
@@ -155,12 +157,31 @@ SEGMENTS = 40 * 2**20
 """Bytes on top: torch takes memory in segments of up to 20 MiB, and some stay half used."""
 
 
+@dataclass
+class _Bounds:
+    """What blocks that run now may take of one GPU.
+
+    Attributes:
+        start: bytes that torch held when the first of them began.
+        before: share of the GPU that torch was allowed then.
+        running: bytes that each may take.
+    """
+
+    start: int
+    before: float
+    running: list[int] = field(default_factory=list)
+
+
+_bounds: dict[torch.device, _Bounds] = {}
+_changing = threading.Lock()
+
+
 @contextlib.contextmanager
 def bounded(device: torch.device, nbytes: int | None) -> Iterator[None]:
     """While the block runs, torch's allocator takes at most so many bytes of a GPU more than it has given out.
 
     Libraries choose kernels with less workspace then; what cannot do with less runs out of memory, as on a full GPU.
-    The bound holds for everything in this process.
+    The bound holds for everything in this process; several that run at once in threads add up.
 
     Args:
         device: a GPU; others are not bounded.
@@ -169,17 +190,23 @@ def bounded(device: torch.device, nbytes: int | None) -> Iterator[None]:
     if device.type != "cuda" or nbytes is None:
         yield
         return
-    torch.cuda.empty_cache()
-    total, before = torch.cuda.mem_get_info(device)[1], _fraction(device)
-    wanted = (torch.cuda.memory_reserved(device) + nbytes + SEGMENTS) / total
-    torch.cuda.set_per_process_memory_fraction(min(before, wanted), device)
+    with _changing:
+        if device not in _bounds:
+            torch.cuda.empty_cache()
+            known = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.7
+            _bounds[device] = _Bounds(torch.cuda.memory_reserved(device), 1.0 if known is None else known(device))
+        _bounds[device].running.append(nbytes)
+        _apply(device)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        with _changing:
+            _bounds[device].running.remove(nbytes)
+            _apply(device)
 
 
-def _fraction(device: torch.device) -> float:
-    """The bound there is; older releases of torch do not tell."""
-    known = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.7
-    return 1.0 if known is None else float(known(device))
+def _apply(device: torch.device) -> None:
+    bounds = _bounds[device]
+    wanted = (bounds.start + sum(bounds.running) + SEGMENTS) / torch.cuda.mem_get_info(device)[1]
+    share = min(bounds.before, wanted) if bounds.running else _bounds.pop(device).before
+    torch.cuda.set_per_process_memory_fraction(share, device)
