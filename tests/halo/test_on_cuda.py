@@ -74,8 +74,8 @@ def test_a_budget_is_a_promise(name: str, share: float, precision: torch.dtype) 
 
 def test_memory_that_cannot_be_locked_is_used_as_it_is() -> None:
     block = torch.zeros(2**20, dtype=torch.uint8)
-    assert locked(block)
-    assert not locked(block)  # it is already
+    assert locked(block, GPU)
+    assert not locked(block, GPU)  # it is already
     assert int(torch.ones(3, device=GPU).sum()) == 3  # no error is left behind
     assert int(torch.cuda.cudart().cudaHostUnregister(block.data_ptr())) == 0
 

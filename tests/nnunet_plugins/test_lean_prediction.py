@@ -286,16 +286,24 @@ def test_the_first_of_equals_and_the_first_nan_win() -> None:
 
 
 @pytest.mark.parametrize("free", [10**9, 1000])  # accumulators on the device, or on the host
-@pytest.mark.parametrize("fails_at", [None, 7])  # the GPU runs out of memory in the seventh tile
+@pytest.mark.parametrize(
+    ("fails_at", "how"),  # the GPU runs out of memory in the seventh tile
+    [
+        (None, None),
+        (7, torch.OutOfMemoryError("CUDA out of memory")),
+        (7, RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")),
+    ],
+)
 @pytest.mark.slow
-def test_a_gpu(tmp_path: Path, free: int, fails_at: int | None, monkeypatch) -> None:
+def test_a_gpu(tmp_path: Path, free: int, fails_at: int | None, how: RuntimeError, monkeypatch) -> None:
     from tests.fake_cuda import fake_cuda_device
 
     class Event:
-        def record(self) -> None:
-            pass
+        def record(self, stream: object) -> None:
+            assert stream == "stream of the GPU that predicts"
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "stream of the GPU that predicts")
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
     monkeypatch.setattr(RowWriter, "_on_host", lambda self, planes, ready: planes.cpu())  # no streams to copy on here
@@ -309,7 +317,7 @@ def test_a_gpu(tmp_path: Path, free: int, fails_at: int | None, monkeypatch) -> 
         def fail_once(tile: torch.Tensor) -> torch.Tensor:
             calls.append(1)
             if len(calls) == fails_at:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise how
             return forward(tile)
 
         predictor.network.forward = fail_once

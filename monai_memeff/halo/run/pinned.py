@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+PORTABLE = 1
+"""For all GPUs; CUDA's name is cudaHostRegisterPortable."""
+
 
 class PinnedBlocks:
     """Locked blocks of the exact size; one that no tensor uses any more is given to the next tensor of that size.
@@ -19,10 +22,11 @@ class PinnedBlocks:
 
     Args:
         limit: bytes that may be held at once; blocks that nobody uses are given back before more is taken.
+        device: the GPU.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit, self._held = limit, 0
+    def __init__(self, limit: int, device: torch.device) -> None:
+        self._limit, self._device, self._held = limit, device, 0
         self._unused: list[torch.Tensor] = []
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -43,8 +47,8 @@ class PinnedBlocks:
             self._held -= self._unused.pop().numel()
         self._held += nbytes
         block = torch.empty(nbytes, dtype=torch.uint8)
-        if locked(block):
-            weakref.finalize(block.untyped_storage(), _unlock, block.data_ptr()).atexit = False
+        if locked(block, self._device):
+            weakref.finalize(block.untyped_storage(), _unlock, block.data_ptr(), self._device).atexit = False
         return block
 
 
@@ -55,18 +59,20 @@ def _give_back(blocks: weakref.ref[PinnedBlocks], block: torch.Tensor) -> None:
         owner._unused.append(block)
 
 
-def locked(block: torch.Tensor) -> bool:
+def locked(block: torch.Tensor, device: torch.device) -> bool:
     """Lock the memory of a tensor; whether the system does it."""
-    if int(_runtime().cudaHostRegister(block.data_ptr(), block.numel() * block.element_size(), 0)) == 0:
-        return True
-    with contextlib.suppress(RuntimeError):  # the error stays until somebody looks
-        torch.zeros(1, device="cuda")
+    with torch.cuda.device(device):
+        if int(_runtime().cudaHostRegister(block.data_ptr(), block.numel() * block.element_size(), PORTABLE)) == 0:
+            return True
+        with contextlib.suppress(RuntimeError):  # the error stays until somebody looks
+            torch.zeros(1, device=device)
     return False
 
 
-def _unlock(address: int) -> None:
-    torch.cuda.synchronize()  # copies may be on their way
-    _runtime().cudaHostUnregister(address)
+def _unlock(address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # copies may be on their way
+    with torch.cuda.device(device):
+        _runtime().cudaHostUnregister(address)
 
 
 def _runtime() -> Any:

@@ -34,8 +34,8 @@ class HostStore:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._locks = device.type == "cuda"
-        self._blocks = PinnedBlocks(0)
+        self._device = device
+        self._blocks = PinnedBlocks(0, device)
 
     def reserve(self, nbytes: int) -> None:
         """Raise MemoryError if the machine has less free memory than that."""
@@ -45,11 +45,13 @@ class HostStore:
                 f"The store needs {nbytes} bytes of host memory but {free} are free; "
                 "give store= a folder on a local disk."
             )
-        self._blocks = PinnedBlocks(nbytes)
+        self._blocks = PinnedBlocks(nbytes, self._device)
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in host memory."""
-        return self._blocks.allocate(shape, dtype) if self._locks else torch.empty(tuple(shape), dtype=dtype)
+        if self._device.type != "cuda":
+            return torch.empty(tuple(shape), dtype=dtype)
+        return self._blocks.allocate(shape, dtype)
 
 
 class FolderStore:

@@ -16,6 +16,7 @@ from nnunetv2.utilities.helpers import dummy_context, empty_cache
 from torch import Tensor
 from tqdm import tqdm
 
+from monai_memeff.memory.budget import ran_out
 from nnunet_plugins.lean.predict.logits import LogitsFile
 from nnunet_plugins.lean.predict.previous_stage import WithPreviousStage
 from nnunet_plugins.lean.predict.window import Window, blocks, extents_of, first_open_rows, rows_of
@@ -69,13 +70,13 @@ def stream(predictor: Any, image: Image, sink: Sink) -> None:
         slicers = predictor._internal_get_sliding_window_slicers(data.shape[1:])
         once = OnceOnly(sink)
         try:
-            _attempt(predictor, data, slicers, RowWriter(unpadded[1:], once, cuda), cuda)
-        except torch.OutOfMemoryError:
-            if not cuda:
+            _attempt(predictor, data, slicers, RowWriter(unpadded[1:], once, predictor.device), cuda)
+        except RuntimeError as error:  # cuDNN and cuBLAS have words of their own for it
+            if not cuda or not ran_out(error, predictor.device):
                 raise
             print("The GPU ran out of memory: accumulators move to the host.")
             empty_cache(predictor.device)
-            _attempt(predictor, data, slicers, RowWriter(unpadded[1:], once, cuda), False)
+            _attempt(predictor, data, slicers, RowWriter(unpadded[1:], once, predictor.device), False)
     empty_cache(predictor.device)
 
 

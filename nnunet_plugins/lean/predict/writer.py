@@ -22,12 +22,14 @@ class RowWriter:
     Args:
         inside: The image within the padded one, a slice per spatial axis.
         sink: Gets (row, first class, planes (classes, Y, Z)).
-        cuda: Copy on a stream of its own, beside the prediction of the next tiles.
+        device: Where the planes are; from a GPU they are copied on a stream of its own, beside the next tiles.
     """
 
-    def __init__(self, inside: tuple[slice, ...], sink: Callable[[int, int, Tensor], None], cuda: bool) -> None:
+    def __init__(
+        self, inside: tuple[slice, ...], sink: Callable[[int, int, Tensor], None], device: torch.device
+    ) -> None:
         self.inside, self.sink = inside, sink
-        self.stream = torch.cuda.Stream() if cuda else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # need not be the current GPU's
         self.error: BaseException | None = None
         self.queue: Queue[Any] = Queue(maxsize=2)
         self.thread = Thread(target=self._run, daemon=True)
@@ -39,7 +41,7 @@ class RowWriter:
             raise self.error
         ready = torch.cuda.Event() if planes.device.type == "cuda" else None
         if ready is not None:
-            ready.record()
+            ready.record(torch.cuda.current_stream(planes.device))
         self.queue.put((row, first_class, planes, ready))
 
     def finish(self) -> None:
