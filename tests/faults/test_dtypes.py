@@ -104,6 +104,24 @@ def test_autocast_takes_what_it_converts(name: str) -> None:
             net(volume.double())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "SparseCompletionNet"])
+def test_half_precision_on_a_cpu_is_the_network_rounded(name: str, dtype: torch.dtype) -> None:
+    """Torch lacks some of its operations there; what one network computes, all of them do."""
+    net, volume = NETWORKS[name]().eval().to(dtype), torch.randn(1, 1, *shape_of(name)).to(dtype)
+    if isinstance(net, CoarseToSparseUNet):
+        net.max_active = net.certainty = 1.0  # else rounding chooses other cells
+    with torch.no_grad():
+        found, octree = net(volume), name.startswith("OccupancyNet") and OctreeInferer(stride=1)(volume, net)
+        net = net.double()
+        expected = net(volume.double())
+    assert found.dtype in (dtype, torch.float32)
+    bound = (0.1 if dtype == torch.bfloat16 else 0.02) * float(expected.abs().max())
+    for one in (found, octree):
+        if isinstance(one, Tensor):
+            torch.testing.assert_close(one.double(), expected, rtol=0, atol=bound)
+
+
 def test_the_completion_network_takes_masks_of_any_dtype() -> None:
     net = SparseCompletionNet((2,) * 7).eval()
     mask = torch.rand(1, 1, *SHAPE) < 0.4

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monai_memeff.occupancy.nn.activation import PadeActivation, activation
+from monai_memeff.pooling import average_pool
 
 
 class ResidualDownBlock(nn.Module):
@@ -147,7 +148,7 @@ class CoarseHead(nn.Module):
 
 def _halve(x: Tensor) -> Tensor:
     kernel = [min(2, extent) for extent in x.shape[2:]]  # an axis of one voxel stays
-    return F.avg_pool3d(x, kernel, ceil_mode=True)
+    return average_pool(x, kernel, ceil_mode=True)
 
 
 def _head(in_channels: int, out_channels: int, bias: bool) -> nn.Sequential:

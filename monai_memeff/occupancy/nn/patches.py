@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monai_memeff.occupancy.nn.activation import activation
+from monai_memeff.pooling import average_pool
 
 PATCH_SIZE = 7
 VALUES = PATCH_SIZE**3
@@ -24,7 +25,7 @@ def halved(volume: Tensor) -> Tensor:
     Place i holds the mean of voxels i - 1 and i along every axis, zeros outside. Every second place of it around a
     voxel is the average-pooled patch of twice the size around that voxel.
     """
-    return F.avg_pool3d(F.pad(volume, (1,) * 6), 2, stride=1)
+    return average_pool(F.pad(volume, (1,) * 6), 2, 1)
 
 
 def gather_patches(

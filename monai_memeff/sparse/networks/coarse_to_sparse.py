@@ -17,6 +17,7 @@ from monai_memeff.arguments import check_odd, numbers_checked
 from monai_memeff.checks import as_network_input, check_layer
 from monai_memeff.memory import checkpoint
 from monai_memeff.norms import accept_single_values
+from monai_memeff.pooling import average_pool
 from monai_memeff.sparse.core.tensor import SparseTensor
 from monai_memeff.sparse.networks.cells import (
     cell_sizes,
@@ -184,7 +185,7 @@ class CoarseToSparseUNet(nn.Module):
     def _coarse_features(self, x: Tensor) -> Tensor:
         """Coarse logits and context (B, out_channels + context_channels, h, w, d)."""
         window = [min(step, extent) for step, extent in zip(self.coarse_factor, x.shape[2:], strict=True)]
-        small = functional.avg_pool3d(x, window, self.coarse_factor, ceil_mode=True, count_include_pad=False)
+        small = average_pool(x, window, self.coarse_factor, ceil_mode=True)
         extents = small.shape[2:]
         missing = [-extent % step for extent, step in zip(extents, self.divisor, strict=True)]
         padding = [pad for last in reversed(missing) for pad in (0, last)]
