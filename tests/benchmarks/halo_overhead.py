@@ -1,19 +1,23 @@
 """What partitioning costs: a training step in parts against DDP at equal local volume, and the streaming table.
 
     torchrun --nproc_per_node 2 tests/benchmarks/halo_overhead.py step [--sides 64 96 128] [--repeats 10]
+        [--kernels own torch]
     python tests/benchmarks/halo_overhead.py stream [--side 128] [--partitions 2 4 8 16]
 
 `step`: each process holds a cube of the given side; "ddp" trains two independent cubes with gradient averaging,
 "halo" one volume of twice the length. Steps alternate in the same processes; medians of paired ratios of CPU-seconds
-and of wall time, the time spent waiting in communication, and the bytes one rank sends are printed.
+and of wall time, the time spent waiting in communication, and the bytes one rank sends are printed. With
+`--kernels torch` convolutions in parts leave the choice of the kernel to torch, as DDP does: partitioning alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,8 +26,9 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from monai_memeff.halo import SpatialPartitionInferer, destroy_mesh, init_from_torchrun, parallelize
+from monai_memeff.halo import HaloMesh, SpatialPartitionInferer, destroy_mesh, init_from_torchrun, parallelize
 from monai_memeff.halo.inferer import whole_peak_bytes
+from monai_memeff.halo.planning.rules.windowed import kernels
 from monai_memeff.halo.run.ranks.comm import process_group
 
 
@@ -64,35 +69,53 @@ def one_step(model: nn.Module, x: torch.Tensor) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def steps(sides: list[int], repeats: int, width: int) -> None:
-    """Print one line per side."""
+@contextlib.contextmanager
+def choosing(kernel: str) -> Iterator[None]:
+    """Convolutions in parts take the package's kernels ("own") or leave the choice to torch."""
+    own = kernels._direct
+    kernels._direct = own if kernel == "own" else lambda x, weight: False
+    try:
+        yield
+    finally:
+        kernels._direct = own
+
+
+def steps(sides: list[int], repeats: int, width: int, chosen: list[str]) -> None:
+    """Print one line per side and choice of kernels."""
     mesh = init_from_torchrun(1, (2,))
     waiting = Waiting()
     for side in sides:
         plain = network(width, True)
         models = {"ddp": DistributedDataParallel(copy.deepcopy(plain)), "halo": parallelize(plain, mesh)}
-        x = torch.randn(1, 1, side, side, side)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-        sent, waited = 0, 0.0
-        for repeat in range(repeats + 1):
-            for name in sorted(models, reverse=bool(repeat % 2)):
-                dist.barrier()
-                before = mesh.comm.sent_bytes, waiting.seconds
-                result = one_step(models[name], x)
-                if name == "halo":
-                    sent = mesh.comm.sent_bytes - before[0]
-                if repeat:
-                    times[name].append(result)
-                    waited += waiting.seconds - before[1] if name == "halo" else 0.0
-        if dist.get_rank() == 0:
-            pairs = list(zip(times["halo"], times["ddp"], strict=True))
-            cpu, wall = (statistics.median(h[i] / d[i] for h, d in pairs) for i in (0, 1))
-            alone = statistics.median(d[1] for _, d in pairs)
-            print(
-                f"side {side}: CPU x{cpu:.3f}, wall x{wall:.3f} (ddp {alone:.2f} s), "
-                f"exposed wait {waited / repeats:.3f} s/step, sent {sent / 2**20:.2f} MiB"
-            )
+        for kernel in chosen:
+            with choosing(kernel):
+                found = compare(models, torch.randn(1, 1, side, side, side), mesh, waiting, repeats)
+            if dist.get_rank() == 0:
+                print(f"side {side}, {kernel} kernels: {found}", flush=True)
     destroy_mesh()
+
+
+def compare(models: dict[str, nn.Module], x: torch.Tensor, mesh: HaloMesh, waiting: Waiting, repeats: int) -> str:
+    """The ratios of this rank's alternating steps, in words."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    sent, waited = 0, 0.0
+    for repeat in range(repeats + 1):
+        for name in sorted(models, reverse=bool(repeat % 2)):
+            dist.barrier()
+            before = mesh.comm.sent_bytes, waiting.seconds
+            result = one_step(models[name], x)
+            if name == "halo":
+                sent = mesh.comm.sent_bytes - before[0]
+            if repeat:
+                times[name].append(result)
+                waited += waiting.seconds - before[1] if name == "halo" else 0.0
+    pairs = list(zip(times["halo"], times["ddp"], strict=True))
+    cpu, wall = (statistics.median(h[i] / d[i] for h, d in pairs) for i in (0, 1))
+    alone = statistics.median(d[1] for _, d in pairs)
+    return (
+        f"CPU x{cpu:.3f}, wall x{wall:.3f} (ddp {alone:.2f} s), "
+        f"exposed wait {waited / repeats:.3f} s/step, sent {sent / 2**20:.2f} MiB"
+    )
 
 
 def stream(side: int, partitions: list[int], width: int, store: str, repeats: int) -> None:
@@ -130,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", choices=["step", "stream"])
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 96, 128])
+    parser.add_argument("--kernels", choices=["own", "torch"], nargs="+", default=["own"])
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--partitions", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--repeats", type=int, default=10)
@@ -139,7 +163,7 @@ def main() -> None:
     torch.manual_seed(0)
     if options.table == "step":
         torch.set_num_threads(1)
-        steps(options.sides, options.repeats, options.width)
+        steps(options.sides, options.repeats, options.width, options.kernels)
     else:
         stream(options.side, options.partitions, options.width, options.store, options.repeats)
 

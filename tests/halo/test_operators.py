@@ -100,6 +100,9 @@ UNLISTED: dict[str, Callable[[torch.Tensor], Any]] = {
     ),
 }
 
+READ_BEFORE_214 = ("quantile",)
+"""Operators that read a value in releases before torch 2.14 (seen in 2.11), so that `torch.export` refuses them."""
+
 DEPEND_ON_DATA: dict[str, Callable[[torch.Tensor], Any]] = {
     "nonzero": lambda x: x.nonzero(),
     "repeats of each": lambda x: x.repeat_interleave(torch.tensor([1, 3]), 1),
@@ -119,6 +122,9 @@ def test_operators_that_nobody_listed(name: str) -> None:
     x = x_of()
     network = Call(name, lambda x: UNLISTED[name](x)).double()
     tried = try_settings(network, (x,), SETTINGS)
+    if name in READ_BEFORE_214 and torch.__version__ < (2, 14):
+        assert (tried.exact, len(tried.refused)) == (0, 3), tried.refused
+        return
     assert tried.exact == 3, tried.refused
     result = plain(network, (x.clone(),))
     if isinstance(result, torch.Tensor) and result.dtype == x.dtype and result.dim() == 5:  # rows meet afterwards
