@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from monai_memeff.halo import explain
+from monai_memeff.halo import NotPartitionableError, SpatialPartitionInferer, explain
 from tests.halo.kinds import small_conv
 from tests.halo.ordinary_code import Call
 from tests.halo.partitioned import try_settings
@@ -70,6 +70,13 @@ def test_a_refusal_says_where_and_what(name: str) -> None:
     assert "Error" not in reason
     assert "\n" not in reason
     assert len(reason) < 400
+
+
+@pytest.mark.parametrize("message", [(), ("too low",)])
+def test_a_check_of_values_is_refused(message: tuple[str, ...]) -> None:
+    network = Call("check", lambda x: (torch._assert_async((x > -100).all(), *message), x * 2)[1])
+    with pytest.raises(NotPartitionableError, match="_assert_async checks values"):
+        SpatialPartitionInferer(2)(torch.zeros(1, 2, 8, 6, 5), network)
 
 
 def test_a_gradient_of_torch_func_is_refused() -> None:

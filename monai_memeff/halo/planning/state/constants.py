@@ -92,7 +92,9 @@ class Constants(TorchFunctionMode):
             raise NotPartitionableError("forward assigns to a tensor's `data`: write into the tensor with copy_")
         name, read = getattr(func, "__name__", ""), list(tensors_in((args, kwargs)))
         if "assert_async" in name:  # torch.export drops the one without a message
-            raise NotPartitionableError("torch._assert_async checks values, which a run in parts would not: leave it out")
+            raise NotPartitionableError(
+                "torch._assert_async checks values, which a run in parts would not: leave it out"
+            )
         if _writes(name, kwargs) and name != "__set__":
             check_overlap(name, args, kwargs.get("out"))
         if name not in _READING or not read or not all(map(self._knows, read)):
