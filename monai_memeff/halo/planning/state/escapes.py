@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.state.constants import tensors_in
 
-_NOT_THE_USERS = ("/torch/", "/monai_memeff/halo/", "<")
+_NOT_THE_USERS = ("/torch/", "/monai_memeff/halo/", "/monai_memeff/memory/", "<")
 _DEPTH = 4  # containers in containers
 
 
