@@ -14,6 +14,7 @@ those of the registered mirror and of a dense U-Net, which `dense` trains on the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -33,6 +34,7 @@ REAL = {
 }
 """Name -> file below the data folder, bone at and above this value."""
 
+VIEWS, LEVEL = 16, 0.4  # the bundle's defaults
 GENERATED_MM = 2.0
 POOL = {64: 4, 128: 2, 256: 1}
 
@@ -122,10 +124,10 @@ def train_dense(
 def score(
     head: torch.Tensor, weights: Path, dense: Path | None, defects: int, seed: int
 ) -> dict[str, dict[str, float]]:
-    """Mean scores of the network and of the registered mirror over the same defects."""
+    """Mean scores of the networks, in one view and averaged over the bundle's, and of the registered mirror."""
     from monai.transforms import KeepLargestConnectedComponent
 
-    from monai_memeff.apps.skull import RandSkullDefect
+    from monai_memeff.apps.skull import RandSkullDefect, ViewAveragingInferer
     from monai_memeff.apps.skull.demo.mirror import mirror_implant
     from monai_memeff.apps.skull.metrics import implant_scores
     from monai_memeff.sparse import SparseCompletionNet
@@ -139,17 +141,19 @@ def score(
         network.eval()
     cell_mm = 256 / head.shape[-1]
     largest = KeepLargestConnectedComponent()
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in (*networks, "mirror")}
+    ways = {"": ViewAveragingInferer(views=1), "_views": ViewAveragingInferer(views=VIEWS, level=LEVEL)}
+    names = [name + way for name in networks for way in ways]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in (*names, "mirror")}
     for kind in ("sphere", "cube", "freeform"):
         cut = RandSkullDefect(kind, (0.08, 0.16))
         cut.set_random_state(seed)
         for _ in range(defects):
             defective, implant = (x.as_tensor().float() for x in cut(head))
             got = {"mirror": torch.from_numpy(mirror_implant(defective[0].numpy() > 0, head.affine.numpy()).implant)}
-            for name, (network, _) in networks.items():
+            for (name, (network, _)), (way, inferer) in itertools.product(networks.items(), ways.items()):
                 with torch.no_grad():
-                    completed = network(defective[None])[0] > 0
-                got[name] = largest((completed & (defective == 0)).float())[0] > 0
+                    completed = inferer(defective[None], network)[0] > 0
+                got[name + way] = largest((completed & (defective == 0)).float())[0] > 0
             for name, mask in got.items():
                 found[name].append(implant_scores(mask, implant[0] > 0, defective[0] > 0, cell_mm))
     return {n: {k: float(np.mean([s[k] for s in rows])) for k in rows[0]} for n, rows in found.items()}

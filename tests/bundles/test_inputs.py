@@ -118,7 +118,8 @@ def test_an_option_out_of_range_ends_in_one_line(value: object) -> None:
 ODD = [float("nan"), -1, "x", [0, 0], None]
 PLACES = {
     ("skull_completion_sparse", "inference"): {
-        "grid": "fine_grid", "pool": "fine_grid", "cell_mm": "fine_mm", "implant_level": "postprocessing"
+        "grid": "fine_grid", "pool": "fine_grid", "cell_mm": "fine_mm", "implant_level": "postprocessing",
+        "views": "inferer", "view_level": "inferer",
     },
     ("skull_completion_sparse", "train"): {"grid": "fine_grid", "pool": "fine_grid", "cell_mm": "fine_mm"},
     ("organ_occupancy", "inference"): {"pixdim": "preprocessing", "window": "preprocessing"},

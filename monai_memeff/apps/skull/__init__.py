@@ -16,6 +16,7 @@ from monai_memeff.apps.skull.variation import (
     RandSkullVariationd,
     RandSkullVariationDict,
 )
+from monai_memeff.apps.skull.views import ViewAveragingInferer
 
 __all__ = [
     "ImplantFromCompletion",
@@ -39,4 +40,5 @@ __all__ = [
     "UpperSkullCropD",
     "UpperSkullCropDict",
     "UpperSkullCropd",
+    "ViewAveragingInferer",
 ]
