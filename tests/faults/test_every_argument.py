@@ -32,7 +32,9 @@ ACCEPTED: dict[str, str] = {
     **dict.fromkeys(("bend", "class_weights", "coarse_weight", "distance_mm", "eps", "face_mm", "gamma"), NOT_NEGATIVE),
     **dict.fromkeys(("lr", "overlap", "pade_lr", "rotation", "shear", "tolerance"), NOT_NEGATIVE),
     **dict.fromkeys(("blocks", "components", "context_channels", "cut", "dropout", "face", "false_negatives"), "0"),
-    **dict.fromkeys(("false_positives", "first_slices", "fraction", "iterations", "max_bytes", "min_ratio"), "0"),
+    **dict.fromkeys(
+        ("false_positives", "first_slices", "fraction", "iterations", "max_bytes", "min_ratio", "mirror_axis"), "0"
+    ),
     **dict.fromkeys(("momentum", "num_res_units", "num_sphere", "opening", "p", "padding", "prefetch", "prob"), "0"),
     **dict.fromkeys(("dice_weight", "recompute", "scale", "seed", "spots", "top_margin"), "0"),
     **dict.fromkeys(("axis", "ignore_index"), "-1 0"),

@@ -60,7 +60,7 @@ class ViewAveragingInferer(Inferer):
         if not 0 < level < 1:
             raise ValueError(f"level is a probability between 0 and 1, got {level}.")
         if mirror_axis not in (None, 0, 1, 2):
-            raise ValueError(f"mirror_axis must be 0, 1, 2 or None, got {mirror_axis}.")
+            raise ValueError(f"mirror_axis must be None or a whole number in 0 ... 2, got {mirror_axis}.")
         self.inferer = SimpleInferer() if inferer is None else inferer
         self.views, self.shift, self.mirror_axis, self.level = views, shift, mirror_axis, level
 
