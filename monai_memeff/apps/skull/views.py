@@ -84,7 +84,7 @@ class ViewAveragingInferer(Inferer):
         padded = nn.functional.pad(inputs.as_subclass(Tensor), [self.shift] * 6)
         total, count = None, torch.zeros(padded.shape[2:], device=inputs.device)
         for mirrored, place in self._places(inputs.shape[2:]):
-            view = padded[(..., *place)]
+            view = padded[place]
             view = view.flip(2 + self.mirror_axis) if mirrored and self.mirror_axis is not None else view
             logits = check_logits(self.inferer(view, network, *args, **kwargs), "the network")
             if logits.shape[2:] != inputs.shape[2:]:
@@ -94,24 +94,24 @@ class ViewAveragingInferer(Inferer):
             if total is None:
                 total = found.new_zeros((*found.shape[:2], *padded.shape[2:]))
                 count = count.to(found.device)
-            total[(..., *place)] += found
+            total[place] += found
             count[place] += 1
         assert total is not None
-        inside = tuple(slice(self.shift, self.shift + extent) for extent in inputs.shape[2:])
-        mean = total[(..., *inside)] / count[inside]
+        inside = (..., *(slice(self.shift, self.shift + extent) for extent in inputs.shape[2:]))
+        mean = total[inside] / count[inside]
         logits = torch.logit(mean, CERTAIN) - math.log(self.level / (1 - self.level))
         return convert_to_dst_type(logits, inputs, dtype=logits.dtype, device=logits.device)[0]
 
-    def _places(self, extents: tuple[int, ...]) -> Iterator[tuple[bool, tuple[slice, ...]]]:
+    def _places(self, extents: tuple[int, ...]) -> Iterator[tuple[bool, tuple[Any, ...]]]:
         """Whether a view is mirrored, and where it lies in the padded volume."""
         both = 1 if self.mirror_axis is None else 2
         offsets = spread(self.shift)
         for number in range(self.views):
             start = offsets[number // both]
-            yield number % both == 1, tuple(slice(a, a + n) for a, n in zip(start, extents, strict=True))
+            yield number % both == 1, (..., *(slice(a, a + n) for a, n in zip(start, extents, strict=True)))
 
 
-def spread(shift: int) -> list[tuple[int, int, int]]:
+def spread(shift: int) -> list[tuple[int, ...]]:
     """All offsets 0 ... 2 * shift of three axes, no shift first, in steps of the golden ratio through their list."""
     everything = list(itertools.product(range(2 * shift + 1), repeat=3))
     count = len(everything)
