@@ -77,7 +77,7 @@ class ViewAveragingInferer(Inferer):
             Logits (B, K, H, W, D), positive where the mean probability is above ``level``.
 
         Raises:
-            InputError: the input is no volume, or the network's output has another size.
+            InputError: the input has other dimensions, or the network's output another size.
         """
         if inputs.ndim != 5:
             raise InputError(f"views are of volumes (B, C, H, W, D), got the shape {tuple(inputs.shape)}")
