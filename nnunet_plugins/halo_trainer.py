@@ -9,15 +9,13 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import Tensor, nn
 
-from monai_memeff.halo import GatheredNetwork, HaloMesh, SpatialLoss, scatter, spatial_partition, unpartition
-from monai_memeff.halo.run.ranks.parts import part_of
+from monai_memeff.halo import GatheredNetwork, HaloMesh, scatter, spatial_partition, unpartition
 from nnunet_plugins.lean import switch
 from nnunet_plugins.training.halo_groups import as_processes, dice_over_groups, refuse_batch, refuse_batch_norm
+from nnunet_plugins.training.halo_loss import cut_like, loss_on_parts, why_gathered
 from nnunet_plugins.training.halo_processes import (
     local_device,
     mesh_of_launch,
@@ -48,6 +46,8 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
 
     To train larger patches, set ``patch_size`` in the plans.
 
+    - Loss: of derived trainers, too; where it is more than sums over voxels, as top-k, every process gathers the
+      logits of its whole patch, and the log says so.
     - Compile: off. Batch size, oversampling, 2D, regions, ignore label, cascade: as in stock.
     - Validation: whole images or tiles as ``MEMEFF_NNUNET`` says, leanly; the cases are dealt out to the processes.
 
@@ -123,7 +123,11 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
         refuse_batch_norm(self.network, self.mesh)
         share_weights(self.network)
         spatial_partition(self.network, self.mesh, self.segments)
-        self.spatial_loss = _spatial(self.loss, self.mesh)
+        dims = len(self.configuration_manager.patch_size)
+        reason = why_gathered(self.loss, self.label_manager, dims, self.mesh, self.device)
+        if reason is not None:
+            self.print_to_log_file(f"every process gathers the logits of its whole patch for the loss: {reason}")
+        self.loss_on_parts = loss_on_parts(self.loss, self.mesh, gather=reason is not None)
 
     def _do_i_compile(self) -> bool:
         return False
@@ -149,7 +153,7 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
         with torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext():
             output = self.network(scatter(shared["data"], self.mesh))
             with dice_over_groups(self.mesh):
-                loss = self.spatial_loss(output, _cut_like(output, shared["target"], self.mesh))
+                loss = self.loss_on_parts(output, cut_like(output, shared["target"], self.mesh))
         return self.learn_from(loss, lambda: sum_gradients(self.network.parameters(), self.mesh))
 
     def validation_step(self, batch: dict | None) -> dict:
@@ -209,24 +213,3 @@ def _settings(settings: dict[str, Any]) -> dict[str, int]:
         if not isinstance(value, int) or isinstance(value, bool) or value < LOWEST[name]:
             raise ValueError(f"{name} under {KEY!r} in the plans must be {WHOLE[LOWEST[name]]} but is {value!r}.")
     return settings
-
-
-def _spatial(loss: nn.Module, mesh: HaloMesh) -> nn.Module:
-    """The loss on parts; each output of deep supervision has its own."""
-    if isinstance(loss, DeepSupervisionWrapper):
-        return DeepSupervisionWrapper(SpatialLoss(loss.loss, mesh, averaged=False), loss.weight_factors)
-    return SpatialLoss(loss, mesh, averaged=False)
-
-
-def _cut_like(outputs: Any, targets: Any, mesh: HaloMesh) -> Any:
-    """This process's part of each target (B, C, spatial...), cut where the output of its size is cut."""
-    if isinstance(outputs, (list, tuple)):
-        return [_cut_like(output, target, mesh) for output, target in zip(outputs, targets, strict=True)]
-    part = part_of(outputs)
-    result: Tensor = targets
-    if part is None:
-        return result
-    for dim, bounds, here in zip(part.dims, part.cuts, mesh.position, strict=True):
-        if bounds is not None:
-            result = result.narrow(dim, bounds[here], bounds[here + 1] - bounds[here])
-    return result

@@ -16,6 +16,8 @@ import torch
 pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerTopkLoss import nnUNetTrainerDiceTopK10Loss
+from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
 
 from nnunet_plugins import HaloTrainer
 from nnunet_plugins.lean.trial import TrialModel
@@ -27,8 +29,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "labels": {"labels": {"background": 0, "a": 1, "b": 2, "ignore": 3}, "patch": (16, 20, 12)},
     "regions": {"labels": {"background": 0, "all": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": (1, 2)},
     "flat": {"labels": {"background": 0, "a": 1, "b": 2}, "patch": (16, 24)},
+    "top-k and batch norm": {"labels": {"background": 0, "a": 1, "b": 2}, "patch": (16, 24)},
 }
-LAUNCHES = {"halo:2:2": KINDS, "stock:2": KINDS, "halo:4:2": ["labels", "flat"], "halo:2:1": ["regions"]}
+VARIANTS = {"top-k and batch norm": (nnUNetTrainerDiceTopK10Loss, nnUNetTrainerBN)}
+"""Trainers of nnU-Net that a kind is trained with: a loss that is no sum over voxels, and another norm."""
+LAUNCHES = {
+    "halo:2:2": KINDS,
+    "stock:2": ["labels", "regions", "flat"],
+    "halo:4:2": ["labels", "flat"],
+    "halo:2:1": ["regions"],
+}
 """Kinds that a launch of processes trains; see :mod:`tests.nnunet_plugins.halo_ranks`."""
 
 
@@ -44,6 +54,9 @@ def trainer_of(kind: str, which: type, folder: Path) -> Any:
         {"batch_size": 3, "batch_dice": False} if kind == "labels" else {"batch_size": 2, "batch_dice": True}
     )
     torch.manual_seed(0)
+    if kind in VARIANTS:
+        own = () if which is nnUNetTrainer else (which,)
+        which = type(which.__name__, (*own, *VARIANTS[kind]), {})
     trainer = which(plans, model.configuration, 0, model.dataset(), torch.device("cpu"))
     trainer.initialize()
     trainer.network.double()
@@ -61,7 +74,7 @@ def batch_of(trainer: Any, kind: str, seed: int = 0, group: int = 0) -> dict[str
         if kind == "regions":
             targets.append(torch.randint(0, 2, (samples, 3, *size), generator=rng).bool())
         else:
-            labels = 3 if kind == "flat" else 4
+            labels = len(KINDS[kind]["labels"])
             targets.append(torch.randint(0, labels, (samples, 1, *size), generator=rng).to(torch.int16))
     return {"data": data, "target": targets, "keys": ["a", "b"]}
 

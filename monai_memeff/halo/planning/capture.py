@@ -25,6 +25,7 @@ from monai_memeff.halo.planning.state.averages import without_reading_counts
 from monai_memeff.halo.planning.state.constants import Constants
 from monai_memeff.halo.planning.state.counters import Counters
 from monai_memeff.halo.planning.state.escapes import Escapes
+from monai_memeff.halo.planning.state.second_names import drop_second_names
 from monai_memeff.memory.threads import FakeMode, one_at_a_time
 from monai_memeff.memory.untouched import as_it_was, bare, home
 
@@ -154,6 +155,7 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
                 exported = torch.export.export(network, fake_args, fake_kwargs, strict=False)
                 counters.check(exported, fake_args, fake_kwargs)
             check_constants(exported, place_of)
+            drop_second_names(exported)
             exported = exported.run_decompositions({})
     except NotPartitionableError:
         raise

@@ -188,6 +188,24 @@ def test_layers_whose_cuts_do_not_align(name: str, parts: int) -> None:
     assert worst(made(lambda: nn.Sequential(*LAYERS[name]())), [volume(2, 1, 18, 9, 9)], (parts,)) < 1e-10
 
 
+class OfTwoNames(nn.Module):
+    """An encoder that its decoder holds too, as in nnU-Net's networks; each of its tensors has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.BatchNorm3d(2))
+        self.decoder = nn.ModuleDict({"encoder": self.encoder, "last": nn.Conv3d(2, 2, 3, padding=1)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Called by either name."""
+        return self.decoder["last"](self.encoder(x)) + self.decoder["encoder"](x)
+
+
+@pytest.mark.slow
+def test_a_batch_norm_of_two_names() -> None:
+    assert worst(made(OfTwoNames), [volume(2, 1, 9, 4, 5)], (2,)) < 1e-10
+
+
 @pytest.mark.parametrize("ndim", [1, 2])
 @pytest.mark.slow
 def test_fewer_dimensions(ndim: int) -> None:
