@@ -41,6 +41,7 @@ def open_nifti(path: str | os.PathLike[str], keep_file_open: bool = False) -> An
     """
     path = check_file(path)
     if not path.name.lower().endswith(ENDINGS):
+        refuse_archive(path)
         raise InputError(f"cannot read {path}: {', '.join(ENDINGS)} are NIfTI or FreeSurfer files; convert it.")
     import nibabel
 
@@ -79,6 +80,18 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty: copy the image again, or give another one")
     return path
+
+
+def refuse_archive(path: Path) -> None:
+    """Say of a packed file by its first bytes that it is one, as a PACS or a portal gives a study.
+
+    Raises:
+        InputError: it is packed by zip, gzip, 7z, RAR, bzip2 or xz.
+    """
+    with open(path, "rb") as file:
+        start = file.read(6)
+    if start.startswith((b"PK\3\4", b"PK\5\6", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ")):
+        raise InputError(f"cannot read {path}: it is a packed file; unpack it, and give the folder with its images.")
 
 
 def first_line(error: BaseException) -> str:

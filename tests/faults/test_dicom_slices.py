@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,17 @@ def test_files_that_are_no_slices(tmp_path: Path) -> None:
     (tmp_path / "IM0013").write_bytes((tmp_path / "IM0012.dcm").read_bytes()[:100])
     assert "cannot read" in refusal(tmp_path)
     assert "IM0013" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar", "bztar", "xztar"])
+def test_a_packed_study_is_told_to_be_one(kind: str, tmp_path: Path) -> None:
+    """Alone, and among the slices of another."""
+    write_series(tmp_path / "slices", numbers(), keep=[0])
+    packed = Path(shutil.make_archive(str(tmp_path / "anna"), kind, tmp_path / "slices"))
+    write_series(tmp_path / "more", numbers())
+    shutil.copy(packed, tmp_path / "more")
+    for path in (packed, tmp_path / "more"):
+        assert f"{packed.name}: it is a packed file; unpack it, and give the folder" in refusal(path)
 
 
 def test_folders_in_folders_and_single_slices(tmp_path: Path) -> None:

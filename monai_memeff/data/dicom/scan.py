@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from monai_memeff.data.dicom.frames import Frame, frames_of, listed
-from monai_memeff.data.nifti_checks import first_line
+from monai_memeff.data.nifti_checks import first_line, refuse_archive
 from monai_memeff.errors import InputError
 
 MOST_FILES = 20_000
@@ -83,6 +83,7 @@ def _headers(path: Path) -> tuple[dict[Path, Any], list[str]]:
             for keyword in CONVERTED:  # wrong values are met here, not later
                 headers[file].get(keyword)
         except pydicom.errors.InvalidDicomError:
+            refuse_archive(file)
             raise InputError(f"cannot read {file}: it is no DICOM file; remove it, or copy the series again.") from None
         except Exception as error:
             raise InputError(
