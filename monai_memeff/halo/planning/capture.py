@@ -21,8 +21,8 @@ from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.lower import lower, place_of
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.halo.planning.reasons import check_constants, reason
-from monai_memeff.halo.planning.state.asked_types import refuse_asked_types
 from monai_memeff.halo.planning.state.averages import without_reading_counts
+from monai_memeff.halo.planning.state.compared_types import refuse_compared_types
 from monai_memeff.halo.planning.state.constants import Constants
 from monai_memeff.halo.planning.state.counters import Counters
 from monai_memeff.halo.planning.state.escapes import Escapes
@@ -136,7 +136,7 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
     """
     network = bare(network)
     require_capturable(network)
-    refuse_asked_types(network)
+    refuse_compared_types(network)
     flat, spec = flatten_call(tuple(args), dict(kwargs or {}))
     mode = FakeMode()
     device = home(network)

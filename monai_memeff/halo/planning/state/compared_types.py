@@ -1,4 +1,4 @@
-"""Code that asks a tensor for its exact type: in a capture it would get another answer than in a plain call."""
+"""Code that compares the type of a tensor: it finds another one in a capture than in a plain call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from monai_memeff.halo.planning.state.fingerprint import _names, _of_library
 _TENSORS = ("Tensor", "Parameter")
 
 
-def refuse_asked_types(network: nn.Module) -> None:
+def refuse_compared_types(network: nn.Module) -> None:
     """Refuse a network whose own code compares the type of a tensor.
 
     Raises:
@@ -27,9 +27,9 @@ def refuse_asked_types(network: nn.Module) -> None:
     seen: set[types.CodeType] = set()
     for path, module in network.named_modules():
         for function in _functions(module):
-            for name, line in _asked(function, seen):
+            for name, line in _comparisons(function, seen):
                 raise NotPartitionableError(
-                    f"{path or type(module).__name__}: {name} ({line}) asks for the type of a tensor, which is another "
+                    f"{path or type(module).__name__}: {name} ({line}) compares the type of a tensor, which is another "
                     "one while a network is captured; write isinstance(x, torch.Tensor)"
                 )
 
@@ -45,8 +45,8 @@ def _functions(module: nn.Module) -> Iterator[types.FunctionType]:
             yield found
 
 
-def _asked(function: types.FunctionType, seen: set[types.CodeType]) -> Iterator[tuple[str, str]]:
-    """Name and line of functions that ask, of this one and of those that it names."""
+def _comparisons(function: types.FunctionType, seen: set[types.CodeType]) -> Iterator[tuple[str, str]]:
+    """Name and line of functions that compare, of this one and of those that it names."""
     stack = [function]
     while stack:
         one = stack.pop()
@@ -62,7 +62,7 @@ def _asked(function: types.FunctionType, seen: set[types.CodeType]) -> Iterator[
 
 @functools.lru_cache(maxsize=4096)
 def _line(code: types.CodeType) -> int | None:
-    """The line at which a function asks, None where it does not or its source is not known."""
+    """The line of the first comparison, None where there is none or the source is not known."""
     if not {"type", "__class__"} & set(_names(code)):
         return None
     try:

@@ -52,7 +52,9 @@ class Asked(Asks):
 @pytest.mark.parametrize("question", [is_exactly, is_called, is_among])
 def test_a_question_that_a_capture_answers_otherwise_is_refused(question: Callable[[Tensor], bool]) -> None:
     x = torch.randn(1, 2, 9, 4, 4, dtype=torch.float64)
-    with pytest.raises(NotPartitionableError, match=rf"^Asks: {question.__name__} \(.*test_asked_types\.py:\d+\) asks"):
+    with pytest.raises(
+        NotPartitionableError, match=rf"^Asks: {question.__name__} \(.*test_compared_types\.py:\d+\) compares"
+    ):
         SpatialPartitionInferer(2)(x, Asks(question))
 
 
@@ -64,7 +66,7 @@ def test_functions_that_functions_call_are_read() -> None:
 def test_hooks_are_read() -> None:
     network = small_conv(3).double()
     network.register_forward_hook(lambda module, args, y: y + 1 if type(y) is torch.Tensor else y)
-    with pytest.raises(NotPartitionableError, match="asks for the type of a tensor"):
+    with pytest.raises(NotPartitionableError, match="compares the type of a tensor"):
         SpatialPartitionInferer(2)(torch.randn(1, 2, 9, 4, 4, dtype=torch.float64), network)
 
 
