@@ -80,9 +80,9 @@ class SpatialPartitionInferer(Inferer):
     Where the device runs out of memory all the same, the tile is halved and the work goes on from there.
     The idea of halo rows is that of Hou et al. 2019 (https://arxiv.org/abs/1909.03108), streamed through one device.
 
-    The network is unchanged afterwards, running statistics included, in training mode too. Random numbers of torch are
-    neither drawn nor moved on: dropout and the like in training mode follow `torch.initial_seed()` and the number of
-    the call, in a way that does not depend on the parts.
+    The network runs as under `torch.no_grad()` and is unchanged afterwards, running statistics too, also in training
+    mode. Random numbers of torch are neither drawn nor moved on: dropout and the like follow `torch.initial_seed()` and
+    the number of the call, in a way that does not depend on the parts.
 
     Args:
         partitions: number of parts along `axis`, or "auto": as few as fit `memory_budget`. Small late steps take fewer.

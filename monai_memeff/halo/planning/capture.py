@@ -123,8 +123,8 @@ def _quiet() -> Iterator[None]:
 def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Program:
     """Capture a network at the shapes of its arguments.
 
-    Nothing is allocated and nothing of the network changes. Gradient mode, autocast and training flags are the
-    caller's; hooks, parametrizations and caches act as in a plain call.
+    Nothing is allocated and nothing of the network changes. It is captured as under `torch.no_grad()`; autocast and
+    training flags are the caller's; hooks, parametrizations and caches act as in a plain call.
 
     Args:
         network: any nn.Module.
