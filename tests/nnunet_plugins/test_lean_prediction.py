@@ -574,7 +574,7 @@ def test_scratch_files_have_no_name_and_are_refused_in_a_line(tmp_path: Path, mo
     file = ScratchFile(1000)
     assert not list(tmp_path.iterdir())
     assert file.read(10, np.empty(5, np.int16)).tolist() == [0] * 5
-    with pytest.raises(NoRoomError, match=rf"needs 1048576.00 GiB .* {tmp_path} has .* set {FOLDER_VARIABLE}") as error:
+    with pytest.raises(NoRoomError, match=rf"needs 1048576.0 GiB .* {tmp_path} has .* set {FOLDER_VARIABLE}") as error:
         ScratchFile(2**50)
     assert "\n" not in str(error.value)
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "missing"))

@@ -40,9 +40,12 @@ def _functions(module: nn.Module) -> Iterator[types.FunctionType]:
     hooks = (module._forward_pre_hooks, module._forward_hooks)
     values += [*vars(module).values(), *(hook for found in hooks for hook in found.values())]
     for value in values:
-        found = inspect.unwrap(getattr(value, "__func__", getattr(value, "fget", value)) or value)
-        if isinstance(found, types.FunctionType):
-            yield found
+        if isinstance(value, property):
+            value = value.fget
+        if isinstance(value, (types.MethodType, staticmethod, classmethod)):
+            value = value.__func__
+        if isinstance(value, types.FunctionType):
+            yield from (f for f in (value, inspect.unwrap(value)) if isinstance(f, types.FunctionType))
 
 
 def _comparisons(function: types.FunctionType, seen: set[types.CodeType]) -> Iterator[tuple[str, str]]:
