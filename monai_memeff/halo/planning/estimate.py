@@ -17,11 +17,13 @@ from monai_memeff.halo.planning.rules.base import Env, Reduction, State
 from monai_memeff.halo.planning.rules.remember import Remembering
 from monai_memeff.halo.planning.rules.windowed.kernels import DRY
 from monai_memeff.halo.planning.schedule import Job, Schedule
-from monai_memeff.halo.planning.tile import Worker, compile_tile
+from monai_memeff.halo.planning.tile import Copies, Worker, compile_tile
 from monai_memeff.memory.threads import FakeMode, one_at_a_time
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 
 META = torch.device("meta")
+Form = tuple[int, ...]
+Forms = tuple[Form | None, ...]
 
 
 class Estimate:
@@ -30,12 +32,17 @@ class Estimate:
     Args:
         schedule: what is to be run.
         device: where; on a GPU the rows read are copies and count too.
+
+    Attributes:
+        overlaps: whether copies may run while tiles are computed, which takes memory for the rows of two tiles.
     """
 
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         self.schedule, self.device = schedule, device
+        self.overlaps = device.type == "cuda"
         self._wholes: dict[int, torch.Tensor] = {}
-        self._known: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._known: dict[tuple[int, Forms], int] = {}
+        self._signatures: dict[tuple[int, Box], Form] = {}
         self._remembering = Remembering()
 
     def _whole(self, index: int) -> torch.Tensor:
@@ -44,7 +51,7 @@ class Estimate:
             self._wholes[index] = torch.empty(value.shape, dtype=value.dtype, device=META)
         return self._wholes[index]
 
-    def _load(self, index: int, box: Box) -> torch.Tensor:
+    def _load(self, index: int, box: Box, copies: Copies) -> torch.Tensor:
         layout = self.schedule.bound.layouts[index]
         value = self.schedule.bound.program[index]
         copied = (
@@ -54,7 +61,9 @@ class Estimate:
             return torch.empty(layout.part_shape(box), dtype=value.dtype, device=META)
         return narrow(self._whole(index), layout, layout.whole, box)
 
-    def _signature(self, job: Job, box: Box) -> tuple[int, ...]:
+    def _signature(self, job: Job, box: Box) -> Form:
+        if (job.index, box) in self._signatures:
+            return self._signatures[job.index, box]
         step = self.schedule.bound.step(job.index)
         key = (job.index, box)
         if hasattr(step, "partial") and len(step.inputs) == 1:
@@ -63,17 +72,26 @@ class Estimate:
         for instruction in compile_tile(self.schedule, key):
             index, rows = instruction.key
             found += _form(rows, self.schedule.bound.layouts[index].rows)
+        self._signatures[job.index, box] = tuple(found)
         return tuple(found)
 
     @one_at_a_time
-    def tile(self, job: Job, box: Box) -> int:
-        """Peak bytes of one tile."""
-        key = (job.index, self._signature(job, box))
-        if key not in self._known:
-            self._known[key] = self._dry(job, box)
-        return self._known[key]
+    def tile(self, job: Job, box: Box, before: Box | None = None, after: Box | None = None) -> int:
+        """Peak bytes of one tile.
 
-    def _dry(self, job: Job, box: Box) -> int:
+        Args:
+            job: whose tile it is.
+            box: its rows.
+            before: rows of the tile whose result is on its way to the store meanwhile.
+            after: rows of the tile whose rows are read meanwhile.
+        """
+        forms = tuple(None if tile is None else self._signature(job, tile) for tile in (before, box, after))
+        if (job.index, forms) not in self._known:
+            self._known[job.index, forms] = self._dry(job, (before, box), after)
+        return self._known[job.index, forms]
+
+    def _dry(self, job: Job, tiles: tuple[Box | None, Box], after: Box | None) -> int:
+        before, box = tiles
         wholes = [job.index, *job.sources, *job.taps]
         for index in wholes:
             self._whole(index)
@@ -90,10 +108,15 @@ class Estimate:
             self._remembering,
             Watcher(tracker),
         ):
-            # reductions a second time, with the partial results of the first
-            for _ in range(2 if job.taps or isinstance(self.schedule.bound.step(job.index), Reduction) else 1):
-                kept = worker.tile(job, box, whole, states)
+            if before is not None:
+                kept = worker.tile(job, before, whole, states, box)
                 del kept
+            # reductions a second time, with the partial results of the first
+            again = before is None and (job.taps or isinstance(self.schedule.bound.step(job.index), Reduction))
+            for _ in range(2 if again else 1):
+                kept = worker.tile(job, box, whole, states, after)
+                del kept
+            worker.settle()
             for index, state in states.items():
                 step = self.schedule.bound.step(index)
                 kept = step.finish(state, worker.env)  # type: ignore[attr-defined]
@@ -113,20 +136,32 @@ class Estimate:
                 "bytes are not known before the run"
             ) from error
 
-    def job(self, job: Job, tiles: int, limit: float = math.inf) -> int:
-        """Peak bytes of a job cut into so many tiles; above a limit, those of the first tile found that exceeds it."""
-        peak, cuts = 0, job.cuts(tiles)
-        middle = len(cuts) // 2  # its tile has neighbors on both sides: as a rule the largest
-        for lo, hi in cuts[middle:] + cuts[:middle]:
-            peak = max(peak, self.tile(job, job_box(job, lo, hi)))
+    def job(self, job: Job, tiles: int, limit: float = math.inf, ahead: bool = False) -> int:
+        """Peak bytes of a job cut into so many tiles; above a limit, those of the first tile found that exceeds it.
+
+        Args:
+            job: the job.
+            tiles: number of tiles.
+            limit: bytes.
+            ahead: whether rows are read and written while others are computed.
+        """
+        peak, count = 0, len(job.cuts(tiles))
+        middle = count // 2  # its tile has neighbors on both sides: as a rule the largest
+        for at in (*range(middle, count), *range(middle)):
+            peak = max(peak, self._tile_of(job, tiles, at, ahead))
             if peak > limit:
                 break
         return peak
 
     def middle(self, job: Job, tiles: int) -> int:
         """Peak bytes of one tile from the middle of a job cut into so many tiles."""
-        cuts = job.cuts(tiles)
-        return self.tile(job, job_box(job, *cuts[len(cuts) // 2]))
+        return self._tile_of(job, tiles, len(job.cuts(tiles)) // 2, self.overlaps)
+
+    def _tile_of(self, job: Job, tiles: int, at: int, ahead: bool) -> int:
+        boxes: list[Box | None] = [None, *(job_box(job, lo, hi) for lo, hi in job.cuts(tiles)), None]
+        before, box, after = boxes[at : at + 3]
+        assert box is not None
+        return self.tile(job, box, before, after) if ahead else self.tile(job, box)
 
     def kept_bytes(self) -> list[int]:
         """Bytes of the small values that stay on the device while each job runs, its own results included."""
@@ -191,7 +226,8 @@ def by_partitions(estimate: Estimate, partitions: int) -> None:
     for job, base in zip(jobs, kept, strict=True):
         most = min(partitions, job.rows)
         if not _fewest(estimate, job, base, limit, most):  # a tile at an end needs more than that in the middle
-            job.tiles, job.peak = most, base + estimate.job(job, most)
+            job.tiles, job.ahead = most, estimate.overlaps and most > 1
+            job.peak = base + estimate.job(job, most, ahead=job.ahead)
 
 
 def by_budget(estimate: Estimate, budget: int, advice: str = "") -> None:
@@ -211,17 +247,33 @@ def by_budget(estimate: Estimate, budget: int, advice: str = "") -> None:
 
 
 def _fewest(estimate: Estimate, job: Job, base: int, limit: int, most: int) -> bool:
-    """Set a small number of tiles that keeps within a limit; False if not even `most` do."""
+    """Set a small number of tiles that keeps within a limit; False if not even `most` do.
+
+    Where copies overlap, up to twice as many are taken for it.
+    """
+    found = _smallest(estimate, job, limit - base, most, False)
+    if found is None:
+        return False
+    job.tiles, job.ahead = found[0], False
+    if estimate.overlaps and job.tiles > 1:
+        beside = _smallest(estimate, job, limit - base, min(most, 2 * job.tiles), True)
+        if beside is not None:
+            found, job.tiles, job.ahead = beside, beside[0], True
+    job.peak = base + found[1]
+    return True
+
+
+def _smallest(estimate: Estimate, job: Job, limit: int, most: int, ahead: bool) -> tuple[int, int] | None:
+    """A small number of tiles within a limit, and their peak."""
     tiles = 1
     while True:
-        peak = base + estimate.job(job, tiles, limit - base)
+        peak = estimate.job(job, tiles, limit, ahead)
         if peak <= limit:
-            job.tiles, job.peak = tiles, peak
-            return True
+            return tiles, peak
         if tiles >= most:
-            return False
+            return None
         # a tile's bytes are roughly a constant plus its share of the rows
-        guess = math.ceil(tiles * max(peak - base, 1) / max(limit - base, 1)) if limit > base else most
+        guess = math.ceil(tiles * max(peak, 1) / max(limit, 1)) if limit > 0 else most
         tiles = min(max(tiles + 1, guess), most)
 
 

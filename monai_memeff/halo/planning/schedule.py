@@ -28,6 +28,7 @@ class Job:
         sources: stored values it reads, directly or through values computed on the fly.
         frees: stored values that nothing reads after it.
         tiles: number of tiles.
+        ahead: whether a tile's rows are read while the one before it is computed.
         peak: bytes on the device while it runs.
     """
 
@@ -38,6 +39,7 @@ class Job:
     sources: tuple[int, ...] = ()
     frees: tuple[int, ...] = ()
     tiles: int = 1
+    ahead: bool = False
     peak: int = 0
 
     @property

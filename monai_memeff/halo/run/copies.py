@@ -2,22 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from monai_memeff.halo.planning.tile import Copies
 
 PIECE = 64 * 1024
 """Bytes of adjacent memory from which on a piece is worth a copy of its own."""
 
 
-def to_device(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+class CopyStreams(Copies):
+    """Two streams of a GPU for copies in the two directions, beside the one that computes.
+
+    Memory comes from the computing stream and goes back to it: whoever drops a tensor has that stream wait first, so
+    that no more is held than the plan counts.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._reading, self._writing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def read(self, copy: Callable[[], object]) -> None:
+        """Read into memory that all work so far may have used."""
+        self._run(self._reading, copy)
+
+    def arrive(self) -> None:
+        """The computing stream waits for all that is read."""
+        torch.cuda.current_stream(self._device).wait_stream(self._reading)
+
+    def write(self, copy: Callable[[], object]) -> None:
+        """Write what the work so far has computed."""
+        self._run(self._writing, copy)
+
+    def leave(self) -> None:
+        """The computing stream waits for all that is written."""
+        torch.cuda.current_stream(self._device).wait_stream(self._writing)
+
+    def _run(self, stream: torch.cuda.Stream, copy: Callable[[], object]) -> None:
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            copy()
+
+
+def to_device(rows: torch.Tensor, device: torch.device, copies: Copies) -> torch.Tensor:
     """Rows of a stored tensor on the device: themselves if they are there, else copied in pieces without staging."""
     if rows.device == device:
         return rows
+    out = torch.empty(rows.shape, dtype=rows.dtype, device=device)
+    copies.read(lambda: _copy_in(out, rows))
+    return out
+
+
+def _copy_in(out: torch.Tensor, rows: torch.Tensor) -> None:
     lead = _lead(rows)
     if lead is None:
-        return rows.to(device, non_blocking=rows.is_pinned())
-    out = torch.empty(rows.shape, dtype=rows.dtype, device=device)
-    _copy_pieces(out, rows, lead)
-    return out
+        out.copy_(rows, non_blocking=rows.is_pinned())
+    else:
+        _copy_pieces(out, rows, lead)
 
 
 def to_store(target: torch.Tensor, rows: torch.Tensor) -> None:

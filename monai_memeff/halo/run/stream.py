@@ -19,8 +19,8 @@ from monai_memeff.halo.planning.plan import Plan
 from monai_memeff.halo.planning.program import Ref, check_memory, flatten_call
 from monai_memeff.halo.planning.rules.base import Env, Reduction, State
 from monai_memeff.halo.planning.schedule import Job
-from monai_memeff.halo.planning.tile import Worker
-from monai_memeff.halo.run.copies import to_device, to_store
+from monai_memeff.halo.planning.tile import Copies, Worker
+from monai_memeff.halo.run.copies import CopyStreams, to_device, to_store
 from monai_memeff.halo.run.stores import Store
 from monai_memeff.memory.budget import lacking, ran_out
 from monai_memeff.memory.meter import CUDAPeakMeter
@@ -50,6 +50,7 @@ class Stream:
         self.plan, self.store, self.on_tile = plan, store, on_tile
         self.schedule, self.bound = plan.schedule, plan.schedule.bound
         self.env = Env(plan.device, seed)
+        self.copies = CopyStreams(plan.device) if plan.device.type == "cuda" else Copies()
         self.peak_bytes = self.moved_bytes = self.partitions = 0
         self.wholes: dict[int, torch.Tensor] = {}
         self._read_state(bare(network))
@@ -63,7 +64,7 @@ class Stream:
             found = state[name] if name in state else program.constants[program[index].name]
             self.wholes[index] = found.detach().to(self.env.device)
 
-    def load(self, index: int, box: Box) -> torch.Tensor:
+    def load(self, index: int, box: Box, copies: Copies) -> torch.Tensor:
         """Rows of a value that is stored, kept, an input or a parameter, on the device."""
         layout = self.bound.layouts[index]
         if any(hi <= lo for lo, hi in box):
@@ -72,7 +73,7 @@ class Stream:
         rows = narrow(self.wholes[index], layout, layout.whole, box)
         if index in self.schedule.stored or index in self.bound.program.inputs.values():
             self.moved_bytes += rows.numel() * rows.element_size()
-            return to_device(rows, self.env.device)
+            return to_device(rows, self.env.device, copies)
         return rows
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -119,28 +120,37 @@ class Stream:
 
     def _tiles(self, job: Job, whole: torch.Tensor | None) -> tuple[torch.Tensor | None, dict[int, State]]:
         """Compute a job's tiles; returns the last if it is kept, and the states of the reductions."""
-        worker, states, kept = Worker(self.schedule, self.load, self.env, to_store), dict[int, State](), None
-        most, count = job.rows, 0
-        for lo, hi in job.cuts():
-            while True:
-                end, fed = min(hi, lo + most), dict(states)  # a tile that fails may have fed some reductions
-                try:
-                    kept = worker.tile(job, job_box(job, lo, end), whole, fed)
-                except RuntimeError as error:
-                    most = self._fewer_rows(job, end - lo, error)
-                    continue
-                states, lo, count = fed, end, count + 1
-                if lo >= hi:
-                    break
-            if self.on_tile is not None:
-                self.on_tile()
+        worker = Worker(self.schedule, self.load, self.env, to_store, self.copies)
+        states, kept, cuts = dict[int, State](), None, job.cuts()
+        most, count, ahead = job.rows, 0, job.ahead
+        try:
+            for (lo, hi), after in zip(cuts, [*cuts[1:], None], strict=True):
+                while lo < hi or not count:
+                    end, fed = min(hi, lo + most), dict(states)  # a tile that fails may have fed some reductions
+                    following = _following(job, end, hi, most, after) if ahead else None
+                    try:
+                        kept = worker.tile(job, job_box(job, lo, end), whole, fed, following)
+                    except RuntimeError as error:
+                        worker.settle()
+                        most, ahead = self._less(job, end - lo, ahead, error), False
+                        continue
+                    states, lo, count = fed, end, count + 1
+                if self.on_tile is not None:
+                    self.on_tile()
+        finally:
+            worker.settle()
         self.partitions = max(self.partitions, count)
         return kept, states
 
-    def _fewer_rows(self, job: Job, rows: int, error: RuntimeError) -> int:
-        """Rows of a tile after one ran out of memory; the error itself if it says something else."""
+    def _less(self, job: Job, rows: int, ahead: bool, error: RuntimeError) -> int:
+        """Rows of a tile after one ran out of memory: as many where others were read ahead, else half of them.
+
+        An error that says something else is raised.
+        """
         if not ran_out(error, self.env.device):
             raise error
+        if ahead:
+            return rows
         if rows > 1 and job.domain.spread:
             return -(-rows // 2)
         value, estimate = self.bound.program[job.index], Estimate(self.schedule, self.env.device)
@@ -173,6 +183,12 @@ class Stream:
         finally:
             tracker.close()
         self.peak_bytes = tracker.peak
+
+
+def _following(job: Job, end: int, hi: int, most: int, after: tuple[int, int] | None) -> Box | None:
+    """The tile after one that ends there: the rest of a cut that was halved, or the next cut."""
+    rows = (end, min(hi, end + most)) if end < hi else after
+    return None if rows is None else job_box(job, *rows)
 
 
 @contextlib.contextmanager
