@@ -147,7 +147,7 @@ def test_a_full_gpu(name: str, leave: Callable[[int], None]) -> None:
     enough, refusals = 0.5, {}  # half of it is enough for smaller parts
     if case.smallest is not None:
         _, least = peak_of(lambda: case.smallest(volume, network))
-        enough = max(enough, (1.2 * least + 2 * SEGMENT) / peak)
+        enough = max(enough, (1.5 * least + 4 * SEGMENT) / peak)
     for share in (enough, 0.25, 0.06, 0.0):
         leave(int(share * peak))
         refusals[share] = said(outcome(case, volume, network), whole)
