@@ -116,7 +116,7 @@ class Estimate:
             for _ in range(2 if again else 1):
                 kept = worker.tile(job, box, whole, states, after)
                 del kept
-            worker.settle()
+            worker.finish()
             for index, state in states.items():
                 step = self.schedule.bound.step(index)
                 kept = step.finish(state, worker.env)  # type: ignore[attr-defined]

@@ -169,7 +169,7 @@ class Worker:
         put(whole, bound.layouts[job.index], box, rows, self._store)
         return None
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """End all copies and forget what they held: no tile follows, or another one than was told."""
         self.copies.arrive()
         self.copies.leave()
@@ -191,7 +191,7 @@ class Worker:
         if not self._beside:
             return lambda index, rows: self.load(index, rows, Copies())
         if self._ahead is None or self._ahead[0] != box:
-            self.settle()
+            self.finish()
             self._ahead = box, self._read(instructions)
         here = self._ahead[1]
         self.copies.arrive()

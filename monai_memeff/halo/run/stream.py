@@ -131,14 +131,14 @@ class Stream:
                     try:
                         kept = worker.tile(job, job_box(job, lo, end), whole, fed, following)
                     except RuntimeError as error:
-                        worker.settle()
+                        worker.finish()
                         most, ahead = self._less(job, end - lo, ahead, error), False
                         continue
                     states, lo, count = fed, end, count + 1
                 if self.on_tile is not None:
                     self.on_tile()
         finally:
-            worker.settle()
+            worker.finish()
         self.partitions = max(self.partitions, count)
         return kept, states
 
