@@ -80,8 +80,8 @@ class Estimate:
         """Peak bytes of one tile.
 
         Args:
-            job: whose tile it is.
-            box: its rows.
+            job: The job it is a tile of.
+            box: rows of the tile.
             before: rows of the tile whose result is on its way to the store meanwhile.
             after: rows of the tile whose rows are read meanwhile.
         """

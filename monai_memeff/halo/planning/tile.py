@@ -144,10 +144,10 @@ class Worker:
         """Compute one tile: write it to `whole`, add it to the states of the job's reductions.
 
         Args:
-            job: whose tile it is.
-            box: its rows.
+            job: The job it is a tile of.
+            box: rows of the tile.
             whole: the stored value, None if it is kept on the device.
-            states: of the reductions.
+            states: partial results of the reductions.
             following: rows of the tile after it, which are read meanwhile; None to read none ahead.
 
         Returns:
