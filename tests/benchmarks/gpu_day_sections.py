@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -74,6 +75,14 @@ class Day:
         seconds = time.perf_counter() - start
         peak = 0 if self.toy else torch.cuda.max_memory_allocated() - before
         return result, {"seconds": round(seconds, 3), "peak_gib": round(peak / 2**30, 3)}
+
+    def attempt(self, work: Callable[[], Any]) -> Row:
+        """The seconds and the peak of some work, or that the device's memory did not suffice."""
+        try:
+            return self.measure(work)[1]
+        except torch.OutOfMemoryError as error:
+            reason = str(error)[:300]
+        return {"reason": reason}  # outside: the error holds the frames, and they the tensors
 
 
 def tests(day: Day) -> Iterator[Row]:
@@ -255,25 +264,25 @@ def clstm(day: Day) -> Iterator[Row]:
 
 
 def hou(day: Day) -> Iterator[Row]:
-    """A training step of Hou's network in mixed precision on one card, at the largest edge that fits."""
+    """A training step of Hou's network in mixed precision on one card, activations kept or recomputed."""
     from monai_memeff.halo.unet import FEATURES, VolumeUNet
 
     features = (4, 8) if day.toy else FEATURES[512]
-    for edge in (256, 384, 512):
+    for edge, again in itertools.product((256,) if day.toy else (256, 384, 512), (False, True)):
         n = day.size(edge, 16)
         torch.manual_seed(0)
-        network = VolumeUNet(features=features).to(day.device)
-        volume = torch.randn(1, 1, n, n, n)
+        network = VolumeUNet(features=features, use_checkpoint=again).to(day.device)
+        volume = torch.randn(1, 1, n, n, n, device=day.device)
 
         def step(net: nn.Module = network, x: Tensor = volume) -> None:
             with torch.autocast("cuda", torch.bfloat16):
-                logits = net(x.to(day.device))
+                logits = net(x)
             logits.float().mean().backward()
 
-        _, row = day.measure(step)
-        yield {"shape": list(volume.shape), "parameters": sum(p.numel() for p in network.parameters()), **row}
-        if day.toy:
-            return
+        about = {"shape": list(volume.shape), "recomputed": again}
+        about |= {"parameters": sum(p.numel() for p in network.parameters())}
+        yield about | day.attempt(step)
+        del network, volume, step  # a step that ran out of memory leaves its gradients there
 
 
 def convolutions(day: Day) -> Iterator[Row]:

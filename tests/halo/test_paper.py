@@ -14,6 +14,7 @@ from monai_memeff.apps.liver import LiverTumorLoss
 from monai_memeff.halo import PartitionCrop, PartitionCropd, SpatialLoss, VolumeUNet, scatter
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.unet import FEATURES
+from monai_memeff.memory import measure_peak
 from tests.halo.ranks.compare import worst
 from tests.halo.ranks.threads import run_ranks
 
@@ -27,7 +28,7 @@ def test_the_published_number_of_parameters(side: int, millions: float) -> None:
 
 @pytest.mark.slow
 def test_the_published_network_in_parts_equals_the_whole_and_learns_with_adafactor() -> None:
-    network = VolumeUNet(features=(2, 4, 8), convs=2, dropout=0.0)
+    network = VolumeUNet(features=(2, 4, 8), convs=2, dropout=0.0, use_checkpoint=True)
     x = torch.randn(1, 1, 16, 8, 8, dtype=torch.float64)
     assert worst(copy.deepcopy(network).double(), [x], (2, 2)) < 1e-10
     optimizer = torch.optim.Adafactor(network.parameters(), lr=0.003)
@@ -39,6 +40,23 @@ def test_the_published_network_in_parts_equals_the_whole_and_learns_with_adafact
         values[-1].backward()
         optimizer.step()
     assert float(values[-1]) < float(values[0])
+
+
+@pytest.mark.slow
+def test_recomputing_changes_nothing_but_the_memory() -> None:
+    found, peaks = [], []
+    for again in (False, True):
+        torch.manual_seed(0)
+        network = VolumeUNet(1, 3, features=(2, 3, 5), use_checkpoint=again).double()
+        x = torch.randn(1, 1, 16, 12, 20, dtype=torch.float64, requires_grad=True)
+        with measure_peak() as meter:
+            network(x).square().mean().backward()
+        state = [*network.state_dict().values(), x.grad, *(p.grad for p in network.parameters()), torch.rand(1)]
+        found.append([value for value in state if value is not None])
+        peaks.append(meter.peak_bytes)
+    assert len(found[0]) == len(found[1])
+    assert all(map(torch.equal, *found))
+    assert peaks[1] < 0.3 * peaks[0]
 
 
 def test_loss_by_hand_and_in_parts() -> None:
