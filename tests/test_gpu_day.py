@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 
 from monai_memeff.sparse import backends
 from tests.benchmarks.gpu_day import SECTIONS, Day, run_sections
-from tests.benchmarks.gpu_day_sections import run_for
+from tests.benchmarks.gpu_day_sections import lines_until, run_for
+from tests.benchmarks.sparse_gpu import processes
 from tests.benchmarks.supervised import supervise
 
 LONG = ("lean",)
@@ -94,3 +96,45 @@ def test_a_command_is_stopped_with_what_it_started(tmp_path: Path) -> None:
     assert run_for([sys.executable, "-S", "-c", started, late], 1.0) is None
     time.sleep(1.6)
     assert not (tmp_path / "late").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends a process with its parent")
+def test_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
+    late = f"import time, pathlib; time.sleep(2); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    started = (
+        "import sys, time; from tests.benchmarks.supervised import supervise;"
+        f"supervise(lambda *_: [sys.executable, '-S', '-c', {late!r}], {{'late': 60.0}}, 60.0, print)"
+    )
+    assert run_for([sys.executable, "-S", "-c", started], 1.2) is None
+    time.sleep(1.6)
+    assert not (tmp_path / "late").exists()
+
+
+def test_lines_come_while_a_process_writes_them(tmp_path: Path) -> None:
+    end: Future[None] = Future()
+    path = tmp_path / "rows.jsonl"
+    path.touch()
+    with path.open("a") as file, path.open() as written:
+        lines = lines_until(end, written)
+        file.write("one\ntw")
+        file.flush()
+        assert next(lines) == "one"
+        file.write("o\n")
+        file.flush()
+        assert next(lines) == "two"
+        file.write("last\nunfinished")
+        file.flush()
+        end.set_result(None)
+        assert list(lines) == ["last"]
+
+
+def test_engines_that_may_hang_have_processes_of_their_own() -> None:
+    assert processes(["native", "triton", "spconv", "ocnn"]) == [
+        (["native", "triton"], 2),
+        (["triton", "spconv"], 1),
+        (["triton", "ocnn"], 1),
+    ]
+    assert processes(["native", "triton"]) == [(["native", "triton"], 1)]
+    assert processes(["native"]) == [(["native"], 1)]
+    assert processes(["native", "ocnn"]) == [(["native", "ocnn"], 1)]
+    assert processes(["ocnn"]) == [(["ocnn"], 1)]

@@ -12,13 +12,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
+
+from tests.benchmarks.supervised import WITH_PARENT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,7 +112,8 @@ def run_for(command: list[str], seconds: float, OMP_NUM_THREADS: str = "", **str
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # where nothing is installed
     environment = {**os.environ, "PYTHONPATH": path}
     environment |= {"OMP_NUM_THREADS": OMP_NUM_THREADS} if OMP_NUM_THREADS else {}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams) as process:
+    streams |= {"start_new_session": True, "preexec_fn": WITH_PARENT}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **streams) as process:
         try:
             return process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -214,34 +218,19 @@ def stream(day: Day) -> Iterator[Row]:
         yield {"network": name, "shape": list(volume.shape), "budget_gib": budget, **row, **report(inferer)}
 
 
+SPARSE_SECONDS = {"native": 20, "triton": 40, "spconv": 20, "spconv_triton": 25}
+"""Of each engine, the last of which may hang."""
+
+
 def sparse(day: Day) -> Iterator[Row]:
-    """A training step of the completion network on a generated skull, engine by engine; what may hang comes last."""
-    from monai_memeff.apps.skull.phantom import HEAD_LABELS, head_phantom
-    from monai_memeff.sparse import SparseCompletionLoss, SparseCompletionNet, backends
+    """A training step of the completion network on a generated skull, each engine in a process of its own."""
+    if day.toy:
+        from tests.benchmarks.sparse_step import measured
 
-    for engine in ("native",) if day.toy else ("native", "triton", "spconv", "spconv_triton"):
-        for edge in (64, 128, 256):
-            n = day.size(edge, 16)
-            head = head_phantom((n, n, n), 256 / n)
-            skull = (head.labels == HEAD_LABELS["skull"]).float()[None, None].to(day.device)
-            try:
-                backends.use(engine)
-                torch.manual_seed(0)
-                network, loss = SparseCompletionNet().to(day.device), SparseCompletionLoss()
-
-                def step(net: nn.Module = network, criterion: nn.Module = loss, x: Tensor = skull) -> None:
-                    criterion(net(x, x), x).backward()
-
-                for _ in range(1 if day.toy else 4):
-                    step()
-                _, row = day.measure(lambda run=step: [run() for _ in range(1 if day.toy else 5)])
-                row["seconds"] = round(row["seconds"] / (1 if day.toy else 5), 4)
-                yield {"engine": engine, "edge": n, "voxels": int(skull.sum()), **row}
-            except Exception as error:  # a library fails in its own ways
-                yield {"engine": engine, "edge": n, "reason": str(error)[:200]}
-                break
-            finally:
-                backends.use(None)
+        yield from measured("native", [day.size(64)], day.device, dry=True)
+        return
+    for engine, seconds in SPARSE_SECONDS.items():
+        yield from rows_of("sparse_step.py", ("--engine", engine), seconds)
 
 
 def clstm(day: Day) -> Iterator[Row]:
@@ -287,21 +276,22 @@ def hou(day: Day) -> Iterator[Row]:
 
 def convolutions(day: Day) -> Iterator[Row]:
     """The table of single sparse convolutions, by its own script."""
-    engines = ("native", "triton", "spconv_triton", "spconv")
-    sizes = ("--cases", "50k", "250k", "--channels", "32", "64", "--minutes", "1", "--patience", "15")
-    yield from convolution_table(day, engines, sizes, 75)
+    engines = ("native", "triton", "spconv", "spconv_triton")  # what may hang comes last
+    sizes = ("--cases", "50k", "250k", "--channels", "32", "64", "--dtypes", "float16", "float32")
+    yield from convolution_table(day, engines, (*sizes, "--turns", "8"), 75)
 
 
 def ocnn(day: Day) -> Iterator[Row]:
     """One row of the same with ocnn, whose tuner compiles a hundred kernels before its first number."""
-    sizes = ("--cases", "50k", "--channels", "32", "--dtypes", "float16", "--minutes", "1", "--patience", "100")
-    yield from convolution_table(day, ("native", "ocnn") if day.toy else ("triton", "ocnn"), sizes, 115)
+    sizes = ("--cases", "50k", "--channels", "32", "--dtypes", "float16")
+    yield from convolution_table(day, ("native", "ocnn") if day.toy else ("triton", "ocnn"), sizes, 110)
 
 
 def convolution_table(day: Day, engines: tuple[str, ...], sizes: tuple[str, ...], seconds: float) -> Iterator[Row]:
     """Its rows, and why engines have no number."""
     options = ("--toy", "--channels", "16", "--dtypes", "float32") if day.toy else sizes
-    yield from rows_of("sparse_gpu.py", ("--engines", *engines, *options), seconds)
+    options += ("--minutes", str(seconds / 60))
+    yield from rows_of("sparse_gpu.py", ("--engines", *engines, *options), seconds + 5)  # which stops in time by itself
 
 
 def lean(day: Day) -> Iterator[Row]:
@@ -342,27 +332,40 @@ def organs(day: Day) -> Iterator[Row]:
 
 
 def rows_of(script: str, options: tuple[str, ...], seconds: float, rows_to: str = "--jsonl") -> Iterator[Row]:
-    """The rows that a script of this folder has written when it ends or is stopped, and what it says is missing."""
-    with tempfile.TemporaryDirectory() as folder:
+    """The rows of a script of this folder as it writes them, and what it says is missing when it ends or is stopped."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
         rows, said, errors = (Path(folder) / name for name in ("rows.jsonl", "said.txt", "errors.txt"))
         command = [sys.executable, str(ROOT / "tests/benchmarks" / script), *options, rows_to, str(rows)]
-        with said.open("w") as output, errors.open("w") as trouble:
-            status = run_for(command, seconds, stdout=output, stderr=trouble)
-        for line in rows.read_text("utf-8").splitlines() if rows.exists() else ():
-            yield json.loads(line)
+        rows.touch()
+        with rows.open() as written, said.open("w") as output, errors.open("w") as trouble:
+            process = pool.submit(run_for, command, seconds, stdout=output, stderr=trouble)
+            yield from map(json.loads, lines_until(process, written))
         for line in said.read_text("utf-8").splitlines():
             if line.startswith("# ") and (" left out" in line or " no number" in line):
                 yield {"missing": line[2:]}
-        if status != 0:
-            why = f"stopped after {seconds:g} s" if status is None else errors.read_text("utf-8")[-600:]
-            yield {"reason": why}
+        if process.result() != 0:
+            stopped = process.result() is None
+            yield {"reason": f"stopped after {seconds:g} s" if stopped else errors.read_text("utf-8")[-600:]}
+
+
+def lines_until(end: Future[Any], file: TextIO) -> Iterator[str]:
+    """The lines that another process writes into a file until it ends, each when it is whole."""
+    kept = ""
+    while True:
+        ended = end.done()  # before the last look
+        kept += file.read()
+        *lines, kept = kept.split("\n")
+        yield from lines
+        if ended:
+            return
+        wait([end], timeout=0.3)
 
 
 SECTIONS: dict[str, tuple[Callable[[Day], Iterator[Row]], int]] = {
     "exact": (exact, 60),
     "stream": (stream, 60),
     "tests": (tests, 160),
-    "sparse": (sparse, 60),
+    "sparse": (sparse, 80),
     "clstm": (clstm, 60),
     "hou": (hou, 60),
     "lean": (lean, 120),

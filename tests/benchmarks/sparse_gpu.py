@@ -4,13 +4,14 @@
     python tests/benchmarks/sparse_gpu.py --cases 50k --channels 32 --dtypes bfloat16 --jsonl rows.jsonl
     python tests/benchmarks/sparse_gpu.py --toy                            # on the CPU: a check of the script, no times
 
-All engines have the same voxels, features, weights and output gradient in one process, take turns, and their results
-are compared with native's before anything is timed. Kernel maps and tables are planned beforehand, and every engine has
-run often enough to have chosen its block sizes. Times are medians over the turns, by CUDA events around several calls
-as Python makes them, launches included; what counts is the ratio within one run. An engine that is not usable has its
-reason printed and no number; neither has one that leaves a dtype to native, fails, or is wrong in a row. TF32 is the
-libraries' own switch and set here, but spconv keeps the kernels it chose first: TF32 only if float32 is not measured.
-After --minutes no row is begun; a library that takes longer than --patience to choose its blocks is left out then.
+native and triton run in one process; then every library in a process of its own, beside triton (or native), and one
+that hangs, crashes or tunes for longer than its share of the time loses its own rows only. The engines of a process
+have the same voxels, features, weights and output gradient, take turns, and their results are compared with native's
+before anything is timed. Kernel maps and tables are planned beforehand, and every engine has run often enough to have
+chosen its block sizes. Times are medians over the turns, by CUDA events around several calls as Python makes them,
+launches included; what counts is the ratio within one row. An engine that is not usable has its reason printed and no
+number; neither has one that leaves a dtype to native, fails, or is wrong in a row. TF32 is the libraries' own switch
+and set here, but spconv keeps the kernels it chose first: TF32 only if float32 is not measured.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ import argparse
 import importlib
 import json
 import os
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.benchmarks.supervised import BEGINS, supervise
 
 SHELLS = {"50k": (128, 1.6), "100k": (192, 1.42), "250k": (256, 1.98), "500k": (384, 1.75), "1M": (512, 1.97)}
 """Name -> extent of the cubic volume, thickness of the ellipsoid shell in voxels."""
@@ -36,8 +41,8 @@ ENGINES = ("native", "triton", "spconv", "spconv_triton", "ocnn")
 LIBRARIES = ("spconv", "spconv_triton")
 """Those without bfloat16, with a switch of their own for TF32."""
 
-TUNED = (*LIBRARIES, "ocnn")
-"""Those that time their blocks at a first call."""
+OURS = ("native", "triton")
+"""Those that run first, in one process; the others take their time to tune, and may hang in it."""
 
 DTYPES = ("float16", "float32", "bfloat16", "tf32")
 STEPS = ("forward", "both")
@@ -45,13 +50,12 @@ STEPS = ("forward", "both")
 TOLERANCES = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 3e-2, "float16": 5e-3}
 """Largest allowed difference to native in float32, as a share of the largest value."""
 
+BEGUN_BEFORE = 0.8
+"""Share of a process's time after which it begins no row."""
+
 WARM_UP_TURNS, FEWEST_TURNS = 2, 3
 MOST_CALLS, MILLISECONDS_OF_A_TURN = 20, 20.0
 SECONDS_OF_A_ROW = 4.0  # turns beyond the fewest are taken while they fit
-
-
-class TooSlow(BaseException):
-    """Not an Exception: tuners pass over candidates that raise those."""
 
 
 def main() -> None:
@@ -62,12 +66,49 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--turns", type=int, default=15, help="of every engine, interleaved, at most")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which no row is begun")
-    parser.add_argument("--patience", type=int, default=60, help="seconds for a library's first call of a kind")
-    parser.add_argument("--output", type=Path, help="write everything measured as JSON")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which all that runs is stopped")
     parser.add_argument("--jsonl", type=Path, help="append every row as soon as it is measured")
     parser.add_argument("--toy", action="store_true", help="a few voxels on the CPU in Triton's interpreter, no times")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # measure, in this process
     options = parser.parse_args()
+    if options.inside:
+        _inside(options)
+    else:
+        sys.exit(1 if _in_processes(options) else 0)
+
+
+def processes(engines: list[str]) -> list[tuple[list[str], int]]:
+    """The engines of every process, and its share of the time: half of it is ours where there are libraries."""
+    ours = [name for name in engines if name in OURS]
+    libraries = [[*ours[-1:], name] for name in engines if name not in OURS]
+    first = [(ours, max(len(libraries), 1))] if len(ours) > bool(libraries) else []
+    return [*first, *((names, 1) for names in libraries)]
+
+
+def _in_processes(options: argparse.Namespace) -> int:
+    """Run them one after another, what one leaves of its time for the next; the number of those that failed."""
+    left, end, failed = processes(options.engines), time.monotonic() + 60 * options.minutes, 0
+    while left:
+        names, share = left[0]
+        seconds = (end - time.monotonic()) * share / sum(share for _, share in left)
+        failed += supervise(partial(_command, names), {names[-1]: seconds}, seconds, _say)
+        del left[0]
+    return failed
+
+
+def _command(engines: list[str], _: list[str], seconds: float) -> list[str]:
+    """One process: these words again, of which the last ones count."""
+    words = ["--inside", "--engines", *engines, "--minutes", str(BEGUN_BEFORE * seconds / 60)]
+    return [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], *words]
+
+
+def _say(name: str, reason: str) -> None:
+    print(f"# {name} has no number beyond these: {reason}", flush=True)
+
+
+def _inside(options: argparse.Namespace) -> None:
+    """Measure the engines of this process."""
+    print(f"{BEGINS}{options.engines[-1]}", flush=True)
     if options.toy:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     import torch
@@ -80,9 +121,8 @@ def main() -> None:
         if options.jsonl:
             with options.jsonl.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-    if options.output:
-        options.output.write_text(json.dumps(rows, indent=2) + "\n")
-    _print_tables(rows, options.engines)
+    if rows:
+        _print_tables(rows, options.engines)
 
 
 def _measure(options: argparse.Namespace, device: Any) -> Iterator[dict]:
@@ -92,11 +132,15 @@ def _measure(options: argparse.Namespace, device: Any) -> Iterator[dict]:
     from monai_memeff.sparse.backends import registry
 
     deadline = time.monotonic() + 60 * options.minutes
-    status = {name: registry._reason(name, device) for name in options.engines}  # self-tests of no others
-    engines = [name for name in options.engines if status[name] is None]
-    for name in options.engines:
-        if status[name]:
-            print(f"# {name} is left out: {status[name]}")
+    engines: list[str] = []
+    for name in reversed(options.engines):  # self-tests of no others
+        reason = registry._reason(name, device)
+        if reason is None:
+            engines.insert(0, name)
+            continue
+        print(f"# {name} is left out: {reason}", flush=True)
+        if name not in OURS:
+            return
     print(f"# {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
     shells = TOY if options.toy else {case: SHELLS[case] for case in options.cases}
     geometries = {case: _geometry(*size, device) for case, size in shells.items()}
@@ -114,46 +158,29 @@ def _measure(options: argparse.Namespace, device: Any) -> Iterator[dict]:
 
 
 def _row(problem: Problem, engines: list[str], options: argparse.Namespace, device: Any) -> dict:
-    """Differences, seconds of the first calls and times of the engines; takes those that are too slow off the list."""
+    """Differences, seconds of the first calls and times of the engines."""
     import torch
 
     found: dict[str, dict] = {"differences": {}, "first_seconds": {}, "left_out": {}, "milliseconds": {}}
     for name in [name for name in engines if _takes(name, problem.name, options.dtypes)]:
         start = time.monotonic()
         try:
-            with _patience(options.patience if name in TUNED else 0):
-                worst = found["differences"][name] = problem.difference(name)
+            worst = found["differences"][name] = problem.difference(name)
             if not worst <= TOLERANCES[problem.name]:
                 found["left_out"][name] = f"differs by {worst:.1e}, allowed {TOLERANCES[problem.name]:.0e}"
-        except TooSlow:
-            found["left_out"][name] = f"its first call took more than {options.patience} s; not asked again"
-            engines.remove(name)
         except Exception as error:  # a library may fail in any way of its own; the others go on
             found["left_out"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
         found["first_seconds"][name] = round(time.monotonic() - start, 2)
     for name, reason in found["left_out"].items():
-        print(f"# {name} has no number for {problem.voxels} voxels, C{problem.channels} {problem.name}: {reason}")
+        print(
+            f"# {name} has no number for {problem.voxels} voxels, C{problem.channels} {problem.name}: {reason}",
+            flush=True,
+        )
     if device.type == "cuda":
         torch.cuda.empty_cache()  # spconv allocates beside torch
         ready = [name for name in found["differences"] if name not in found["left_out"]]
         found["milliseconds"] = _take_turns(problem, ready, options.turns) if ready else {}
     return found
-
-
-@contextmanager
-def _patience(seconds: int) -> Iterator[None]:
-    """Raise TooSlow at the next step of Python after so many seconds; 0: never."""
-
-    def stop(*_: object) -> None:
-        raise TooSlow
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _takes(engine: str, dtype: str, dtypes: list[str]) -> bool:
