@@ -218,7 +218,7 @@ def stream(day: Day) -> Iterator[Row]:
         yield {"network": name, "shape": list(volume.shape), "budget_gib": budget, **row, **report(inferer)}
 
 
-SPARSE_SECONDS = {"native": 20, "triton": 40, "spconv": 20, "spconv_triton": 25}
+SPARSE_SECONDS = {"native": 15, "triton": 30, "spconv": 15, "spconv_triton": 20}
 """Of each engine, the last of which may hang."""
 
 

@@ -31,7 +31,7 @@ from nnunet_plugins.lean.export.labels import RunningArgmax
 from nnunet_plugins.lean.predict import window
 from nnunet_plugins.lean.predict.files import FOLDER_VARIABLE, NoRoomError, ScratchFile
 from nnunet_plugins.lean.predict.logits import LogitsFile, StoredArray, StoredLogits
-from nnunet_plugins.lean.predict.writer import RowWriter
+from nnunet_plugins.lean.predict.writer import RowWriter, has_infinite
 from nnunet_plugins.lean.stock import stock_method
 from nnunet_plugins.lean.trial import TrialModel, predictor_of, write_image
 
@@ -276,13 +276,26 @@ def test_a_network_of_other_heads_is_refused_as_in_stock(tmp_path: Path, heads: 
         assert stock[0] is lean[0] is RuntimeError
 
 
-def test_the_first_of_equals_and_the_first_nan_win() -> None:
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("special", [(), (np.inf,), (np.nan,), (np.nan, np.inf, -np.inf)])
+def test_the_first_of_equals_and_the_first_nan_win(special: tuple[float, ...], dtype: type) -> None:
     rng = np.random.default_rng(0)
-    values = rng.choice(np.array([-0.0, 0.0, 1.0, np.nan, np.inf, -np.inf], np.float16), (7, 20, 20, 20))
-    running = RunningArgmax(values.shape[1:], np.uint8)
+    values = rng.choice(np.array([-0.0, 0.0, 1.0, *special], dtype), (300, 20, 5, 4))
+    running = RunningArgmax(values.shape[1:], np.uint16)
+    threads = torch.get_num_threads()
     for number, value in enumerate(values):
         running.add(number, value)
+    assert torch.get_num_threads() == threads
     np.testing.assert_array_equal(running.labels, values.argmax(0))
+
+
+def test_infinite_logits_are_seen_by_their_bits() -> None:
+    every = torch.from_numpy(np.arange(2**16, dtype=np.uint16).view(np.float16))  # of half precision
+    assert every.isinf().sum() == 2
+    assert not has_infinite(every[~every.isinf()])
+    assert all(has_infinite(one) for one in every[every.isinf()][:, None])
+    assert has_infinite(every.view(4, 128, 128)[:, ::2])
+    assert not has_infinite(every.view(4, 128, 128)[:, :, 1:])
 
 
 @pytest.mark.parametrize("free", [10**9, 1000])  # accumulators on the device, or on the host

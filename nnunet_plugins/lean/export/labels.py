@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,14 +32,26 @@ class RunningArgmax:
             return
         labels, label = self.labels.reshape(-1), np.int64(number).astype(self.labels.dtype)
         step = BLOCK // 16
-        for first in range(0, new.numel(), step):
-            part, best = new[first : first + step], self.best[first : first + step]
-            larger = part > best
-            unknown = part.isnan()
-            if unknown.any():
-                larger |= unknown & ~best.isnan()
-            torch.where(larger, part, best, out=best)
-            np.copyto(labels[first : first + step], label, where=larger.numpy())
+        with one_thread():
+            for first in range(0, new.numel(), step):
+                part, best = new[first : first + step], self.best[first : first + step]
+                larger = part > best
+                if part.sum(dtype=torch.float32).isnan():  # a NaN, or infinities of both signs
+                    larger |= part.isnan() & ~best.isnan()
+                torch.maximum(part, best, out=best)  # NaN where one of them is
+                found = labels[first : first + step]
+                np.maximum(found, np.multiply(larger.numpy(), label, dtype=found.dtype), out=found)  # the largest yet
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch: work this short costs others more in waiting for each other than it takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class RegionsInOrder:
