@@ -62,7 +62,7 @@ def run_sections(day: Day, names: list[str], minutes: float, jsonl: Path) -> int
         try:
             with fake_device() if day.toy and name not in CAPTURED else contextlib.nullcontext():
                 for row in work(day):
-                    write(jsonl, {"section": name, **about, **row})
+                    write(jsonl, {"section": name, **about, **row, **about})  # a row may name its device in other words
         except Exception as error:  # the next section is worth running whatever this one met
             failed += 1
             where = re.sub(r"\s+", " ", "".join(traceback.format_tb(error.__traceback__)[-2:]))
