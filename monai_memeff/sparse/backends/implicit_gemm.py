@@ -18,6 +18,7 @@ from torch import Tensor
 
 from monai_memeff.sparse.backends import native
 from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry, KernelMap
+from monai_memeff.sparse.core.offset_masks import offset_masks
 
 MAX_OFFSETS = 32
 """Offsets of a kernel that fit one word of the bit mask."""
@@ -52,10 +53,7 @@ def rows_of(kernel_map: KernelMap) -> Rows:
     """The tables of a map, for its output rows."""
     rows = kernel_map.neighbor_rows()
     pairs = rows.masked_fill(rows == kernel_map.num_in, ABSENT)
-    bits = torch.zeros(pairs.shape[1], dtype=torch.int64, device=pairs.device)
-    for offset, row in enumerate(pairs):
-        bits |= (row != ABSENT).long() << offset
-    mask, order = bits.sort(stable=True)
+    mask, order = offset_masks(rows, kernel_map.num_in, MAX_OFFSETS).sort(stable=True)
     mask = torch.where(mask < 2**31, mask, mask - 2**32)  # the same 32 bits, as a signed number
     return Rows(pairs, mask.to(torch.int32)[:, None], order.to(torch.int32))
 

@@ -80,7 +80,9 @@ class KernelMap:
         The layout that output-stationary engines want, made anew at each call; the offsets are in the order of the
         weights as the caller holds them, ``flipped`` or not.
         """
-        if self.table is not None and not self.scatters:
+        if self.table is not None and self.scatters:
+            rows = self._written_rows(self.table.rows(self.num_out))
+        elif self.table is not None:
             rows = self.table.rows(self.num_in)
         else:
             some = next(self.each_pair())[0]
@@ -88,6 +90,12 @@ class KernelMap:
             for offset, (in_rows, out_rows) in enumerate(self.each_pair()):
                 rows[offset, out_rows.long()] = in_rows
         return rows.flip(0) if self.flipped else rows
+
+    def _written_rows(self, places: Tensor) -> Tensor:
+        """(num_offsets, num_in) output rows, ``num_out`` where there is none -> the other way round."""
+        numbers = torch.arange(self.num_in, dtype=torch.int32, device=places.device).expand_as(places)
+        rows = numbers.new_full((self.num_offsets, self.num_out + 1), self.num_in)  # the last takes what has no place
+        return rows.scatter_(1, places.long(), numbers)[:, :-1].contiguous()
 
     @cached_property
     def num_pairs(self) -> int:

@@ -72,17 +72,17 @@ def test_tiles_list_what_occurs(size: int) -> None:
         for start in range(0, len(plan.order), size)
     ]
     for number, offsets in enumerate(occurs):
-        listed = tiles.offsets_of_tile[number][: tiles.offsets_in_tile[number]].tolist()
+        listed = tiles.of_tile[0][number][: tiles.of_tile[1][number]].tolist()
         assert listed == sorted(offsets)
     for offset in range(27):
-        listed = tiles.tiles_of_offset[offset][: tiles.tiles_in_offset[offset]].tolist()
+        listed = tiles.of_offset[0][offset][: tiles.of_offset[1][offset]].tolist()
         assert listed == [number for number, offsets in enumerate(occurs) if offset in offsets]
 
 
 def test_sorting_lets_tiles_skip_offsets() -> None:
     """Every fine voxel of a transposed 2^3 kernel has one offset: a tile has few of the eight."""
     plan = rows.row_plan(back(2, occupancy=1.0).kernel_map)
-    assert float(plan.tiles(16).offsets_in_tile.float().mean()) < 2.5
+    assert float(plan.tiles(16).of_tile[1].float().mean()) < 2.5
     masks = (plan.table < plan.num_in).long().t() @ (2 ** torch.arange(8))
     assert bool((masks.diff() >= 0).all())
 

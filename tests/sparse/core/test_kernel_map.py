@@ -14,6 +14,7 @@ from torch import nn
 from monai_memeff.geometry import key_lists
 from monai_memeff.sparse import SparseConv3d, SparseConvTranspose3d, SparseTensor
 from monai_memeff.sparse.core import generate, kernel_map, neighbors
+from monai_memeff.sparse.core import offset_masks as masks
 from monai_memeff.sparse.core.kernel_map import KernelMap, plan_kernel_map
 from monai_memeff.sparse.core.neighbors import KernelShape
 from monai_memeff.sparse.core.voxel_set import VoxelSet
@@ -284,3 +285,16 @@ def test_a_grid_that_outgrows_the_keys_is_refused() -> None:
         SparseConv3d(1, 1, 5, dilation=2**10)(wide)
     with pytest.raises(ValueError, match="between 1 and 262144"):
         SparseConvTranspose3d(1, 1, 2, generative=True)(wide)
+
+
+@pytest.mark.parametrize(("offsets", "bits"), [(27, 62), (27, 32), (8, 62), (62, 62), (125, 62), (63, 62), (1, 32)])
+@pytest.mark.parametrize("block", [2**22, 500])
+def test_the_offsets_of_a_row_are_bits(offsets: int, bits: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "BLOCK_ELEMENTS", block)
+    rows = torch.randint(0, 9, (offsets, 50), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    shared = -(-offsets // bits)
+    expected = [
+        sum(1 << bit for bit in {t // shared for t, row in enumerate(column) if row < 5})
+        for column in rows.t().tolist()
+    ]
+    assert masks.offset_masks(rows, 5, bits).tolist() == expected

@@ -56,15 +56,16 @@ def _multiply(
 ) -> None:
     offsets, channels, columns = weight.shape
     tiles = plan.tiles(blocks.rows)
-    kernels.gather_multiply[(len(tiles.offsets_in_tile), math.ceil(columns / blocks.columns))](
+    offsets_of_tile, offsets_in_tile = tiles.of_tile
+    kernels.gather_multiply[(len(tiles), math.ceil(columns / blocks.columns))](
         features,
         weight,
         features if bias is None else bias.contiguous(),
         out,
         plan.table,
         plan.order,
-        tiles.offsets_of_tile,
-        tiles.offsets_in_tile,
+        offsets_of_tile,
+        offsets_in_tile,
         plan.num_in,
         len(plan.order),
         offsets,
@@ -105,7 +106,8 @@ def _weight_gradient(features: Tensor, grad: Tensor, plan: RowPlan, blocks: Bloc
     offsets, channels, columns = len(plan.table), features.shape[1], grad.shape[1]
     tiles = plan.tiles(blocks.rows)
     depths, widths = math.ceil(channels / blocks.depth), math.ceil(columns / blocks.columns)
-    splits = _splits(offsets * depths * widths, len(tiles.offsets_in_tile), features.device)
+    tiles_of_offset, tiles_in_offset = tiles.of_offset
+    splits = _splits(offsets * depths * widths, len(tiles), features.device)
     parts = torch.empty((splits, offsets, channels, columns), dtype=torch.float32, device=features.device)
     kernels.weight_gradient[(offsets * splits, depths, widths)](
         features,
@@ -113,18 +115,18 @@ def _weight_gradient(features: Tensor, grad: Tensor, plan: RowPlan, blocks: Bloc
         parts,
         plan.table,
         plan.order,
-        tiles.tiles_of_offset,
-        tiles.tiles_in_offset,
+        tiles_of_offset,
+        tiles_in_offset,
         plan.num_in,
         len(plan.order),
         offsets,
-        len(tiles.offsets_in_tile),
+        len(tiles),
         splits,
         IN_CHANNELS=channels,
         OUT_CHANNELS=columns,
         **_common(blocks, features.dtype, features, grad, parts, plan.table),
     )
-    return parts.sum(0)
+    return parts[0] if splits == 1 else parts.sum(0)
 
 
 def _splits(programs: int, num_tiles: int, device: torch.device) -> int:

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from monai_memeff.sparse.core.kernel_map import KernelMap, NeighborTable
+from monai_memeff.sparse.core.offset_masks import offset_masks
 
 SORT_BITS = 62
 """Bits of the number by which rows are sorted; larger kernels let several offsets share a bit."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Tiles:
-    """Which offsets occur in which tile of consecutive sorted rows, as lists from both sides, int32.
+    """Which offsets occur in which tile of consecutive sorted rows: (num_offsets, num_tiles) boolean ``occurs``.
 
-    Attributes:
-        offsets_of_tile: (num_tiles, num_offsets), the offsets that occur in a tile first, increasing.
-        offsets_in_tile: (num_tiles,) how many they are.
-        tiles_of_offset: (num_offsets, num_tiles), the tiles in which an offset occurs first, increasing.
-        tiles_in_offset: (num_offsets,) how many they are.
+    Either side's lists are made when they are first read: the convolution reads one, the gradient of weights the other.
     """
 
-    offsets_of_tile: Tensor
-    offsets_in_tile: Tensor
-    tiles_of_offset: Tensor
-    tiles_in_offset: Tensor
+    occurs: Tensor
+
+    @cached_property
+    def of_tile(self) -> tuple[Tensor, Tensor]:
+        """(num_tiles, num_offsets) int32, a tile's offsets first, increasing; and (num_tiles,) how many they are."""
+        return _listed(self.occurs.t())
+
+    @cached_property
+    def of_offset(self) -> tuple[Tensor, Tensor]:
+        """(num_offsets, num_tiles) int32, the tiles of an offset first, increasing; and (num_offsets,) their number."""
+        return _listed(self.occurs)
+
+    def __len__(self) -> int:
+        return self.occurs.shape[1]
 
 
 @dataclass(eq=False)
@@ -60,8 +68,7 @@ class RowPlan:
         count = -(-columns // rows)
         present = torch.zeros((offsets, count * rows), dtype=torch.bool, device=self.table.device)
         torch.lt(self.table, self.num_in, out=present[:, :columns])
-        occurs = present.view(offsets, count, rows).any(2)
-        return Tiles(*_listed(occurs.t()), *_listed(occurs))
+        return Tiles(present.view(offsets, count, rows).any(2))
 
 
 _plans: WeakKeyDictionary[NeighborTable | KernelMap, dict[bool, RowPlan]] = WeakKeyDictionary()
@@ -79,14 +86,12 @@ def row_plan(kernel_map: KernelMap) -> RowPlan:
 
 def _plan(kernel_map: KernelMap) -> RowPlan:
     rows = replace(kernel_map, flipped=False).neighbor_rows()
-    used = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
-    for offset, row in enumerate(rows):
-        used |= (row < kernel_map.num_in).long() << (offset * SORT_BITS // max(SORT_BITS, len(rows)))
-    order = used.argsort(stable=True)
+    order = offset_masks(rows, kernel_map.num_in, SORT_BITS).argsort(stable=True)
     return RowPlan(rows.index_select(1, order), order.to(torch.int32), kernel_map.num_in)
 
 
 def _listed(marks: Tensor) -> tuple[Tensor, Tensor]:
     """(n, m) boolean -> (n, m) int32 with the marked columns of each row first, and (n,) int32 their number."""
-    columns = marks.logical_not().to(torch.int8).argsort(dim=1, stable=True)
-    return columns.to(torch.int32).contiguous(), marks.sum(1, dtype=torch.int32)
+    numbers = marks.to(torch.int8, memory_format=torch.contiguous_format)
+    columns = numbers.argsort(dim=1, descending=True, stable=True)
+    return columns.to(torch.int32), numbers.sum(1, dtype=torch.int32)

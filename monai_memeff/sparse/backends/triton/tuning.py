@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
@@ -47,7 +47,8 @@ class Blocks:
     stages: int
 
 
-def candidates(in_channels: int, out_channels: int, dtype: torch.dtype) -> list[Blocks]:
+@cache
+def candidates(in_channels: int, out_channels: int, dtype: torch.dtype) -> tuple[Blocks, ...]:
     """Block sizes worth timing; the first one is a good guess.
 
     Args:
@@ -69,7 +70,7 @@ def candidates(in_channels: int, out_channels: int, dtype: torch.dtype) -> list[
         found += [Blocks(64, columns // 2, depth, 4, 7), Blocks(128, columns // 2, depth, 4, 4)]
     if depth > 32:
         found.append(Blocks(128, columns, 32, 4, 7))
-    return found
+    return tuple(found)
 
 
 def rounded(channels: int) -> int:
@@ -78,7 +79,7 @@ def rounded(channels: int) -> int:
 
 
 def choose(
-    key: str, options: list[Blocks], run: Callable[[Blocks], object], worth_timing: bool, timer: Timer | None = None
+    key: str, options: Sequence[Blocks], run: Callable[[Blocks], object], worth_timing: bool, timer: Timer | None = None
 ) -> Blocks:
     """The remembered choice for a kind of problem, or the fastest of the options, which is then remembered.
 
@@ -97,7 +98,7 @@ def choose(
     if not worth_timing or cache_file() is None:
         return options[0]
     remembered = _read(cache_file()).get(key)
-    if remembered not in options:
+    if remembered is None or remembered not in options:
         remembered = _fastest(options, run, timer or milliseconds)
         _write(cache_file(), key, remembered)
     _choices[key] = remembered
@@ -110,7 +111,7 @@ _choices: dict[str, Blocks] = {}
 """What was timed or read in this process."""
 
 
-def _fastest(options: list[Blocks], run: Callable[[Blocks], object], timer: Timer) -> Blocks:
+def _fastest(options: Sequence[Blocks], run: Callable[[Blocks], object], timer: Timer) -> Blocks:
     times: dict[Blocks, float] = {}
     failure: Exception | None = None
     for option in options:
