@@ -124,6 +124,8 @@ def main() -> None:
         torch.set_num_threads(1)
     elif not torch.cuda.is_available():
         sys.exit("this script needs a CUDA device, and torch finds none; --toy is a dry run on a fake one.")
+    # A step that fills the card would fail for gaps between blocks of fixed sizes; read where torch is imported.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not options.inside:
         sys.exit(1 if supervise_sections(options) else 0)
     day = Day(torch.device("cuda"), options.toy, options.organs and options.organs.resolve(), options.organs_seconds)
