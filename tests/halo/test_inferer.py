@@ -71,7 +71,7 @@ def test_a_folder_bounds_the_memory_of_the_process(tmp_path: Path) -> None:
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
         assert inferer.last_report is not None
         peaks[store] = streamed.peak_bytes
-    assert peaks["host"] > ordinary.peak_bytes / 2  # the meter sees what waits in memory
+    assert peaks["host"] > ordinary.peak_bytes / 3  # the meter sees what waits in memory
     assert peaks[tmp_path] < ordinary.peak_bytes / 6
     assert not list(tmp_path.iterdir())
 

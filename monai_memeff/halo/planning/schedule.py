@@ -15,6 +15,8 @@ from monai_memeff.halo.planning.rules.select import Concatenate, Strided
 FREE = (View, Permute, Expand, WholeView, Strided)  # no arithmetic
 TWICE = 2.0  # a chain of so many element-wise operators that two consumers read is stored
 
+LITTLE = 4  # a value of so much less work than the one that reads it is not stored
+
 
 @dataclass
 class Job:
@@ -99,7 +101,30 @@ def decide(bound: Bound) -> tuple[set[int], set[int]]:
     for i in reversed(bound.order):
         if i in stored and i not in outputs and not isinstance(bound.step(i), Whole) and _once(bound, i, stored, kept):
             stored.discard(i)
-    return stored, kept
+    return stored - _cheap(bound, stored, kept), kept
+
+
+def _cheap(bound: Bound, stored: set[int], kept: set[int]) -> set[int]:
+    """Stored values that cost little beside the only value that reads them: thin tiles compute some rows twice."""
+    found, outputs = set(), set(bound.program.wanted())
+    readers = {i: [reader for reader in bound.order if i in bound.step(reader).inputs] for i in bound.order}
+
+    def reader(index: int) -> int | None:
+        """The only stored value that reads a value, directly or on the fly."""
+        while len(readers[index]) == 1:
+            index = readers[index][0]
+            if index in kept or isinstance(bound.step(index), (Reduction, Whole)):
+                return None
+            if index in stored:
+                return index
+        return None
+
+    for i in stored - outputs - _read_otherwise(bound):
+        work, into = bound.step(i).work(), reader(i)
+        beside = None if into is None else bound.step(into).work()
+        if work is not None and beside is not None and LITTLE * work <= beside:
+            found.add(i)
+    return found
 
 
 def _read_otherwise(bound: Bound) -> set[int]:

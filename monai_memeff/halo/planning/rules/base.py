@@ -110,6 +110,10 @@ class Step:
         """Output rows `box` from the rows that `needs` named."""
         return call(self.value, tensors, env)
 
+    def work(self) -> int | None:
+        """Multiplications that the whole result takes, where they are counted."""
+        return None
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.value.name}: {self.value.operator})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,10 @@ class DirectConvolution(Step):
         for i, (b, a, c) in enumerate(zip(before, after, common, strict=True)):
             x = pad_rows(x, self.first + i, b - c, a - c)
         return convolve(x, weight, bias, self.stride, common, self.dilation, self.groups)
+
+    def work(self) -> int:
+        """One for each result and weight of its channel."""
+        return math.prod(self.value.shape) * math.prod(self.reads[1].shape[1:])
 
 
 def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +110,11 @@ class Resizing(Step):
             raise NoTileError("rounded numbers")
         self.taps = {a: self._taps(d) for a, d in self.sliding.items()}
         self.times = {a: self._times(d) for a, d in self.sliding.items()}
+
+    def work(self) -> int:
+        """One for each result and tap."""
+        taps = {"nearest": 1, "nearest-exact": 1, "linear": 2, "cubic": 4}[self.mode]
+        return int(math.prod(self.value.shape) * taps ** (len(self.value.shape) - 2))
 
     def _taps(self, d: int) -> Taps:
         wide = self.value.dtype == torch.float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +46,10 @@ class TransposedConvolution(Step):
         for axis in self.sliding:
             rows[axis] = self._source(axis, box)
         return Read(0, tuple(rows)), *(Read(i, self.reads[i].whole) for i in range(1, len(self.inputs)))
+
+    def work(self) -> int:
+        """One for each number of the input and weight of its channel."""
+        return math.prod(self.reads[0].shape) * math.prod(self.reads[1].shape[1:])
 
     def compute(self, tensors: Sequence[torch.Tensor], reads: Sequence[Read], box: Box, env: Env) -> torch.Tensor:
         """The transposed convolution of these rows, cut to the output rows."""
