@@ -199,23 +199,25 @@ def stream(day: Day) -> Iterator[Row]:
     """Whole volumes through one card within a budget."""
     from monai_memeff.halo import SpatialPartitionInferer
 
-    for name, make, edge, budget in (
-        ("plain", plain_unet, 512, 8),
-        ("faultseg", faultseg_unet, 1024, 24),  # stores 256 GiB
-        ("faultseg", faultseg_unet, 640, 24),
+    single, half = torch.float32, torch.float16
+    for name, make, edge, budget, dtype in (
+        ("plain", plain_unet, 512, 8, single),
+        ("faultseg", faultseg_unet, 640, 24, single),
+        ("faultseg", faultseg_unet, 1024, 24, half),  # stores 72 GiB, in single precision 144
     ):
         n = day.size(edge, 16)
         torch.manual_seed(0)
-        network = make().to(day.captured).eval()
-        volume = torch.randn(1, 1, 1, n, n).repeat(1, 1, n, 1, 1)
+        network = make().to(day.captured, dtype).eval()
+        volume = torch.randn(1, 1, 1, n, n).to(dtype).repeat(1, 1, n, 1, 1)
         inferer = SpatialPartitionInferer("auto", memory_budget=budget * 2**30, labels=True)
+        about = {"network": name, "dtype": str(dtype).removeprefix("torch."), "shape": list(volume.shape)}
         try:
             with torch.no_grad():
                 _, row = day.measure(lambda net=network, run=inferer, x=volume: run(x, net))
         except MemoryError as error:  # of the host, before the run
-            yield {"network": name, "shape": list(volume.shape), "reason": str(error)}
+            yield {**about, "reason": str(error)}
             continue
-        yield {"network": name, "shape": list(volume.shape), "budget_gib": budget, **row, **report(inferer)}
+        yield {**about, "budget_gib": budget, **row, **report(inferer)}
 
 
 SPARSE_SECONDS = {"native": 15, "triton": 30, "spconv": 15, "spconv_triton": 20}

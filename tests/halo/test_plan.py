@@ -6,11 +6,11 @@ import importlib
 
 import pytest
 import torch
-from monai.networks.nets import UNet
+from monai.networks.nets import BasicUNet, UNet
 from torch import nn
 
 import monai_memeff.halo
-from monai_memeff.halo import NotPartitionableError, explain, plan, verify
+from monai_memeff.halo import NotPartitionableError, SpatialPartitionInferer, explain, plan, verify
 
 
 def net() -> nn.Module:
@@ -64,3 +64,31 @@ def test_reasons_name_module_and_line() -> None:
 @pytest.mark.slow
 def test_verify_takes_the_inferers_path() -> None:
     assert verify(net(), (1, 1, 24, 12, 12), axis=1) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("upsample", ["deconv", "nontrainable"])
+def test_what_costs_little_beside_its_reader_is_not_stored(upsample: str) -> None:
+    network = BasicUNet(features=(4, 4, 8, 8, 8, 4), upsample=upsample).double().eval()
+    schedule = plan(network, (1, 1, 48, 16, 16), partitions=4).schedule
+    stored = {schedule.bound.program[i].operator for i in schedule.stored}
+    assert any("conv3d" in name for name in stored)
+    assert not any("transpose" in name or "upsample" in name for name in stored), stored
+    x = torch.randn(1, 1, 48, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(SpatialPartitionInferer(4)(x, network), network(x).detach(), rtol=0, atol=1e-11)
+
+
+def test_what_two_read_or_a_norm_reads_is_stored() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cheap, self.dear = nn.Conv3d(1, 4, 1), nn.Conv3d(4, 4, 3, padding=1)
+            self.norm = nn.InstanceNorm3d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y, z = self.cheap(x), self.cheap(x + 1)
+            return self.dear(y) + self.dear(y.flip(3)) + self.dear(self.norm(z))
+
+    schedule = plan(Twice(), (1, 1, 32, 8, 8), partitions=4).schedule
+    stored = [schedule.bound.program[i] for i in sorted(schedule.stored)]
+    assert sum("cheap" in str(value.where) for value in stored) == 2
