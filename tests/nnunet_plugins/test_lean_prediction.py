@@ -30,7 +30,7 @@ from nnunet_plugins.lean.export import functions as export
 from nnunet_plugins.lean.export.labels import RunningArgmax
 from nnunet_plugins.lean.predict import window
 from nnunet_plugins.lean.predict.files import FOLDER_VARIABLE, NoRoomError, ScratchFile
-from nnunet_plugins.lean.predict.logits import LogitsFile, StoredArray, StoredLogits
+from nnunet_plugins.lean.predict.logits import LogitsFile, StoredArray, StoredLogits, class_volumes, file_of
 from nnunet_plugins.lean.predict.writer import RowWriter, has_infinite
 from nnunet_plugins.lean.stock import stock_method
 from nnunet_plugins.lean.trial import TrialModel, predictor_of, write_image
@@ -163,10 +163,14 @@ def test_cascade(tmp_path: Path, flat: bool) -> None:
     compare(predictor_of(model.write(tmp_path)), noise((9, 8, 10), 1), (1.0, 1.5, 1.0), previous=previous)
 
 
-@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [(exclusive(4), None), (REGIONS, (1, 2, 3)), (exclusive(200), None)],  # of 200 the image has four, in bytes
+    ids=["4", "regions", "200"],
+)
 @pytest.mark.slow
-def test_cascade_from_files(tmp_path: Path, regions: bool) -> None:
-    model = TrialModel(*((REGIONS, (1, 2, 3)) if regions else (exclusive(4), None)), patch=(6, 6, 6), cascade=True)
+def test_cascade_from_files(tmp_path: Path, labels: Any, order: Any) -> None:
+    model = TrialModel(labels, order, patch=(6, 6, 6), features=(2, 3), cascade=True)
     predictor = predictor_of(model.write(tmp_path / "model"))
     write_image(tmp_path / "images" / "a_0000.nii.gz", (9, 8, 4), (1.0, 1.5, 0.8), 1)
     previous = np.random.default_rng(1).integers(0, 4, (9, 8, 4)).astype(np.uint8)
@@ -186,7 +190,7 @@ def test_cascade_from_files(tmp_path: Path, regions: bool) -> None:
     with lean_prediction():
         (case,) = predictor._internal_get_data_iterator_from_lists_of_filenames([[images]], [before], None, 0)
     assert isinstance(case["data"], torch.Tensor)
-    assert len(case["data"]) == 4
+    assert len(case["data"]) == 1 + len(predictor.label_manager.foreground_labels)
 
 
 @pytest.mark.slow
@@ -274,6 +278,23 @@ def test_a_network_of_other_heads_is_refused_as_in_stock(tmp_path: Path, heads: 
         assert same(stock, lean)
     else:
         assert stock[0] is lean[0] is RuntimeError
+
+
+def test_what_is_no_image_is_refused_as_in_stock(tmp_path: Path) -> None:
+    predictor = predictor_of(TrialModel(exclusive(3), patch=(6, 6, 6), features=(2, 3)).write(tmp_path))
+    tensor, found = torch.from_numpy(noise((9, 8, 10))), []
+    for way in (contextlib.nullcontext(), lean_prediction()):
+        with way:
+            methods = (predictor.predict_sliding_window_return_logits, predictor.predict_logits_from_preprocessed_data)
+            for method in methods:
+                for wrong in (None, tensor.numpy()[None], tensor, tensor[None, None]):
+                    with pytest.raises(AssertionError) as refused:
+                        method(wrong)
+                    found.append(str(refused.value))
+            with pytest.MonkeyPatch.context() as patch:  # no weights
+                patch.setattr(predictor, "list_of_parameters", [])
+                found.append(predictor.predict_logits_from_preprocessed_data(tensor[None]))
+    assert found[:9] == found[9:]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -549,8 +570,8 @@ def test_one_tiles_logits_are_in_memory_at_a_time(tmp_path: Path) -> None:
 # Logits on disk
 
 
-def stored() -> tuple[StoredLogits, torch.Tensor]:
-    values = torch.randn(3, 4, 5, 6).half()
+def stored(shape: tuple[int, ...] = (3, 4, 5, 6)) -> tuple[StoredLogits, torch.Tensor]:
+    values = torch.randn(shape).half()
     file = LogitsFile(values.shape)
     for row in range(4):
         file.write(row, 0, values[:, row])
@@ -569,6 +590,33 @@ def test_logits_on_disk_are_a_tensor_for_everybody_else() -> None:
     np.testing.assert_array_equal(array.argmax(0), values.numpy().argmax(0))
     logits += 1
     assert torch.equal(torch.from_numpy(logits.file.class_volumes(1, 3)), values[1:] + 1)
+
+
+def test_logits_on_disk_lie_as_in_memory() -> None:
+    logits, values = stored()
+    assert logits.stride() == values.stride()
+    flat = logits.view(3, -1)
+    flat[0] -= 7
+    assert torch.equal(logits[0], values[0] - 7)
+    assert torch.equal(torch.from_numpy(logits.file.class_volumes(0, 1))[0], values[0] - 7)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits.transpose_(1, 2),
+        lambda logits: logits.set_(torch.zeros(3, 4, 4, 4).half()),
+        lambda logits: setattr(logits, "data", torch.zeros(3, 4, 4, 4).half()),
+    ],
+)
+def test_logits_that_were_moved_in_place_are_ordinary(change: Any) -> None:
+    logits, _ = stored((3, 4, 4, 4))
+    change(logits)
+    expected = logits.clone().numpy()
+    assert file_of(logits) is file_of(logits.numpy()) is None
+    np.testing.assert_array_equal(class_volumes(logits, 1, 3), expected[1:])
+    for sent in (logits, logits.numpy()):
+        np.testing.assert_array_equal(np.asarray(ForkingPickler.loads(ForkingPickler.dumps(sent))), expected)
 
 
 def test_another_process_gets_the_file_and_a_pickle_the_values() -> None:

@@ -43,14 +43,14 @@ class ScratchFile:
 
     def write(self, offset: int, values: np.ndarray) -> None:
         """Write a contiguous array at an offset in bytes."""
-        view = memoryview(np.ascontiguousarray(values)).cast("B")
+        view = _bytes(np.ascontiguousarray(values))
         while view:
             done = os.pwrite(self.descriptor, view, offset)
             view, offset = view[done:], offset + done
 
     def read(self, offset: int, out: np.ndarray) -> np.ndarray:
         """Fill a contiguous array from an offset in bytes; returns it."""
-        view = memoryview(out).cast("B")
+        view = _bytes(out)
         while view:
             done = os.preadv(self.descriptor, [view], offset)
             if done == 0:
@@ -61,6 +61,11 @@ class ScratchFile:
     def map(self) -> mmap.mmap:
         """The bytes as shared memory; what is written there is in the file at once."""
         return mmap.mmap(self.descriptor, self.size)
+
+
+def _bytes(values: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array; memoryview itself cannot give those of an empty one."""
+    return memoryview(values).cast("B") if values.size else memoryview(b"")
 
 
 def reserve(size: int) -> int:

@@ -11,14 +11,19 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_plugins.lean.predict.logits import LogitsFile, StoredLogits
 from nnunet_plugins.lean.predict.previous_stage import WithPreviousStage
-from nnunet_plugins.lean.predict.sliding import has_stock_window, predict_sliding_window_return_logits, stream
+from nnunet_plugins.lean.predict.sliding import (
+    check_image,
+    has_stock_window,
+    predict_sliding_window_return_logits,
+    stream,
+)
 from nnunet_plugins.networks import unwrapped
 
 METHOD = "predict_sliding_window_return_logits"
 
 
 @torch.inference_mode()
-def predict_logits_from_preprocessed_data(self: Any, data: Any) -> Tensor:
+def predict_logits_from_preprocessed_data(self: Any, data: Any) -> Tensor | None:
     """The mean logits (C, X, Y, Z) over the folds, on disk; in the place of nnU-Net's method of this name."""
     threads = torch.get_num_threads()
     torch.set_num_threads(min(default_num_processes, threads))
@@ -28,10 +33,13 @@ def predict_logits_from_preprocessed_data(self: Any, data: Any) -> Tensor:
         torch.set_num_threads(threads)
 
 
-def _mean(predictor: Any, data: Any) -> Tensor:
+def _mean(predictor: Any, data: Any) -> Tensor | None:
     if not by_tiles(predictor):
         return _mean_of_others(predictor, data.whole() if isinstance(data, WithPreviousStage) else data)
     folds = predictor.list_of_parameters
+    if folds is not None and len(folds) == 0:
+        return None  # as nnU-Net does, whose callers then fail
+    check_image(data)
     logits = LogitsFile((predictor.label_manager.num_segmentation_heads, *data.shape[1:]))
     for number, parameters in enumerate(folds):
         _load(predictor, parameters)

@@ -1,5 +1,7 @@
 """Logits in a scratch file: written by rows, read by classes, and passed on as the tensor or array that callers expect.
 
+They lie there as in memory, class after class, so the tensor is contiguous, as nnU-Net's of an image without padding.
+
 A process that gets them from another one gets the open file, not the values.
 """
 
@@ -9,7 +11,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from multiprocessing.reduction import DupFd, ForkingPickler
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,9 +19,11 @@ from torch import Tensor
 
 from nnunet_plugins.lean.predict.files import ScratchFile
 
+Place: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...]]
+
 
 class LogitsFile:
-    """Half-precision logits (C, X, Y, Z) on disk, row after row of the first spatial axis: (X, C, Y, Z).
+    """Half-precision logits (C, X, Y, Z) on disk, class after class.
 
     Args:
         shape: (C, X, Y, Z).
@@ -31,38 +35,36 @@ class LogitsFile:
         self.file = file or ScratchFile(2 * math.prod(self.shape))
         self.plane = self.shape[2] * self.shape[3]
 
-    def _offset(self, row: int, first_class: int) -> int:
-        return 2 * (row * self.shape[0] + first_class) * self.plane
+    def _offset(self, row: int, label: int) -> int:
+        return 2 * (label * self.shape[1] + row) * self.plane
 
     def write(self, row: int, first_class: int, planes: Tensor) -> None:
         """Write planes (classes, Y, Z) of one row."""
-        self.file.write(self._offset(row, first_class), planes.numpy())
+        for label, plane in enumerate(planes.numpy(), first_class):
+            self.file.write(self._offset(row, label), plane)
 
     def read(self, row: int, first_class: int, classes: int) -> Tensor:
         """Planes (classes, Y, Z) of one row."""
         out = np.empty((classes, *self.shape[2:]), np.float16)
-        return torch.from_numpy(self.file.read(self._offset(row, first_class), out))
+        for label, plane in enumerate(out, first_class):
+            self.file.read(self._offset(row, label), plane)
+        return torch.from_numpy(out)
 
     def class_volumes(self, first: int, stop: int) -> np.ndarray:
         """Logits (stop - first, X, Y, Z) of some classes."""
-        out = np.empty((stop - first, *self.shape[1:]), np.float16)
-        planes = np.empty((stop - first, *self.shape[2:]), np.float16)
-        for row in range(self.shape[1]):
-            out[:, row] = self.file.read(self._offset(row, first), planes)
-        return out
+        return self.file.read(self._offset(0, first), np.empty((stop - first, *self.shape[1:]), np.float16))
 
     def mapped(self) -> Tensor:
         """The logits as a tensor on the file: only what is looked at comes into memory."""
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=torch.half)
-        classes, rows, height, width = self.shape
-        flat = torch.frombuffer(self.file.map(), dtype=torch.half)
-        return flat.view(rows, classes, height, width).transpose(0, 1)
+        return torch.frombuffer(self.file.map(), dtype=torch.half).view(self.shape)
 
     def tensor(self) -> StoredLogits:
         """What nnU-Net's predictor returns: a CPU tensor (C, X, Y, Z)."""
         stored = torch.Tensor._make_subclass(StoredLogits, self.mapped())
         stored.file = self
+        stored.place = place_of(stored)
         return stored
 
 
@@ -70,6 +72,7 @@ class StoredLogits(torch.Tensor):
     """A CPU tensor on a :class:`LogitsFile`; whatever is computed from it is an ordinary tensor."""
 
     file: LogitsFile
+    place: Place
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,7 +96,7 @@ class StoredLogits(torch.Tensor):
     def numpy(self, *args: Any, **kwargs: Any) -> StoredArray:
         """The same file as an array."""
         array = self.as_subclass(Tensor).numpy().view(StoredArray)
-        array.file = self.file
+        array.file, array.place = file_of(self), place_of(array)
         return array
 
     def __deepcopy__(self, memo: Any) -> Tensor:
@@ -107,12 +110,23 @@ class StoredArray(np.ndarray):
     """An array on a :class:`LogitsFile`; views of it and results are ordinary as far as this package is concerned."""
 
     file: LogitsFile | None = None
+    place: Place | None = None
+
+
+def place_of(logits: Any) -> Place:
+    """Where the values of a tensor or array lie in memory: address, shape and strides."""
+    if isinstance(logits, Tensor):
+        return logits.data_ptr(), tuple(logits.shape), logits.stride()
+    return logits.ctypes.data, logits.shape, logits.strides
 
 
 def file_of(logits: Any) -> LogitsFile | None:
-    """The file on which a whole tensor or array lies, None for ordinary ones."""
+    """The file on which a whole tensor or array lies, None for ordinary ones.
+
+    One that was transposed, cut or given other values in place is an ordinary one.
+    """
     file = getattr(logits, "file", None) if isinstance(logits, (StoredLogits, StoredArray)) else None
-    return file if file is not None and tuple(logits.shape) == file.shape else None
+    return file if file is not None and place_of(logits) == logits.place else None
 
 
 def class_volumes(logits: Tensor | np.ndarray, first: int, stop: int) -> np.ndarray:
@@ -131,7 +145,10 @@ def release(mapping: mmap.mmap) -> None:
 
 
 def _send_tensor(logits: StoredLogits) -> Any:
-    return _receive_tensor, (logits.file.shape, DupFd(logits.file.file.descriptor))
+    file = file_of(logits)
+    if file is None:
+        return torch.from_numpy, (logits.clone().numpy(),)
+    return _receive_tensor, (file.shape, DupFd(file.file.descriptor))
 
 
 def _send_array(logits: StoredArray) -> Any:

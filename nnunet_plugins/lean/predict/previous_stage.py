@@ -32,7 +32,7 @@ class WithPreviousStage:
     def __getitem__(self, at: Any) -> Tensor:
         """The channels of a tile; ``at`` starts with ``slice(None)``."""
         labels = self.labels[at[1:]]
-        values = torch.tensor(self.known, dtype=labels.dtype).view(-1, *[1] * labels.ndim)
+        values = torch.tensor(self.known).view(-1, *[1] * labels.ndim)  # labels may be bytes, which hold few values
         return torch.cat([self.image[at], (labels[None] == values).to(self.image.dtype)])
 
     def whole(self) -> Tensor:

@@ -38,6 +38,7 @@ def predict_sliding_window_return_logits(self: Any, input_image: Tensor) -> Tens
     if not has_stock_window(self):
         result: Tensor = stock_method("predict_sliding_window_return_logits")(self, input_image)
         return result
+    check_image(input_image)
     logits = LogitsFile((self.label_manager.num_segmentation_heads, *input_image.shape[1:]))
     stream(self, input_image, logits.write)
     return logits.tensor()
@@ -58,8 +59,7 @@ def stream(predictor: Any, image: Image, sink: Sink) -> None:
         RuntimeError: nnU-Net's own, for infinite logits; a network of other classes; the variable is ``whole`` now.
     """
     check_unchanged(whole=False)
-    assert isinstance(image, (Tensor, WithPreviousStage))
-    assert image.ndim == 4, "input_image must be a 4D np.ndarray or torch.Tensor (c, x, y, z)"
+    check_image(image)
     predictor.network = predictor.network.to(predictor.device)
     predictor.network.eval()
     empty_cache(predictor.device)
@@ -78,6 +78,12 @@ def stream(predictor: Any, image: Image, sink: Sink) -> None:
             empty_cache(predictor.device)
             _attempt(predictor, data, slicers, RowWriter(unpadded[1:], once, predictor.device), False)
     empty_cache(predictor.device)
+
+
+def check_image(image: Any) -> None:
+    """Refuse what nnU-Net refuses, in its words."""
+    assert isinstance(image, (Tensor, WithPreviousStage))
+    assert image.ndim == 4, "input_image must be a 4D np.ndarray or torch.Tensor (c, x, y, z)"
 
 
 def padded(image: Image, patch: Sequence[int]) -> tuple[Image, tuple[slice, ...]]:

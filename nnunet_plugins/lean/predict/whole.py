@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from monai_memeff.halo import SpatialPartitionInferer
 from nnunet_plugins.lean.predict.files import FOLDER_VARIABLE, NoRoomError, roomiest
 from nnunet_plugins.lean.predict.logits import LogitsFile
+from nnunet_plugins.lean.predict.sliding import check_image
 from nnunet_plugins.lean.predict.writer import INFINITE
 from nnunet_plugins.lean.variable import check_unchanged
 from nnunet_plugins.networks import unwrapped
@@ -38,7 +39,7 @@ def predict_sliding_window_return_logits(self: Any, input_image: Tensor) -> Tens
         RuntimeError: nnU-Net's own, for infinite logits; or the variable is not ``whole`` any more.
     """
     check_unchanged(whole=True)
-    assert input_image.ndim == 4, "input_image must be a 4D np.ndarray or torch.Tensor (c, x, y, z)"
+    check_image(input_image)
     if self.tile_step_size != STOCK_STEP:
         print(f"-step_size {self.tile_step_size} has no effect: whole images are predicted.")
     logits = LogitsFile((self.label_manager.num_segmentation_heads, *input_image.shape[1:]))
