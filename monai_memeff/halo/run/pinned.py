@@ -47,20 +47,22 @@ class PinnedBlocks:
         while self._unused and self._held + nbytes > self._limit:
             self._held -= self._unused.pop().numel()
         self._held += nbytes
-        block = _touched(nbytes)
-        if locked(block, self._device):
-            weakref.finalize(block.untyped_storage(), _unlock, block.data_ptr(), self._device).atexit = False
+        memory = _new_memory(nbytes)
+        block = torch.frombuffer(memory, dtype=torch.uint8).zero_()
+        if locked(block, self._device):  # unlocked while it is still there: what unlocks holds the memory
+            unlock = weakref.finalize(block.untyped_storage(), _unlock, block.data_ptr(), self._device, memory)
+            unlock.atexit = False
         return block
 
 
-def _touched(nbytes: int) -> torch.Tensor:
-    """New memory in large pages, written once by all threads: to lock pages that do not exist yet takes far longer."""
+def _new_memory(nbytes: int) -> mmap.mmap:
+    """Memory in large pages; whoever takes it writes it first: to lock pages that do not exist yet takes far longer."""
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     memory = mmap.mmap(-1, nbytes, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system without large pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).zero_()
+    return memory
 
 
 def _give_back(blocks: weakref.ref[PinnedBlocks], block: torch.Tensor) -> None:
@@ -80,7 +82,7 @@ def locked(block: torch.Tensor, device: torch.device) -> bool:
     return False
 
 
-def _unlock(address: int, device: torch.device) -> None:
+def _unlock(address: int, device: torch.device, _: mmap.mmap) -> None:
     torch.cuda.synchronize(device)  # copies may be on their way
     with torch.cuda.device(device):
         _runtime().cudaHostUnregister(address)
