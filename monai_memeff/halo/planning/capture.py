@@ -18,6 +18,9 @@ from torch import nn
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.planning.gradients.compare import check_gradients
+from monai_memeff.halo.planning.gradients.regions import spell_out_regions
+from monai_memeff.halo.planning.gradients.watch import Watch
 from monai_memeff.halo.planning.lower import lower, place_of
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.halo.planning.reasons import check_constants, reason
@@ -37,7 +40,8 @@ def _fake(leaf: Any, mode: FakeMode, device: torch.device) -> Any:
     with mode:
         if leaf.dim() == 0 and leaf.device.type != "meta":
             device = leaf.device
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
+        made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
+    return made.requires_grad_(leaf.requires_grad)
 
 
 @contextlib.contextmanager
@@ -123,8 +127,9 @@ def _quiet() -> Iterator[None]:
 def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Program:
     """Capture a network at the shapes of its arguments.
 
-    Nothing is allocated and nothing of the network changes. It is captured as under `torch.no_grad()`; autocast and
-    training flags are the caller's; hooks, parametrizations and caches act as in a plain call.
+    Nothing is allocated and nothing of the network changes. Gradient mode, autocast and training flags are the
+    caller's; hooks, parametrizations and caches act as in a plain call. With gradients enabled, those of what is
+    captured are the plain network's too.
 
     Args:
         network: any nn.Module.
@@ -132,7 +137,8 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
         kwargs: example keyword arguments.
 
     Raises:
-        NotPartitionableError: what cannot be captured, with the reason of `torch.export` in one sentence.
+        NotPartitionableError: what cannot be captured, with the reason of `torch.export` in one sentence; what has
+            other gradients than the plain network.
     """
     network = bare(network)
     require_capturable(network)
@@ -147,18 +153,23 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
         with (
             as_it_was(network),
             _python_dispatch._disable_current_modes(),
-            torch.no_grad(),
+            torch.set_grad_enabled(torch.is_grad_enabled()),  # whatever forward leaves
             _no_hidden_draws(),
             _eager(network),
             _quiet(),
         ):
             without_reading_counts(network)
-            with escapes, Constants(network), Counters(network) as counters:
+            watch = Watch(network) if torch.is_grad_enabled() else contextlib.nullcontext()
+            with escapes, Constants(network), Counters(network) as counters, watch:
                 exported = torch.export.export(network, fake_args, fake_kwargs, strict=False)
                 counters.check(exported, fake_args, fake_kwargs)
             check_constants(exported, place_of)
+            if isinstance(watch, Watch):
+                spell_out_regions(exported)
+                check_gradients(exported, watch, network, flat, place_of)
             drop_second_names(exported)
-            exported = exported.run_decompositions({})
+            with torch.no_grad():
+                exported = exported.run_decompositions({})
     except NotPartitionableError:
         raise
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from monai_memeff.arguments import numbers_checked
@@ -31,7 +32,9 @@ def explain(network: nn.Module, inputs: Any, axis: int = 0, kwargs: dict[str, An
         []
     """
     try:
-        bind_program(capture(network, examples(inputs, network), kwargs), (axis,))
+        with torch.no_grad():
+            program = capture(network, examples(inputs, network), kwargs)
+        bind_program(program, (axis,))
     except NotPartitionableError as refusal:
         return refusal.reasons
     return []

@@ -167,7 +167,8 @@ def make_plan(
         program: the one of another plan of the same call and labels, which then need not be captured again.
     """
     if program is None:
-        program = capture(network, args, kwargs)
+        with torch.no_grad():
+            program = capture(network, args, kwargs)
         if labels:
             add_labels(program, len(main_input(program)) - 2, labels == "regions")
     schedule = make_schedule(bind_program(program, (axis,)))

@@ -44,7 +44,7 @@ def _why(error: BaseException) -> str:
     known = kinds.get(kind) or _output(error) or next((said for part, said in _TEXTS.items() if part in text), None)
     if known:
         return known
-    if not any(map(_theirs, (frame.f_code.co_filename for frame, _ in _frames(error)))):
+    if not any(map(theirs, (frame.f_code.co_filename for frame, _ in _frames(error)))):
         return f"torch.export fails on it at this shape, in code of torch's own ({kind}: {_first_line(text)})"[:400]
     return f"cannot be captured at this shape: {kind}: {_first_line(text) or kind}"[:400]
 
@@ -65,7 +65,7 @@ def _last_file(error: BaseException) -> str:
     return ([frame.f_code.co_filename for frame, _ in _frames(error)] or [""])[-1]
 
 
-def _theirs(file: str) -> bool:
+def theirs(file: str) -> bool:
     """Whether a file is neither torch's, nor Python's, nor this package's."""
     own = file.startswith(_PYTHON) and "site-packages" not in file
     return not own and "/torch/" not in file and "monai_memeff/halo" not in file and not file.startswith("<")
@@ -92,9 +92,21 @@ def _where(error: BaseException, network: nn.Module) -> Where:
     for frame, number in _frames(error):
         name = frame.f_code.co_filename
         path, kind = paths.get(id(frame.f_locals.get("self")), (path, kind))
-        if _theirs(name):
+        if theirs(name):
             line = f"{name}:{number}"
     return Where(path, kind, line)
+
+
+def place_of_frame(frame: types.FrameType | None, network: nn.Module) -> Where:
+    """The innermost module and the innermost line of somebody else's code that led to a frame."""
+    paths = {id(module): (path, type(module).__name__) for path, module in network.named_modules()}
+    line, found = "", None
+    while frame is not None and (found is None or not line):
+        file = frame.f_code.co_filename
+        line = line or (f"{file}:{frame.f_lineno}" if theirs(file) else "")
+        found = found or paths.get(id(frame.f_locals.get("self")))
+        frame = frame.f_back
+    return Where(*(found or ("", type(network).__name__)), line)
 
 
 def check_constants(exported: Any, where: Any) -> None:

@@ -79,7 +79,8 @@ class _Partition:
     def _plan(self, traits: Any, leaves: Sequence[Any], spec: Any, parts: Sequence[Part | None]) -> RankPlan:
         described = [_described(leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
         seen = fingerprint(self.network, _SKIPPED)
-        key = (traits, seen, tuple(described), str(spec), torch.is_grad_enabled(), mode_key())
+        wanted = tuple((p.requires_grad, bool(p._backward_hooks)) for p in self.network.parameters())
+        key = (traits, seen, wanted, tuple(described), str(spec), torch.is_grad_enabled(), mode_key())
         if key not in self.plans:
             _check_sharding(self.network)
             whole = [_whole(leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
@@ -98,7 +99,7 @@ class _Partition:
 
 def _described(leaf: Any, part: Part | None) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return (tuple(leaf.shape) if part is None else part, leaf.dtype, leaf.device)
+        return (tuple(leaf.shape) if part is None else part, leaf.dtype, leaf.device, leaf.requires_grad)
     return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else id(leaf)
 
 
@@ -106,7 +107,7 @@ def _whole(leaf: Any, part: Part | None) -> Any:
     """What capture sees of an argument: the whole's shape, without its memory."""
     if part is None:
         return leaf
-    return torch.empty(part.shape, dtype=leaf.dtype, device="meta")
+    return torch.empty(part.shape, dtype=leaf.dtype, device="meta", requires_grad=leaf.requires_grad)
 
 
 def _simple(value: Any) -> bool:
