@@ -20,7 +20,7 @@ from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.gradients.compare import check_gradients
 from monai_memeff.halo.planning.gradients.regions import spell_out_regions
-from monai_memeff.halo.planning.gradients.watch import Watch
+from monai_memeff.halo.planning.gradients.watch import Watch, nothing_saved
 from monai_memeff.halo.planning.lower import lower, place_of
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.halo.planning.reasons import check_constants, reason
@@ -154,6 +154,7 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
             as_it_was(network),
             _python_dispatch._disable_current_modes(),
             torch.set_grad_enabled(torch.is_grad_enabled()),  # whatever forward leaves
+            nothing_saved(),
             _no_hidden_draws(),
             _eager(network),
             _quiet(),

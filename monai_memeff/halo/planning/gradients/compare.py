@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher  # read in torch 2.6 to 2.14
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # read in torch 2.6 to 2.14
 from torch.autograd.function import BackwardCFunction
 from torch.export import ExportedProgram
@@ -73,9 +74,9 @@ class _Replay(fx.Interpreter):
         return made
 
     def outputs(self) -> list[Any]:
-        """What the graph returns."""
+        """What the graph returns, by the same decompositions as while it was captured."""
         modes = [x.fake_mode for x in self.given if isinstance(x, FakeTensor)]
-        with torch.enable_grad(), modes[0] if modes else FakeTensorMode():
+        with torch.enable_grad(), enable_python_dispatcher(), modes[0] if modes else FakeTensorMode():
             return list(self.run(*self.given))
 
     def run_node(self, n: fx.Node) -> Any:
@@ -171,7 +172,7 @@ class _Comparison:
         return False
 
     def _alike(self, mine: Any, theirs: Any) -> bool:
-        if isinstance(mine, BackwardCFunction) or _name(mine) != _name(theirs):
+        if isinstance(mine, BackwardCFunction) or mine.name() != theirs.name():
             return False
         if hasattr(mine, "variable"):
             return bool(_labels(mine.variable, self.watch.leaves) & _labels(theirs.variable, self.replay.leaves))
@@ -193,12 +194,6 @@ class _Comparison:
             f"{where}: gradients take another way in the network than in what is captured of it ({names[0]}, not "
             f"{names[1]}); detach what is to have none, and let forward leave requires_grad as it is"
         )
-
-
-def _name(node: Any) -> str:
-    """The kind of a node; torch has several for batch norm, and takes one of its own while it exports."""
-    name: str = node.name()
-    return "BatchNorm" if "BatchNorm" in name else name
 
 
 def _edge(x: torch.Tensor) -> Any:

@@ -133,9 +133,18 @@ def _stand_ins(network: nn.Module) -> Iterator[None]:
         hooks = torch.autograd.graph.saved_tensors_hooks
         enter = _refusing(network, "changes what autograd saves by saved_tensors_hooks", _of_torch)
         stack.enter_context(_replaced(hooks, "__enter__", enter))
-        set_tracing = torch._C._autograd._saved_tensors_hooks_set_tracing  # read in torch 2.11 and 2.14
-        stack.callback(set_tracing, set_tracing(True))  # a checkpoint around the network saves nothing of a capture
         yield
+
+
+@contextlib.contextmanager
+def nothing_saved() -> Iterator[None]:
+    """A checkpoint, inside of a network that is captured or around it, keeps nothing of the capture."""
+    set_tracing = torch._C._autograd._saved_tensors_hooks_set_tracing  # read in torch 2.11 and 2.14
+    before = set_tracing(True)
+    try:
+        yield
+    finally:
+        set_tracing(before)
 
 
 @contextlib.contextmanager
