@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from monai_memeff.arguments import numbers_checked
 from monai_memeff.halo.inferer import SpatialPartitionInferer
+from monai_memeff.halo.planning.capture import require_capturable
 from monai_memeff.halo.planning.errors import NotPartitionableError
 
 
@@ -36,6 +37,7 @@ def verify(
         >>> verify(torch.nn.Conv3d(1, 2, 3, padding=1), (1, 1, 9, 8, 8)) < 1e-12
         True
     """
+    require_capturable(network)
     whole = copy.deepcopy(network).to("cpu", torch.float64)
     x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = SpatialPartitionInferer(partitions, axis=axis)(x.clone(), whole)

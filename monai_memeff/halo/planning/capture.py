@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
@@ -24,6 +25,7 @@ from monai_memeff.halo.planning.gradients.watch import Watch, nothing_saved
 from monai_memeff.halo.planning.lower import lower, place_of
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.halo.planning.reasons import check_constants, reason
+from monai_memeff.halo.planning.state.asked import answered_plainly
 from monai_memeff.halo.planning.state.averages import without_reading_counts
 from monai_memeff.halo.planning.state.compared_types import refuse_compared_types
 from monai_memeff.halo.planning.state.constants import Constants
@@ -76,6 +78,11 @@ def require_capturable(network: nn.Module) -> None:
             raise NotPartitionableError(
                 f"{path or 'the network'} ({type(module).__name__}): a torch.jit module cannot be captured; "
                 "pass the module it was scripted from"
+            )
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            raise NotPartitionableError(
+                f"{path or 'the network'} ({type(module).__name__}) does not know its size yet: run the network once on "
+                "a small volume first"
             )
 
 
@@ -155,6 +162,7 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
             _python_dispatch._disable_current_modes(),
             torch.set_grad_enabled(torch.is_grad_enabled()),  # whatever forward leaves
             nothing_saved(),
+            answered_plainly(),
             _no_hidden_draws(),
             _eager(network),
             _quiet(),

@@ -178,8 +178,13 @@ class _Lowering:
                 self.program.input_mutations[user.index(name)] = ref.index
             elif kind == "USER_OUTPUT":
                 self.program.outputs.append(ref)
+            elif kind == "PARAMETER_MUTATION":
+                raise NotPartitionableError(
+                    f"{place_of(leaf)}: forward writes into the parameter '{spec.target}', which a run in parts leaves as "
+                    "it is; write it before or after the call, or register a buffer"
+                )
             else:
-                raise NotPartitionableError(f"an output of kind {kind} cannot be run in parts")
+                raise NotPartitionableError(f"{place_of(leaf)}: an output of kind {kind} cannot be run in parts")
         self.program.output_spec = self.exported.call_spec.out_spec
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.layout import Box, Layout
 from monai_memeff.halo.planning.program import Ref, Value
-from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, arguments, broadcast_layout
+from monai_memeff.halo.planning.rules.base import Context, Env, Read, Step, aligned, arguments, broadcast_layout
 from monai_memeff.halo.planning.rules.table import Expansion, expander, rule
 
 _CHUNK = 2**20  # positions hashed at a time: their integers take 8 bytes each
@@ -126,6 +127,28 @@ def bind_dropout(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
     return Dropout(value, value.refs(), [out], out)
 
 
+class Below(Step):
+    """Where drawn numbers lie below probabilities."""
+
+    def compute(self, tensors: Sequence[torch.Tensor], reads: Sequence[Read], box: Box, env: Env) -> torch.Tensor:
+        """The rows' answers.
+
+        Raises:
+            ValueError: for what is no probability, as in torch.
+        """
+        drawn, probability = tensors
+        if probability.device.type != "meta" and not bool(((probability >= 0) & (probability <= 1)).all()):
+            raise ValueError(f"{self.value.where}: torch.bernoulli takes probabilities from 0 to 1 but got others.")
+        return drawn < probability
+
+
+@rule("halo.below", "random", "a hash of seed, node and position")
+def bind_below(value: Value, natives: Sequence[Layout], ctx: Context) -> Step:
+    """Row for row."""
+    out = broadcast_layout(value.shape, natives, ctx)
+    return Below(value, value.refs(), [aligned(n.shape, out) for n in natives], out)
+
+
 def is_random(value: Value) -> bool:
     """Whether a value depends on the seed of the call."""
     return value.target in ("halo.draw", "halo.dropout")
@@ -148,17 +171,24 @@ def expand_dropout(x: Expansion) -> Ref | None:
     return x.add("", "halo.dropout", x.value.shape, [source, float(p)])
 
 
+def _require(x: Expansion, holds: bool, what: str) -> None:
+    if not holds:
+        raise NotPartitionableError(f"{x.value.where}: {x.value.target} takes {what}")
+
+
 @expander(["bernoulli.p"])
 def expand_bernoulli(x: Expansion) -> Ref:
     """Ones with one probability; the input gives only its shape."""
-    return _draw(x, "bernoulli", float(x.value.args[1]))
+    probability = float(x.value.args[1])
+    _require(x, 0 <= probability <= 1, f"a probability from 0 to 1 but got {probability}")
+    return _draw(x, "bernoulli", probability)
 
 
 @expander(["bernoulli.default"])
 def expand_probabilities(x: Expansion) -> Ref:
     """Ones with the probabilities of a tensor."""
     drawn = _draw(x, "uniform", suffix="drawn", dtype=torch.float64)
-    less = x.add("less", torch.ops.aten.lt.Tensor, x.value.shape, [drawn, x.value.args[0]], torch.bool)
+    less = x.add("less", "halo.below", x.value.shape, [drawn, x.value.args[0]], torch.bool)
     return _as(x, less)
 
 
@@ -187,6 +217,7 @@ def _two(x: Expansion, first: float, second: float) -> tuple[Any, Any]:
 def expand_uniform(x: Expansion) -> Ref:
     """Uniform numbers between two bounds."""
     low, high = _two(x, 0.0, 1.0)
+    _require(x, low <= high, f"bounds in order but got {low} and {high}")
     drawn = _draw(x, "uniform", suffix="drawn")
     scaled = x.add("scaled", torch.ops.aten.mul.Tensor, x.value.shape, [drawn, high - low])
     return x.add("", torch.ops.aten.add.Tensor, x.value.shape, [scaled, low])

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from monai_memeff.halo.planning.state.constants import is_constant
 
@@ -101,6 +102,8 @@ class _Reader:
         return self._object(value)
 
     def _tensor(self, value: torch.Tensor, version: bool = True) -> Hashable:
+        if is_lazy(value):  # has no shape; a capture refuses it
+            return _same(value)
         if version and is_constant(value):
             content = value.detach().resolve_conj().reshape(-1).contiguous().view(torch.uint8)
             return (_same(value), tuple(value.shape), value.dtype, content.numpy().tobytes())

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from monai_memeff.halo.planning.layout import Box, Layout, crop, length, narrow
+from monai_memeff.halo.planning.program import Value
 from monai_memeff.halo.planning.rules.base import Env, Read, Reduction, Step
 from monai_memeff.halo.run.ranks.comm.exchange import gather_partials
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
@@ -67,6 +68,22 @@ class TiledRun:
         queues = {s: iter([t for f, t in zip(order, wanted, strict=True) if f.source == s]) for s in range(len(inputs))}
         y = self.step.compute([next(queues[r.source]) for r in self.reads], self.reads, self.box, self.plan.env())
         return tied(y, [t for f, t in rows if f.box is None])
+
+
+@dataclass
+class UnlinkedRun:
+    """An operator that no gradient goes through, on ranks without rows either, or they would wait for the others."""
+
+    run: TiledRun
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.run(*[x.detach() for x in inputs])
+
+
+def is_unlinked(value: Value) -> bool:
+    """Whether a value has no gradient whatever it is made from: `detach`, `zeros_like`, `new_ones` and the like."""
+    name = str(getattr(value.target, "overloadpacket", "")).rpartition(".")[2]
+    return name == "detach" or name.endswith("_like") or name.startswith("new_")
 
 
 @dataclass

@@ -27,7 +27,7 @@ from monai_memeff.halo.run.ranks.layers.activations import activate_in_place, sa
 from monai_memeff.halo.run.ranks.layers.fused import FusedMoments, FusedNormalize, form_of
 from monai_memeff.halo.run.ranks.layers.norm import Form
 from monai_memeff.halo.run.ranks.layers.rims import rim_convolution
-from monai_memeff.halo.run.ranks.operators import Fetch, ReducedRun, TiledRun, WholeRun
+from monai_memeff.halo.run.ranks.operators import Fetch, ReducedRun, TiledRun, UnlinkedRun, WholeRun, is_unlinked
 from monai_memeff.halo.run.ranks.parts import Part, mark, same_on_all_ranks
 from monai_memeff.halo.run.ranks.placement import Placement, move, place
 
@@ -88,6 +88,7 @@ class RankPlan:
             run = self._whole(step, out)
         else:
             run = self._tiled(step, out)
+            run = UnlinkedRun(run) if is_unlinked(step.value) else run
         self.tasks.append(Task(index, step.inputs, run))
 
     def _form(self, index: int, step: Step) -> Form | None:
