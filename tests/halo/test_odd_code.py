@@ -151,3 +151,18 @@ def test_a_tracked_norm_that_is_used_twice(train: bool) -> None:
     kept = {k: v.clone() for k, v in network.state_dict().items()}
     assert try_settings(network, (volume(),), [(0, 3)]).exact == 1
     assert all(torch.equal(v, kept[k]) for k, v in network.state_dict().items())
+
+
+ASKED: dict[str, Callable[[], bool]] = {
+    "is_compiling": torch.compiler.is_compiling,
+    "is_exporting": torch.compiler.is_exporting,
+    "torch._utils": torch._utils.is_compiling,
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_code_that_asks_whether_it_is_compiled_is_answered_as_in_a_plain_call(name: str) -> None:
+    code = ASKED[name].__code__
+    network, x = Call(name, lambda x: x * (2 if ASKED[name]() else 3)), volume()
+    assert torch.equal(SpatialPartitionInferer(2)(x, network), x * 3)
+    assert ASKED[name].__code__ is code

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from monai_memeff.halo import NotPartitionableError, SpatialPartitionInferer, explain
+from monai_memeff.halo import (
+    NotPartitionableError,
+    SpatialPartitionInferer,
+    explain,
+    init_mesh,
+    spatial_partition,
+    verify,
+)
 from tests.halo.kinds import small_conv
 from tests.halo.ordinary_code import Call
 from tests.halo.partitioned import try_settings
@@ -53,6 +60,8 @@ CODE: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "text": (lambda x: x * len(f"{x.mean():.3f}"), "written into a text"),
     "sparse": (lambda x: x + x.to_sparse().to_dense(), "use a dense one"),
     "torch.cond": (lambda x: torch.cond(x.mean() > 0, torch.sin, torch.cos, (x,)), "cond runs code of its own"),
+    "bernoulli": (lambda x: x * torch.bernoulli(x, p=1.5), "takes a probability from 0 to 1 but got 1.5"),
+    "uniform": (lambda x: x + torch.empty_like(x).uniform_(2, 1), "takes bounds in order but got 2.0 and 1.0"),
     "custom operator": (doubled, "has no fake kernel"),
     "library operator": (
         lambda x: torch.ops.memeff_tests.tripled(x),
@@ -85,6 +94,49 @@ def test_a_gradient_of_torch_func_is_refused() -> None:
     (reason,) = explain(network, (1, 2, 8, 6, 5))
     assert reason.startswith("1 (Call), /") or "torch.export fails on it" in reason
     assert "\n" not in reason
+
+
+def test_probabilities_outside_of_0_to_1_are_an_error_as_in_torch() -> None:
+    network = Call("drawn", lambda x: x * torch.bernoulli(x))
+    SpatialPartitionInferer(2)(torch.full((1, 2, 8, 6, 5), 0.5), network)
+    for number in (1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"Call, /.*: torch\.bernoulli takes probabilities from 0 to 1"):
+            SpatialPartitionInferer(2)(torch.full((1, 2, 8, 6, 5), number), network)
+
+
+@pytest.mark.parametrize("layer", [nn.LazyConv3d(2, 3), nn.LazyBatchNorm3d()], ids=str)
+def test_lazy_layers_are_refused_until_they_know_their_size(layer: nn.Module) -> None:
+    network, said = (
+        nn.Sequential(nn.Identity(), layer),
+        r"^1 \(Lazy.*\) does not know its size yet: run the network once",
+    )
+    for call in (
+        lambda: SpatialPartitionInferer(2)(torch.zeros(1, 2, 8, 6, 5), network),
+        lambda: verify(network, (1, 2, 8, 6, 5)),
+        lambda: spatial_partition(network, init_mesh(spatial=(1,))),
+    ):
+        with pytest.raises(NotPartitionableError, match=said):
+            call()
+    network(torch.rand(1, 2, 8, 6, 5))
+    assert explain(network, (1, 2, 8, 6, 5)) == []
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_a_parameter_that_forward_writes_is_named(data: bool) -> None:
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = small_conv(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                (self.conv.weight.data if data else self.conv.weight).clamp_(-1, 1)
+            return self.conv(x)
+
+    (reason,) = explain(nn.Sequential(nn.Identity(), Clipped()), (1, 2, 8, 6, 5))
+    assert reason.startswith("1 (Clipped), /")
+    assert "test_refusals.py:" in reason
+    assert "forward writes into the parameter '1.conv.weight'" in reason
 
 
 OUTPUTS: dict[str, Callable[[torch.Tensor], Any]] = {

@@ -81,8 +81,8 @@ def require_capturable(network: nn.Module) -> None:
             )
         if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise NotPartitionableError(
-                f"{path or 'the network'} ({type(module).__name__}) does not know its size yet: run the network once on "
-                "a small volume first"
+                f"{path or 'the network'} ({type(module).__name__}) does not know its size yet: run the network once "
+                "on a small volume first"
             )
 
 

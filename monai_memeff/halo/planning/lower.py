@@ -180,8 +180,8 @@ class _Lowering:
                 self.program.outputs.append(ref)
             elif kind == "PARAMETER_MUTATION":
                 raise NotPartitionableError(
-                    f"{place_of(leaf)}: forward writes into the parameter '{spec.target}', which a run in parts leaves as "
-                    "it is; write it before or after the call, or register a buffer"
+                    f"{place_of(leaf)}: forward writes into the parameter '{spec.target}', which a run in parts "
+                    "leaves as it is; write it before or after the call, or register a buffer"
                 )
             else:
                 raise NotPartitionableError(f"{place_of(leaf)}: an output of kind {kind} cannot be run in parts")

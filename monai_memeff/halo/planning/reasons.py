@@ -100,13 +100,15 @@ def _where(error: BaseException, network: nn.Module) -> Where:
 def place_of_frame(frame: types.FrameType | None, network: nn.Module) -> Where:
     """The innermost module and the innermost line of somebody else's code that led to a frame."""
     paths = {id(module): (path, type(module).__name__) for path, module in network.named_modules()}
-    line, found = "", None
+    line: str = ""
+    found: tuple[str, str] | None = None
     while frame is not None and (found is None or not line):
         file = frame.f_code.co_filename
         line = line or (f"{file}:{frame.f_lineno}" if theirs(file) else "")
         found = found or paths.get(id(frame.f_locals.get("self")))
         frame = frame.f_back
-    return Where(*(found or ("", type(network).__name__)), line)
+    path, kind = found or ("", type(network).__name__)
+    return Where(path, kind, line)
 
 
 def check_constants(exported: Any, where: Any) -> None:

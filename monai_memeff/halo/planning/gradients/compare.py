@@ -53,7 +53,7 @@ class _Replay(fx.Interpreter):
         self.extra_traceback = False  # or it writes into the text of a refusal
         self.place, self.leaves = place, dict[int, tuple[torch.Tensor, set[Any]]]()
         self.made, self.kept = dict[int, fx.Node](), list[Any]()
-        self.wants = {k: v.requires_grad for k, v in _named(network)}
+        self.wants: dict[Any, bool] = {k: v.requires_grad for k, v in _named(network)}
         self.wants.update((i, x.requires_grad) for i, x in enumerate(flat) if isinstance(x, torch.Tensor))
         self.given, position = list[Any](), 0
         nodes = exported.graph.find_nodes(op="placeholder")
@@ -159,7 +159,7 @@ class _Comparison:
 
     def _known(self, mine: Any, theirs: Any, reader: Any) -> bool:
         """Whether nothing is left to be looked at behind two nodes that are alike."""
-        if theirs is None and (mine is None or self._starts_here(mine)):
+        if theirs is None and self._ends(mine):
             return True
         if mine is None or theirs is None or not self._alike(mine, theirs):
             self._refuse(mine, theirs, reader)
@@ -179,10 +179,20 @@ class _Comparison:
         ways = [[number for _, number in node.next_functions] for node in (mine, theirs)]
         return ways[0] == ways[1]
 
-    def _starts_here(self, mine: Any) -> bool:
-        """Whether a gradient ends at a tensor that forward made and asked one for, which nobody else sees."""
-        variable = getattr(mine, "variable", None)
-        return isinstance(variable, FakeTensor) and not _labels(variable, self.watch.leaves)
+    def _ends(self, mine: Any) -> bool:
+        """Whether gradients reach nothing but tensors that forward made itself, and asked a gradient for."""
+        stack, seen = [mine], set[int]()
+        while stack:
+            node = stack.pop()
+            if node is None or id(node) in seen:
+                continue
+            seen.add(id(node))
+            self.kept.append(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None and (not isinstance(variable, FakeTensor) or _labels(variable, self.watch.leaves)):
+                return False
+            stack += [following for following, _ in node.next_functions]
+        return True
 
     def _refuse(self, mine: Any, theirs: Any, reader: Any) -> None:
         node = self.replay.made.get(id(theirs)) or self.replay.made.get(id(reader))

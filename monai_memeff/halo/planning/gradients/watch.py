@@ -24,10 +24,10 @@ _HOOKS = {
     torch.Tensor.register_post_accumulate_grad_hook: "puts a hook on a parameter's gradient",
 }
 _READ = {
-    torch.Tensor.grad_fn.__get__: "grad_fn",  # type: ignore[attr-defined]
-    torch.Tensor.is_leaf.__get__: "is_leaf",  # type: ignore[attr-defined]
-    torch.Tensor.grad.__get__: "grad",  # type: ignore[attr-defined]
-    torch.Tensor.retains_grad.__get__: "retains_grad",  # type: ignore[attr-defined]
+    torch.Tensor.grad_fn.__get__: "grad_fn",
+    torch.Tensor.is_leaf.__get__: "is_leaf",
+    torch.Tensor.grad.__get__: "grad",
+    torch.Tensor.retains_grad.__get__: "retains_grad",
 }
 _MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
@@ -74,7 +74,8 @@ class Watch(TorchFunctionMode):
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
             raise NotPartitionableError(
-                f"{type(module).__name__}: forward leaves gradients disabled when it returns; use `with torch.no_grad():`"
+                f"{type(module).__name__}: forward leaves gradients disabled when it returns; use "
+                "`with torch.no_grad():`"
             )
         if not self._seen:
             self._seen, self.outputs = True, pytree.tree_leaves(output)
@@ -162,9 +163,7 @@ def _of_torch(hooks: Any) -> bool:
     return (getattr(hooks.pack_hook, "__module__", None) or "").startswith("torch.")
 
 
-def _refusing(
-    network: nn.Module, what: str, allowed: Callable[[Any], bool]
-) -> Callable[[Any, int], Any]:
+def _refusing(network: nn.Module, what: str, allowed: Callable[[Any], bool]) -> Callable[[Any, int], Any]:
     """A method that refuses where the network's code calls it."""
 
     def make(original: Any, thread: int) -> Any:
