@@ -153,16 +153,16 @@ def test_a_tracked_norm_that_is_used_twice(train: bool) -> None:
     assert all(torch.equal(v, kept[k]) for k, v in network.state_dict().items())
 
 
-ASKED: dict[str, Callable[[], bool]] = {
+READ: dict[str, Callable[[], bool]] = {
     "is_compiling": torch.compiler.is_compiling,
     "is_exporting": torch.compiler.is_exporting,
     "torch._utils": torch._utils.is_compiling,
 }
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_code_that_asks_whether_it_is_compiled_is_answered_as_in_a_plain_call(name: str) -> None:
-    code = ASKED[name].__code__
-    network, x = Call(name, lambda x: x * (2 if ASKED[name]() else 3)), volume()
+@pytest.mark.parametrize("name", READ)
+def test_code_that_reads_whether_it_is_compiled_is_answered_as_in_a_plain_call(name: str) -> None:
+    code = READ[name].__code__
+    network, x = Call(name, lambda x: x * (2 if READ[name]() else 3)), volume()
     assert torch.equal(SpatialPartitionInferer(2)(x, network), x * 3)
-    assert ASKED[name].__code__ is code
+    assert READ[name].__code__ is code

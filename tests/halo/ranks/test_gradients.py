@@ -1,4 +1,4 @@
-"""Code that stops, changes or asks for gradients: in parts they are those of the whole, or the network is refused."""
+"""Code that stops, changes or reads gradients: in parts they are those of the whole, or the network is refused."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def penalty(n: Coded, x: torch.Tensor) -> torch.Tensor:
     return n.b(y) + g
 
 
-def branched(asks: Callable[[Coded, torch.Tensor], bool]) -> Code:
-    return lambda n, x: n.b(n.a(x)) * (2 if asks(n, x) else 3)
+def branched(reads: Callable[[Coded, torch.Tensor], bool]) -> Code:
+    return lambda n, x: n.b(n.a(x)) * (2 if reads(n, x) else 3)
 
 
 EXACT: dict[str, Code] = {

@@ -180,7 +180,7 @@ class _Comparison:
         return ways[0] == ways[1]
 
     def _ends(self, mine: Any) -> bool:
-        """Whether gradients reach nothing but tensors that forward made itself, and asked a gradient for."""
+        """Whether gradients reach nothing but tensors that forward made itself and gave one to."""
         stack, seen = [mine], set[int]()
         while stack:
             node = stack.pop()

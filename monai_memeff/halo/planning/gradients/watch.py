@@ -98,7 +98,7 @@ class Watch(TorchFunctionMode):
 
 
 def _users(frame: types.FrameType | None) -> bool:
-    """Whether somebody else's code than torch's asks, however many modes it passes through."""
+    """Whether somebody else's code than torch's reads, however many modes it passes through."""
     while frame is not None and frame.f_code.co_name == "__torch_function__":
         frame = frame.f_back
     return frame is not None and theirs(frame.f_code.co_filename)

@@ -134,7 +134,7 @@ class Below(Step):
         """The rows' answers.
 
         Raises:
-            ValueError: for what is no probability, as in torch.
+            ValueError: for other numbers than probabilities, as in torch.
         """
         drawn, probability = tensors
         if probability.device.type != "meta" and not bool(((probability >= 0) & (probability <= 1)).all()):

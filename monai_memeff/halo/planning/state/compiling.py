@@ -1,4 +1,4 @@
-"""Code that asks whether it is compiled or exported: while it is captured, it is told what a plain call would tell."""
+"""Code that reads whether it is compiled or exported: while it is captured, it is told what a plain call would tell."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _own: dict[str, Callable[[], bool]] = {}
 
 
 def _is_compiling() -> bool:
-    from monai_memeff.halo.planning.state.asked import answer
+    from monai_memeff.halo.planning.state.compiling import answer
 
     return answer("is_compiling")
 
 
 def _is_exporting() -> bool:
-    from monai_memeff.halo.planning.state.asked import answer
+    from monai_memeff.halo.planning.state.compiling import answer
 
     return answer("is_exporting")
 
@@ -60,5 +60,5 @@ def answer(name: str) -> bool:
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_name == name:  # torch._utils.is_compiling only passes on
         frame = frame.f_back
-    asked = threading.get_ident() in _capturing and frame is not None and theirs(frame.f_code.co_filename)
-    return False if asked else _own[name]()
+    plain = threading.get_ident() in _capturing and frame is not None and theirs(frame.f_code.co_filename)
+    return False if plain else _own[name]()
