@@ -25,9 +25,9 @@ from monai_memeff.halo.planning.gradients.watch import Watch, nothing_saved
 from monai_memeff.halo.planning.lower import lower, place_of
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.halo.planning.reasons import check_constants, reason
-from monai_memeff.halo.planning.state.compiling import answered_plainly
 from monai_memeff.halo.planning.state.averages import without_reading_counts
 from monai_memeff.halo.planning.state.compared_types import refuse_compared_types
+from monai_memeff.halo.planning.state.compiling import answered_plainly
 from monai_memeff.halo.planning.state.constants import Constants
 from monai_memeff.halo.planning.state.counters import Counters
 from monai_memeff.halo.planning.state.escapes import Escapes
