@@ -339,3 +339,43 @@ def test_streaming_reads_gradient_state_as_without_gradients() -> None:
         with torch.no_grad():
             expected = network(volume())
         torch.testing.assert_close(SpatialPartitionInferer(3)(volume(), network), expected)
+
+
+class Extreme(nn.Module):
+    """Weighs a volume by what a function makes of it."""
+
+    def __init__(self, code: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.weight, self.code = nn.Parameter(torch.ones(1)), code
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.code(x * self.weight)
+        y = F.interpolate(y, x.shape[2:]) if y.dim() == 5 else y
+        return y * torch.arange(x.numel(), dtype=x.dtype).view(x.shape) + x * self.weight
+
+
+EXTREMES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "max": lambda x: x.max(),
+    "amin": lambda x: x.amin((2, 3, 4), keepdim=True),
+    "along one dimension": lambda x: x.amax(2, keepdim=True),
+    "with places": lambda x: x.max(2, keepdim=True)[0],
+    "largest magnitude": lambda x: torch.linalg.vector_norm(x - 0.5, float("inf")),
+    "pooled to one": lambda x: F.adaptive_max_pool3d(x, 1),
+    "pooled to a plane": lambda x: F.adaptive_max_pool3d(x, (1, 2, 2)),
+    "pooled to a line": lambda x: F.adaptive_max_pool3d(x, (3, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.slow
+def test_equal_extremes_share_a_gradient_as_in_the_whole(name: str) -> None:
+    x = torch.randint(0, 2, (2, 2, 7, 6, 5), generator=torch.Generator().manual_seed(5)).double()
+    x[0, 0] = 0
+    for mesh, axes in (((3,), (0,)), ((2, 2), (0, 2))):
+        assert max(errors_of(Extreme(EXTREMES[name]).double(), [x], mesh, axes).values()) < 1e-10
+
+
+def test_an_output_that_only_some_axes_cut_has_no_gradient() -> None:
+    network, x = made(lambda n, x: n.b(n.a(x)).mean(2, keepdim=True)), volume()
+    with pytest.raises(NotPartitionableError, match="cut along some axes of the mesh and the same along others"):
+        errors_of(network, [x], (2, 2), (0, 1))

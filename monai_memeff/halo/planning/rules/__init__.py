@@ -10,7 +10,7 @@ import torch
 from monai_memeff.halo.planning.errors import NoTileError, NotPartitionableError
 from monai_memeff.halo.planning.layout import Layout
 from monai_memeff.halo.planning.program import Value
-from monai_memeff.halo.planning.rules import mixing, norm, pointwise, random, reduction, reshape, select
+from monai_memeff.halo.planning.rules import extremes, mixing, norm, pointwise, random, reduction, reshape, select
 from monai_memeff.halo.planning.rules.base import Context, Step, arguments, whole_step, whole_word
 from monai_memeff.halo.planning.rules.table import RULES, Rule
 from monai_memeff.halo.planning.rules.windowed import convolution, padding, pooling, resize, transposed
@@ -68,5 +68,6 @@ def _draws(value: Value) -> bool:
 
 
 FAMILIES = (
-    convolution, mixing, norm, padding, pointwise, pooling, random, reduction, reshape, resize, select, transposed,
+    convolution, extremes, mixing, norm, padding, pointwise, pooling, random, reduction, reshape, resize, select,
+    transposed,
 )  # fmt: skip

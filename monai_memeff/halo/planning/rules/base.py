@@ -229,9 +229,9 @@ def aligned(shape: Sequence[int], out: Layout) -> Layout:
 
 
 def broadcast_layout(shape: Sequence[int], natives: Sequence[Layout], ctx: Context) -> Layout:
-    """The layout of a result that inputs broadcast to: that of the largest spread input."""
+    """The layout of a result that inputs broadcast to: that of the largest input, which most axes cut."""
     spread = [n for n in natives if n.spread]
-    for native in sorted(spread, key=lambda n: -_size(n.shape)):
+    for native in sorted(spread, key=lambda n: (-_size(n.shape), n.places.count(None))):
         skip = len(shape) - len(native.dims)
         dims: list[Dim] = [((int(n), -1),) for n in shape]
         fits = True

@@ -13,6 +13,7 @@ from monai_memeff.halo.planning.errors import NoTileError
 from monai_memeff.halo.planning.layout import Box, Dim, Layout
 from monai_memeff.halo.planning.program import Ref, Value
 from monai_memeff.halo.planning.rules.base import Context, Env, Reduction, State, Step, arguments
+from monai_memeff.halo.planning.rules.extremes import combined, with_count
 from monai_memeff.halo.planning.rules.table import Expansion, expander, rule
 
 DimList = list[int]
@@ -71,7 +72,11 @@ def _norm_partial(x: torch.Tensor, dims: DimList, args: dict[str, Any]) -> State
     x = x.to(dtype) if dtype is not None else x
     if x.is_floating_point():
         x = x.to(_wide(x))
-    return (_double(torch.linalg.vector_norm(x, p, dims, keepdim=True)),)
+    found = torch.linalg.vector_norm(x, p, dims, keepdim=True)
+    if not math.isinf(p):
+        return (_double(found),)
+    found, count = with_count(found, x.abs(), dims)
+    return _double(found), count
 
 
 def _order(args: dict[str, Any]) -> float:
@@ -108,8 +113,8 @@ def _first_largest(sign: int) -> Way:
 
 SUM = Way(_sum, lambda a, b: (a[0] + b[0],), _same)
 MEAN = Way(_sum, lambda a, b: (a[0] + b[0],), lambda s, n, _: s[0] / n)
-MAX = Way(lambda x, d, _: (x.amax(d, keepdim=True),), lambda a, b: (torch.maximum(a[0], b[0]),), _same)
-MIN = Way(lambda x, d, _: (x.amin(d, keepdim=True),), lambda a, b: (torch.minimum(a[0], b[0]),), _same)
+MAX = Way(lambda x, d, _: with_count(x.amax(d, keepdim=True), x, d), combined(True), _same)
+MIN = Way(lambda x, d, _: with_count(x.amin(d, keepdim=True), x, d), combined(False), _same)
 ANY = Way(
     lambda x, d, _: ((x != 0).to(torch.uint8).amax(d, keepdim=True),), lambda a, b: (torch.maximum(a[0], b[0]),), _same
 )
@@ -129,10 +134,8 @@ LOGSUMEXP = Way(
 
 
 def _norm_combine(p: float) -> Callable[[State, State], State]:
-    if p == math.inf:
-        return lambda a, b: (torch.maximum(a[0], b[0]),)
-    if p == -math.inf:
-        return lambda a, b: (torch.minimum(a[0], b[0]),)
+    if math.isinf(p):
+        return combined(p > 0)
     if p == 0:
         return lambda a, b: (a[0] + b[0],)
     if p == 2:
@@ -272,10 +275,11 @@ def expand_adaptive(x: Expansion) -> Ref | None:
     first = len(shape) - len(size)
     wanted = list(x.value.shape[first:])
     ones = [first + i for i, n in enumerate(wanted) if n == 1]
-    if not ones:
-        return None
+    if not ones or (largest and ones[-1] - first >= len(ones)):  # of equal ones, the first is another where rows
+        return None  # are pooled before what is outside of them in memory
     middle = [shape[first + i] if n == 1 else n for i, n in enumerate(wanted)]
     if middle != shape[first:]:
         source = x.add("rest", "halo.adaptive", [*shape[:first], *middle], [source, middle, largest])
-    target = torch.ops.aten.amax.default if largest else torch.ops.aten.mean.dim
-    return x.add("", target, x.value.shape, [source, ones, True])
+    if largest:
+        return x.add("", "halo.largest", x.value.shape, [source, ones])
+    return x.add("", torch.ops.aten.mean.dim, x.value.shape, [source, ones, True])

@@ -81,6 +81,26 @@ def same_on_all_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+class _SameOnSomeRanks(torch.autograd.Function):
+    """An output that is cut along some axes of the mesh only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise NotPartitionableError(
+            f"An output of shape {tuple(gradient.shape)} is cut along some axes of the mesh and the same along others, "
+            "so gradients would count it several times; use a mesh of one axis, or an output of full extent."
+        )
+
+
+def same_on_some_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Such an output, which backward refuses."""
+    return _SameOnSomeRanks.apply(tensor)
+
+
 def count_once(tensor: torch.Tensor) -> None:
     """Say that the loss made of this output is scaled for having been computed on every rank."""
     getattr(tensor, _COUNTED, []).append(True)

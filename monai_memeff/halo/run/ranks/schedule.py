@@ -28,7 +28,7 @@ from monai_memeff.halo.run.ranks.layers.fused import FusedMoments, FusedNormaliz
 from monai_memeff.halo.run.ranks.layers.norm import Form
 from monai_memeff.halo.run.ranks.layers.rims import rim_convolution
 from monai_memeff.halo.run.ranks.operators import Fetch, ReducedRun, TiledRun, UnlinkedRun, WholeRun, is_unlinked
-from monai_memeff.halo.run.ranks.parts import Part, mark, same_on_all_ranks
+from monai_memeff.halo.run.ranks.parts import Part, mark, same_on_all_ranks, same_on_some_ranks
 from monai_memeff.halo.run.ranks.placement import Placement, move, place
 
 
@@ -200,7 +200,11 @@ class RankPlan:
         found = {index: anchored(values[index]) for index in refs}
         for index in refs:
             part = _part(program.values[index].shape, self.placements[index])
-            found[index] = mark(found[index] if part.spread else same_on_all_ranks(found[index]), part)
+            if not part.spread:
+                found[index] = same_on_all_ranks(found[index])
+            elif any(cut is None and size > 1 for cut, size in zip(part.cuts, self.mesh.spatial, strict=True)):
+                found[index] = same_on_some_ranks(found[index])
+            mark(found[index], part)
         outputs = [found[leaf.index] if isinstance(leaf, Ref) else leaf for leaf in program.outputs]
         return unflatten(outputs, program.output_spec)
 
