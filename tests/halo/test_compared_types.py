@@ -37,8 +37,51 @@ def is_among(x: Tensor) -> bool:
     return x.__class__ in (Tensor, nn.Parameter)
 
 
+def is_kept(x: Tensor) -> bool:
+    kind = type(x)
+    return x.dim() > 9 or kind is torch.Tensor
+
+
+def is_kept_with_others(x: Tensor) -> bool:
+    n, kind = 3, x.__class__
+    name = kind.__name__
+    return n > 4 or name == "Tensor"
+
+
+def is_kept_on_the_way(x: Tensor) -> bool:
+    return (kind := type(x)) in (nn.Parameter, Tensor) and kind is not None
+
+
+Renamed = torch.Tensor
+FACTORS = {nn.Parameter: 1, torch.Tensor: 2}
+
+
+def is_renamed(x: Tensor) -> bool:
+    return type(x) == Renamed  # noqa: E721 somebody's code
+
+
+def is_in_a_table(x: Tensor) -> bool:
+    return type(x) in FACTORS
+
+
+def is_got_from_a_table(x: Tensor) -> bool:
+    return FACTORS.get(type(x), 1) == 2
+
+
+def is_looked_up(x: Tensor) -> bool:
+    kind = type(x)
+    return kind.__name__ != "FakeTensor" or {Tensor: True}[kind]
+
+
 def is_tensor(x: Tensor) -> bool:
-    return isinstance(x, Tensor) and type(x.shape[0]) is int and type(x) is not list
+    kind, known = type(x.shape), {int: 1, float: 2}
+    return (
+        isinstance(x, Tensor)
+        and type(x.shape[0]) is int
+        and type(x) is not list
+        and kind is torch.Size
+        and known[type(x.shape[0])] == 1
+    )
 
 
 class Asked(Asks):
@@ -49,7 +92,11 @@ class Asked(Asks):
         return super().forward(-x if is_among(x) else x)
 
 
-@pytest.mark.parametrize("question", [is_exactly, is_called, is_among])
+KEPT = [is_kept, is_kept_with_others, is_kept_on_the_way]
+TABLES = [is_renamed, is_in_a_table, is_got_from_a_table, is_looked_up]
+
+
+@pytest.mark.parametrize("question", [is_exactly, is_called, is_among, *KEPT, *TABLES])
 def test_a_question_that_a_capture_answers_otherwise_is_refused(question: Callable[[Tensor], bool]) -> None:
     x = torch.randn(1, 2, 9, 4, 4, dtype=torch.float64)
     with pytest.raises(
