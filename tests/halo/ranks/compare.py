@@ -36,11 +36,14 @@ def gradients(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def distance(a: torch.Tensor, b: torch.Tensor, scale: float | None = None) -> float:
-    """Largest difference relative to the largest value."""
+    """Largest difference relative to the largest value; infinite where only one of them is not a number."""
     assert a.shape == b.shape, (a.shape, b.shape)
     if a.numel() == 0:
         return 0.0
-    return float((a.double() - b.double()).abs().max()) / (scale or max(float(a.double().abs().max()), 1e-300))
+    if not torch.equal(a.isnan(), b.isnan()):
+        return float("inf")
+    a, b = a.double().nan_to_num(0.0), b.double().nan_to_num(0.0)
+    return float((a - b).abs().max()) / (scale or max(float(a.abs().max()), 1e-300))
 
 
 @contextmanager
@@ -96,7 +99,7 @@ def _like(gradient: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 def _compared(whole: nn.Module, expected: Any, leaves: Sequence[torch.Tensor], results: list[Any]) -> dict[str, float]:
     want = gradients(whole)
-    scale = max((float(g.abs().max()) for g in want.values()), default=1.0)
+    scale = max((float(g.nan_to_num().abs().max()) for g in want.values()), default=1.0)
     found = {"output": 0.0, "parameters": 0.0, "inputs": 0.0, "buffers": 0.0}
     for outputs, _, back, buffers in results:
         pairs = list(zip(tensors(expected), outputs, strict=True))

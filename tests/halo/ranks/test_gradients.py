@@ -379,3 +379,26 @@ def test_an_output_that_only_some_axes_cut_has_no_gradient() -> None:
     network, x = made(lambda n, x: n.b(n.a(x)).mean(2, keepdim=True)), volume()
     with pytest.raises(NotPartitionableError, match="cut along some axes of the mesh and the same along others"):
         errors_of(network, [x], (2, 2), (0, 1))
+
+
+def beside(x: torch.Tensor, value: float) -> torch.Tensor:
+    """A volume with one value in most of its rows."""
+    return torch.where(torch.arange(7).view(-1, 1, 1) < 3, x, value)
+
+
+EDGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "norm of zeros": lambda x: (x * 0).norm(),
+    "norm of zeros and others": lambda x: torch.linalg.vector_norm(beside(x, 0.0), 3, (2, 3, 4), True),
+    "deviation of one value": lambda x: (x * 0).std((2, 3, 4), keepdim=True),
+    "logsumexp": lambda x: beside(x, float("-inf")).logsumexp((2, 3, 4), keepdim=True),
+    "layer norm over the volume": lambda x: F.layer_norm(x * x, x.shape[2:]),
+    "layer norm, and its weight": lambda x: F.layer_norm(beside(x, 1.0), x.shape[2:], x[0, 0] * 0 + 2),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.slow
+def test_gradients_where_values_are_zero_or_infinite(name: str) -> None:
+    x = torch.rand(1, 1, 7, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) + 0.5
+    assert max(errors_of(Extreme(EDGES[name]).double(), [x], (3,)).values()) < 1e-10
+    assert max(errors_of(Extreme(EDGES[name]).double(), [x], (2, 2), (0, 1)).values()) < 1e-10

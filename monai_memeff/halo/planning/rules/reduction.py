@@ -66,6 +66,11 @@ def _variance(state: State, count: int, args: dict[str, Any]) -> torch.Tensor:
     return state[2] / max(count - correction, 0)
 
 
+def _root(x: torch.Tensor) -> torch.Tensor:
+    """The square root, with no gradient at zero, as torch's standard deviation has it."""
+    return torch.where(x == 0, x, torch.where(x == 0, 1, x).sqrt())
+
+
 def _norm_partial(x: torch.Tensor, dims: DimList, args: dict[str, Any]) -> State:
     p = _order(args)
     dtype = args.get("dtype")
@@ -122,7 +127,7 @@ ALL = Way(
     lambda x, d, _: ((x != 0).to(torch.uint8).amin(d, keepdim=True),), lambda a, b: (torch.minimum(a[0], b[0]),), _same
 )
 VAR = Way(_moments, _add_moments, _variance)
-STD = Way(_moments, _add_moments, lambda s, n, a: _variance(s, n, a).sqrt())
+STD = Way(_moments, _add_moments, lambda s, n, a: _root(_variance(s, n, a)))
 PROD = Way(_product, lambda a, b: (a[0] * b[0],), _same)
 LOGSUMEXP = Way(
     lambda x, d, _: (
@@ -138,13 +143,11 @@ def _norm_combine(p: float) -> Callable[[State, State], State]:
         return combined(p > 0)
     if p == 0:
         return lambda a, b: (a[0] + b[0],)
-    if p == 2:
-        return lambda a, b: (torch.hypot(a[0], b[0]),)
-    return lambda a, b: ((a[0] ** p + b[0] ** p) ** (1 / p),)
+    return lambda a, b: (torch.linalg.vector_norm(torch.stack((a[0], b[0])), p, 0),)
 
 
 VAR_MEAN = Way(_moments, _add_moments, lambda s, n, a: s[1] if a["pick"] == 1 else _variance(s, n, a))
-STD_MEAN = Way(_moments, _add_moments, lambda s, n, a: s[1] if a["pick"] == 1 else _variance(s, n, a).sqrt())
+STD_MEAN = Way(_moments, _add_moments, lambda s, n, a: s[1] if a["pick"] == 1 else _root(_variance(s, n, a)))
 
 WAYS: dict[str, Way] = {
     "sum": SUM, "mean": MEAN, "amax": MAX, "amin": MIN, "any": ANY, "all": ALL, "var": VAR, "std": STD,

@@ -81,7 +81,9 @@ class UnlinkedRun:
 
 
 def is_unlinked(value: Value) -> bool:
-    """Whether a value has no gradient whatever it is made from: `detach`, `zeros_like`, `new_ones` and the like."""
+    """Whether a value has no gradient whatever it is made from: `detach`, `zeros_like`, running statistics."""
+    if value.target == "halo.running":
+        return True
     name = str(getattr(value.target, "overloadpacket", "")).rpartition(".")[2]
     return name == "detach" or name.endswith("_like") or name.startswith("new_")
 

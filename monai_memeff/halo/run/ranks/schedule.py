@@ -5,6 +5,7 @@ All of it follows from shapes and cuts, so every rank works out the same plan; n
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from operator import attrgetter
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from monai_memeff.halo.planning.binding import bind_program
+from monai_memeff.halo.planning.binding import Bound, bind_program
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.layout import Box, along, length, source_box, unspread
 from monai_memeff.halo.planning.program import Program, Ref, check_memory, unflatten
@@ -55,6 +56,7 @@ class RankPlan:
         self.kept = [*program.wanted(), *program.mutations.values()]
         for position, index in program.inputs.items():
             self.placements[index] = self._given(program.values[index].shape, parts[position])
+        self.readers = _readers_of_moments(bound)
         for index in bound.order:
             self._add(index, bound.step(index))
         activate_in_place(program, self.tasks, self.placements, self.kept)
@@ -94,12 +96,9 @@ class RankPlan:
     def _form(self, index: int, step: Step) -> Form | None:
         """How torch's own kernels do a norm, if they fit both its moments and its step."""
         if isinstance(step, Moments):
-            return form_of(self.program, self.placements[step.inputs[0]], index)
-        if not isinstance(step, Normalize) or step.value.args[-1]:
-            return None
-        moments = step.inputs[1]
-        same = step.value.args[0] == self.program.values[moments].args[0] and step.inputs[0] == step.value.refs()[0]
-        return self.forms.get(moments) if same else None
+            fits = all(_fits(reader, step) for reader in self.readers[repr(step.value.args)])
+            return form_of(self.program, self.placements[step.inputs[0]], index) if fits else None
+        return self.forms.get(step.inputs[1]) if isinstance(step, Normalize) else None
 
     def fetches(self, step: Step, source: int, boxes: Sequence[Sequence[Box]]) -> list[Fetch]:
         """Moves that bring an input to all ranks; `boxes` are the rows each rank reads, several where it wraps."""
@@ -207,6 +206,25 @@ class RankPlan:
             mark(found[index], part)
         outputs = [found[leaf.index] if isinstance(leaf, Ref) else leaf for leaf in program.outputs]
         return unflatten(outputs, program.output_spec)
+
+
+def _readers_of_moments(bound: Bound) -> dict[str, list[Step]]:
+    """The steps that read moments, by what those are of."""
+    found = defaultdict[str, list[Step]](list)
+    for step in map(bound.step, bound.order):
+        for source in step.inputs:
+            if bound.program.values[source].target == "halo.moments":
+                found[repr(bound.program.values[source].args)].append(step)
+    return found
+
+
+def _fits(reader: Step, moments: Moments) -> bool:
+    """Whether a step needs no gradient through moments, or holds what they contribute to it."""
+    if reader.value.target == "halo.running":
+        return True
+    if not isinstance(reader, Normalize) or reader.value.args[-1]:
+        return False
+    return bool(reader.value.args[0] == moments.value.args[0] and reader.inputs[0] == reader.value.refs()[0])
 
 
 def draw_seed() -> torch.Tensor:
