@@ -284,8 +284,11 @@ def test_blocks_cover_every_row_once(rows: int, elements: int) -> None:
 def test_rows_are_rounded_to_few_numbers_where_that_is_worth_a_plan() -> None:
     like, work = torch.zeros(1), product.PLANNED_WORK
     with torch.no_grad():
-        found = {rows: product.rounded_rows(rows, work, like) for rows in range(1, 600)}
-        assert [product.rounded_rows(rows, work // rows - 1, like) for rows in (5, 77)] == [5, 77]
+        found = {rows: product.rounded_rows(rows, work, like) for rows in range(2, 600)}
+        assert product.rounded_rows(77, work // 77 - 1, like) == 77
+        wide = {rows: product.rounded_rows(rows, product.WIDE_ELEMENTS, like) for rows in (1, 2, 5)}
+        assert wide == {1: 1, 2: 4, 5: 8}, "one row is read and written as fast by torch"
+        assert product.rounded_rows(5, product.WIDE_ELEMENTS - 1, like) == 5
         assert product.rounded_rows(77, work, like.double()) == 77
     assert sorted(set(found.values())) == [4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768]
     assert all(rows <= to < max(1.5 * rows, 9) for rows, to in found.items())

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from monai_memeff.sparse import SparseConv3d, SparseConvTranspose3d, SparseTensor
+from monai_memeff.sparse.backends.native import product
 from monai_memeff.sparse.backends.native import small_batch as few
 from monai_memeff.sparse.core import neighbors
+from monai_memeff.sparse.core.voxel_set import VoxelSet
 from tests.sparse.reference import random_mask
 
 SHAPE = (7, 6, 9)
@@ -58,6 +60,25 @@ def test_low_precision(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> Non
             outputs.append(layer(x).features)
     assert outputs[0].dtype == torch.bfloat16
     torch.testing.assert_close(outputs[0], outputs[1], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 9])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_few_rows_of_very_many_weights(rows: int, transposed: bool) -> None:
+    """In float32 oneDNN multiplies them, also where the rows are fewer than the kernel's points; float64 is torch's."""
+    channels = 144
+    cells = VoxelSet(torch.arange(rows) * 2, (3, 3, 3), 1)
+    layer = SparseConvTranspose3d(channels, 64, 4, generative=True) if transposed else SparseConv3d(channels, channels)
+    assert layer.weight.numel() >= product.WIDE_ELEMENTS
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        layer.to(dtype)
+        given = torch.randn(rows, channels, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        y = layer(SparseTensor.on(cells, given)).features
+        return [y, *torch.autograd.grad(y.square().sum(), [given, *layer.parameters()])]
+
+    for ours, exact in zip(run(torch.float32), run(torch.float64), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5 * float(exact.detach().abs().max()))
 
 
 def assert_same_by_both_routes(

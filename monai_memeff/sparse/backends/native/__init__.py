@@ -4,7 +4,7 @@ A block of output rows is finished while it is in cache: its input rows are gath
 lines of the kernel at a time, into one matrix and multiplied by those lines' weights. Transposed convolutions whose
 kernel is no larger than the stride multiply a block by all weights and write every product to its one place. Neither
 adds to one place from two, so results do not depend on the order in which threads run. Other transposed convolutions go
-offset by offset through pairs of rows. Layers with more coarse channels than coarse rows turn rows instead of weights.
+offset by offset through pairs of rows. Layers with few coarse rows for each coarse channel turn rows, not weights.
 """
 
 from __future__ import annotations

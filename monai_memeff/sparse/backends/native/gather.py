@@ -28,7 +28,7 @@ def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: 
     if _are_few(weight, kernel_map):
         work = weight.numel()
         gathered = _gathered(features, kernel_map, rounded_rows(kernel_map.num_out, work, features))
-        out = product(gathered, weight.flatten(0, 1), bias, len(gathered) * work)
+        out = product(gathered, weight.flatten(0, 1), bias, len(gathered), work)
         return out[: kernel_map.num_out]
     out = features.new_zeros(kernel_map.num_out, weight.shape[2])
     if bias is not None:
@@ -91,8 +91,8 @@ def _both_gradients_of_few(
     rows = rounded_rows(transposed.num_out, work, grad)
     gathered, turned = _gathered(grad, transposed, rows), padded(features, rows).t()
     matrix = weight.flip(0) if transposed.flipped else weight
-    grad_features = product(gathered, matrix.transpose(1, 2).flatten(0, 1), None, rows * work)[: transposed.num_out]
-    grad_weight = product(turned, gathered, None, rows * work).to(accumulator(weight.dtype))
+    grad_features = product(gathered, matrix.transpose(1, 2).flatten(0, 1), None, rows, work)[: transposed.num_out]
+    grad_weight = product(turned, gathered, None, rows, work).to(accumulator(weight.dtype))
     grad_weight = grad_weight.view(features.shape[1], transposed.num_offsets, -1)
     return grad_features, (grad_weight.flip(1) if transposed.flipped else grad_weight).transpose(0, 1)
 

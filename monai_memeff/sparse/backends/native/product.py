@@ -25,10 +25,13 @@ FEW_ELEMENTS = 2**18
 """Gathered elements that are multiplied at once: a megabyte in float32, and a call less costs more than its cache."""
 
 PLANNED_WORK = 2**24
-"""Multiplications of the smallest product of few rows that is worth a plan, 0.6 MB for each shape, and rounded rows."""
+"""Multiplications of the smallest product of few rows worth a plan, 0.6 MB for each shape, and rounded rows ..."""
 
-COPIED_ELEMENTS = 2**20
-"""Elements of the largest second factor for it: oneDNN makes a copy in its own order, here four megabytes at most."""
+WIDE_ELEMENTS = 2**19
+"""... but of so many weights, two megabytes, two rows are: torch's BLAS reads and writes them several times slower."""
+
+COPIED_ELEMENTS = 2**23
+"""Elements of the largest second factor for it: without 512-bit vectors oneDNN may copy it, 32 megabytes at most."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -51,9 +54,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int) -> None:
         total.addmm_(a, b)
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None, work: int) -> Tensor:
-    """``a @ b + bias`` for factors of :func:`rounded_rows`, by oneDNN where ``work`` multiplications are worth it."""
-    if work >= PLANNED_WORK and b.numel() <= COPIED_ELEMENTS and _by_onednn(a):
+def product(a: Tensor, b: Tensor, bias: Tensor | None, rows: int, work: int) -> Tensor:
+    """``a @ b + bias`` for factors of :func:`rounded_rows`, by oneDNN where that many multiplications are worth it."""
+    if _worth_a_plan(rows, work) and b.numel() <= COPIED_ELEMENTS and _by_onednn(a):
         return _onednn(a, b, bias)
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
@@ -63,13 +66,17 @@ def rounded_rows(rows: int, work: int, like: Tensor) -> int:
 
     Args:
         rows: Rows of the block.
-        work: Multiplications for each of them.
+        work: Multiplications for each of them, as many as there are weights.
         like: a factor of the product, for its dtype and device.
     """
-    if rows * work < PLANNED_WORK or not _by_onednn(like):
+    if not _worth_a_plan(rows, work) or not _by_onednn(like):
         return rows
     step = 1 << max(rows.bit_length() - 2, 2)
     return -(-rows // step) * step
+
+
+def _worth_a_plan(rows: int, work: int) -> bool:
+    return rows > 1 and (work >= WIDE_ELEMENTS or rows * work >= PLANNED_WORK)
 
 
 def padded(block: Tensor, rows: int, value: int = 0) -> Tensor:

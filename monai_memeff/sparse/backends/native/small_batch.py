@@ -13,12 +13,15 @@ from torch import Tensor
 from monai_memeff.sparse.backends.native.product import accumulator, padded, product, rounded_rows
 from monai_memeff.sparse.core.kernel_map import ConvolutionGeometry, KernelMap
 
+MOST_ROWS = 2
+"""Rows of the coarser side for each of its channels: weights are turned twice in a training step, rows once."""
+
 
 def applies(weight: Tensor, geometry: ConvolutionGeometry) -> bool:
     """Whether the weights (num_offsets, in_channels, out_channels) are many, and lie as in torch's layers."""
     coarse = geometry.inputs if geometry.transposed else geometry.outputs
     channels = weight.shape[1 if geometry.transposed else 2]
-    few = 0 < len(coarse) <= channels
+    few = 0 < len(coarse) <= MOST_ROWS * channels
     return few and weight.device.type == "cpu" and _torch_order(weight, geometry).is_contiguous()
 
 
@@ -27,8 +30,8 @@ def multiply(features: Tensor, weight: Tensor, bias: Tensor | None, geometry: Co
     matrix, down, work = _torch_order(weight, geometry).flatten(1), geometry.down, weight.numel()
     rows = rounded_rows(down.num_out, work, features)
     if not geometry.transposed:
-        return product(_gathered(features, down, rows), matrix.t(), bias, rows * work)[: down.num_out]
-    result = _spread(product(padded(features, rows), matrix, None, rows * work)[: down.num_out], down)
+        return product(_gathered(features, down, rows), matrix.t(), bias, rows, work)[: down.num_out]
+    result = _spread(product(padded(features, rows), matrix, None, rows, work)[: down.num_out], down)
     return result if bias is None else result + bias
 
 
@@ -42,10 +45,10 @@ def both_gradients(
     fine, coarse = (grad, features) if geometry.transposed else (features, grad)
     gathered, coarse = _gathered(fine, down, rows), padded(coarse, rows)
     if geometry.transposed:
-        grad_features = product(gathered, matrix.t(), None, rows * work)[: down.num_out]
+        grad_features = product(gathered, matrix.t(), None, rows, work)[: down.num_out]
     else:
-        grad_features = _spread(product(coarse, matrix, None, rows * work)[: down.num_out], down)
-    grad_weight = product(coarse.t(), gathered, None, rows * work).to(accumulator(features.dtype)).view_as(order)
+        grad_features = _spread(product(coarse, matrix, None, rows, work)[: down.num_out], down)
+    grad_weight = product(coarse.t(), gathered, None, rows, work).to(accumulator(features.dtype)).view_as(order)
     return grad_features, grad_weight.permute((2, 0, 1) if geometry.transposed else (2, 1, 0))
 
 
