@@ -14,6 +14,7 @@ from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.run.ranks.comm.exchange import redistribute
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.comm.routes import route
+from monai_memeff.halo.run.ranks.first_order import first_order
 from monai_memeff.halo.run.ranks.parts import count_once, part_of
 from monai_memeff.halo.run.ranks.sums import WholeSums, is_part, tensors_in
 from monai_memeff.halo.run.ranks.volume import unmarked_part
@@ -28,7 +29,7 @@ class _Scaled(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient * ctx.factor, None
 

@@ -230,6 +230,12 @@ def leaving(n: Coded, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def counting(n: Coded, x: torch.Tensor) -> torch.Tensor:
+    y = n.a(x)
+    n.mean.mul_(0.9).add_(y.detach().mean((0, 2, 3, 4)))
+    return n.b(y)
+
+
 LINE = r"test_gradients\.py:\d+: "
 REFUSED: dict[str, tuple[Code, str]] = {
     "a function": (lambda n, x: n.b(Reversed.apply(n.a(x))), LINE + "Reversed has a backward of its own"),
@@ -247,6 +253,14 @@ REFUSED: dict[str, tuple[Code, str]] = {
     "a constant gradient": (a_constant_gradient, "gradients take another way"),
     "a parameter frozen in forward": (freezing, r"a \(Conv3d\).*let forward leave requires_grad as it is"),
     "a parameter written in forward": (normalizing, LINE + r"forward writes, past autograd, into 'a\.weight'"),
+    "a buffer under a checkpoint": (
+        lambda n, x: checkpoint(counting, n, x, use_reentrant=False),
+        LINE + r"forward writes the buffer 'mean' under torch\.utils\.checkpoint",
+    ),
+    "a buffer under a reentrant checkpoint": (
+        lambda n, x: checkpoint(counting, n, x, use_reentrant=True),
+        LINE + r"forward writes the buffer 'mean' under torch\.utils\.checkpoint",
+    ),
     "gradients left disabled": (leaving, "leaves gradients disabled"),
 }
 

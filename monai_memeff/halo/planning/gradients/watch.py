@@ -124,7 +124,8 @@ def _refuse_hooks(network: nn.Module) -> None:
 def _stand_ins(network: nn.Module) -> Iterator[None]:
     """Functions with a backward that is the derivative of their forward run as their forward, in this thread."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_replaced(checkpoint, "CheckpointFunction", _Checkpoint))
+        stack.enter_context(_replaced(checkpoint, "CheckpointFunction", lambda *given: _Checkpoint(network, *given)))
+        stack.enter_context(_replaced(checkpoint, "_checkpoint_hook", lambda *given: _hook_of(network, *given)))
         swish = sys.modules.get("monai.networks.blocks.activation")
         if hasattr(swish, "SwishImplementation"):
             stack.enter_context(_replaced(swish, "SwishImplementation", _Swish))
@@ -181,16 +182,43 @@ def _refusing(network: nn.Module, what: str, allowed: Callable[[Any], bool]) -> 
 class _Checkpoint:
     """In the place of a reentrant checkpoint: it gives gradients only if an argument wants one."""
 
-    def __init__(self, original: Any, thread: int) -> None:
-        self.original, self.thread = original, thread
+    def __init__(self, network: nn.Module, original: Any, thread: int) -> None:
+        self.network, self.original, self.thread = network, original, thread
 
     def apply(self, run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         """What `run` returns."""
         if threading.get_ident() != self.thread:
             return self.original.apply(run, preserve, *args)
         wanted = any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
-        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
+        again = contextlib.nullcontext() if not wanted else _writing_no_buffers(self.network)
+        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()), again:
             return run(*args)
+
+
+def _hook_of(network: nn.Module, original: Any, thread: int) -> Callable[..., Any]:
+    """In the place of what keeps the values of a checkpoint that is not reentrant."""
+
+    @contextlib.contextmanager
+    def hook(*args: Any) -> Iterator[None]:
+        here = threading.get_ident() == thread and torch.is_grad_enabled()
+        with original(*args), _writing_no_buffers(network) if here else contextlib.nullcontext():
+            yield
+
+    return hook
+
+
+@contextlib.contextmanager
+def _writing_no_buffers(network: nn.Module) -> Iterator[None]:
+    """Torch runs what is under a checkpoint a second time in backward, and so moves running statistics twice."""
+    before = {name: (buffer, buffer._version) for name, buffer in network.named_buffers()}
+    yield
+    for name, buffer in network.named_buffers():
+        if name not in before or before[name][0] is not buffer or before[name][1] != buffer._version:
+            raise NotPartitionableError(
+                f"{place_of_frame(sys._getframe(), network)}: forward writes the buffer '{name}' under "
+                "torch.utils.checkpoint, which writes it once more in backward where a run in parts does not; leave "
+                "the checkpoint out (spatial_partition has checkpoint_segments), or put that layer in eval mode"
+            )
 
 
 class _Swish:

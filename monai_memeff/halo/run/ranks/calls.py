@@ -7,11 +7,13 @@ and must not run on parts. Hooks of torch.distributed (FSDP2) gather and free pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
 
@@ -68,6 +70,38 @@ def plain(network: nn.Module) -> Iterator[None]:
             table.update(entries)
         for module, attributes in kept:
             module.__dict__.update(attributes)
+
+
+@contextmanager
+def with_parameters(network: nn.Module) -> Iterator[None]:
+    """Parameters in the place of tensors that `torch.func.functional_call` put there: torch.export takes no others."""
+    tables = [(m._parameters, name, t) for m in network.modules() for name, t in m._parameters.items()]
+    others = [(table, name, t) for table, name, t in tables if t is not None and not isinstance(t, nn.Parameter)]
+    made = {id(t): nn.Parameter(t.detach(), t.requires_grad) for _, _, t in others}
+    try:
+        for table, name, tensor in others:
+            table[name] = made[id(tensor)]
+        yield
+    finally:
+        for table, name, tensor in others:
+            table[name] = tensor
+
+
+def refuse_transforms(network: nn.Module, values: Iterable[Any]) -> None:
+    """Refuse calls under `torch.func.grad`, `vmap` and forward-mode differentiation, whose values are of other kinds.
+
+    Raises:
+        NotPartitionableError: on every rank that runs the transform.
+    """
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # read in torch 2.6 to 2.14
+    if not transformed and forward_ad._current_level >= 0:
+        tensors = (t for t in (*values, *network.parameters()) if isinstance(t, torch.Tensor))
+        transformed = any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    if transformed:
+        raise NotPartitionableError(
+            "A partitioned network was called under a transform of torch.func (grad, vjp, vmap) or forward-mode "
+            "differentiation; use backward() or torch.autograd.grad, or a copy that is not partitioned."
+        )
 
 
 def _ours(module: nn.Module, name: str) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from monai_memeff.halo.run.ranks.first_order import first_order
+
 
 class _Nothing(torch.autograd.Function):
     """A rank's share of a node of which it owns no rows, still tied to its inputs: backward must pass on every rank."""
@@ -61,20 +63,21 @@ class _Anchor(torch.autograd.Function):
     here on every rank, before any rank answers for a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, output: torch.Tensor, alone: bool) -> torch.Tensor:
         ctx.save_for_backward(output.new_zeros(1))
-        return output.view_as(output)
+        return output.detach() if alone else output.view_as(output)  # torch refuses to write into such a view
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    @first_order
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         _ = ctx.saved_tensors
-        return gradient
+        return gradient, None
 
 
-def anchored(output: torch.Tensor) -> torch.Tensor:
-    """An output of the network."""
-    return _Anchor.apply(output) if output.is_floating_point() else output
+def anchored(output: torch.Tensor, alone: bool) -> torch.Tensor:
+    """An output of the network; `alone` if nothing else that the caller sees lies in its memory, so that autograd is
+    right about what the caller writes into it."""
+    return _Anchor.apply(output, alone) if output.is_floating_point() or output.is_complex() else output
 
 
 @dataclass

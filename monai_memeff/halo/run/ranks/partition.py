@@ -66,12 +66,13 @@ class _Partition:
         return self._run(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        calls.refuse_transforms(self.network, leaves)
         traits = tuple(_traits(self.network))
         if traits != self.agreed[0]:  # the text of a large network takes longer than a small step
             options = (self.mesh.spatial, self.mesh.axes, self.segments)
             self.agreed = traits, digest((str(self.network), traits, options))
         parts = agreed_parts(self.mesh, self.network, self.agreed[1], args, kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
         plan = self._plan(traits, leaves, spec, parts)
         return plan.run(self.network, leaves, self.segments)
 
@@ -85,7 +86,7 @@ class _Partition:
             _check_sharding(self.network)
             whole = [_whole(leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
             args, kwargs = tree_unflatten(whole, spec)
-            with calls.plain(self.network):
+            with calls.plain(self.network), calls.with_parameters(self.network):
                 program = capture(self.network, args, kwargs)
             plan = RankPlan(program, self.mesh, parts)
             if seen != fingerprint(self.network, _SKIPPED):  # forward changes what the next call sees

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.run.ranks.comm.routes import Cuts
+from monai_memeff.halo.run.ranks.first_order import first_order
 
 _MARK = "_memeff_part"
 _COUNTED = "_memeff_counted"
@@ -55,15 +56,21 @@ def part_of(tensor: torch.Tensor) -> Part | None:
     return getattr(tensor, _MARK, None)
 
 
+def _writable(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, into which a caller may write unless it is a view of others."""
+    return x.view_as(x) if x._is_view() else x.detach()
+
+
 class _SameOnAllRanks(torch.autograd.Function):
     """An output that every rank holds: a loss must say whether its gradients are going to be averaged or summed."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, counted: list[bool]) -> torch.Tensor:
         ctx.counted = counted
-        return x.view_as(x)
+        return _writable(x)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         if not ctx.counted:
             raise NotPartitionableError(
@@ -86,7 +93,7 @@ class _SameOnSomeRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
+        return _writable(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ All of it follows from shapes and cuts, so every rank works out the same plan; n
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from operator import attrgetter
@@ -175,6 +175,7 @@ class RankPlan:
             constant = program.constants.get(name)
             tensor = attrgetter(name)(network) if constant is None else constant.to(self.device)
             values[index] = tensor.clone() if name in program.mutations else tensor  # written to before backward reads
+        given = [_memory(value) for value in values.values()]
         with ExitStack() as modes:
             for kind in {"cpu", self.device.type} & {"cpu", "cuda"}:  # the captured network holds autocast's casts
                 modes.enter_context(torch.autocast(kind, enabled=False))
@@ -182,13 +183,13 @@ class RankPlan:
                 run_in_segments(self.tasks, values, self.kept, segments)
             else:
                 run_tasks(self.tasks, values, self.kept)
-            return self._finish(network, leaves, values)
+            return self._finish(network, leaves, values, given)
 
     def _agreed_seed(self) -> int:
         """The first rank's draw; the others draw too, so that all generators move on alike."""
         return int(self.mesh.comm.all_gather(draw_seed().to(self.mesh.device))[0])
 
-    def _finish(self, network: nn.Module, leaves: Sequence[Any], values: dict[int, Any]) -> Any:
+    def _finish(self, network: nn.Module, leaves: Sequence[Any], values: dict[int, Any], given: Sequence[int]) -> Any:
         program = self.program
         with torch.no_grad():
             for name, index in program.mutations.items():
@@ -196,7 +197,8 @@ class RankPlan:
             for position, index in program.input_mutations.items():
                 leaves[position].copy_(values[index])
         refs = list(dict.fromkeys(leaf.index for leaf in program.outputs if isinstance(leaf, Ref)))
-        found = {index: anchored(values[index]) for index in refs}
+        shared = Counter([*given, *(_memory(values[index]) for index in refs)])
+        found = {index: anchored(values[index], shared[_memory(values[index])] == 1) for index in refs}
         for index in refs:
             part = _part(program.values[index].shape, self.placements[index])
             if not part.spread:
@@ -225,6 +227,11 @@ def _fits(reader: Step, moments: Moments) -> bool:
     if not isinstance(reader, Normalize) or reader.value.args[-1]:
         return False
     return bool(reader.value.args[0] == moments.value.args[0] and reader.inputs[0] == reader.value.refs()[0])
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where a tensor lies; one that FSDP2 spreads lies where nobody else does."""
+    return int(getattr(tensor, "_local_tensor", tensor).untyped_storage()._cdata)
 
 
 def draw_seed() -> torch.Tensor:

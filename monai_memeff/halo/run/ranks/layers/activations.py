@@ -66,7 +66,7 @@ def activate_in_place(
     for task in tasks:
         activation = in_place(program.values[task.name])
         source = makers.get(task.reads[0]) if activation and task.reads else None
-        if activation is None or source is None or readers[source.name] > 1 or source.name in kept:
-            continue
+        if activation is None or source is None or readers[source.name] > 1 or {source.name, task.name} & {*kept}:
+            continue  # a caller may write into an output
         if placements[source.name] == placements[task.name]:
             source.run, task.run = Activated(source.run, activation), same
