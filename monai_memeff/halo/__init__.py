@@ -12,8 +12,7 @@ from monai_memeff.halo.engine import (
 from monai_memeff.halo.inferer import SpatialPartitionInferer, StreamingReport
 from monai_memeff.halo.loss import SpatialLoss
 from monai_memeff.halo.planning.errors import NotPartitionableError
-from monai_memeff.halo.planning.explain import explain
-from monai_memeff.halo.planning.plan import Plan, plan
+from monai_memeff.halo.planning.plan import Plan, explain, plan
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
 from monai_memeff.halo.run.ranks.comm.process_group import destroy_mesh, init_mesh
 from monai_memeff.halo.run.ranks.comm.transport import PeerLostError

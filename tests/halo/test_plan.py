@@ -11,6 +11,7 @@ from torch import nn
 
 import monai_memeff.halo
 from monai_memeff.halo import NotPartitionableError, SpatialPartitionInferer, explain, plan, verify
+from monai_memeff.halo.planning.waste import wasteful
 
 
 def net() -> nn.Module:
@@ -76,6 +77,43 @@ def test_what_costs_little_beside_its_reader_is_not_stored(upsample: str) -> Non
     assert not any("transpose" in name or "upsample" in name for name in stored), stored
     x = torch.randn(1, 1, 48, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(SpatialPartitionInferer(4)(x, network), network(x).detach(), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("tiles", [2, 24])
+def test_tiles_do_not_compute_again_and_again_what_is_not_stored(tiles: int) -> None:
+    """Under a wide kernel a thin tile reads many times its own rows."""
+    network = nn.Sequential(
+        nn.Conv3d(1, 2, 1), nn.Conv3d(2, 8, 3, padding=6, dilation=6), nn.Conv3d(8, 16, 3, padding=6, dilation=6)
+    ).double()
+    schedule = plan(network, (1, 1, 48, 4, 4), partitions=tiles).schedule
+    assert len(schedule.spared) == (2 if tiles == 2 else 1), schedule.spared
+    assert not wasteful(schedule)
+    x = torch.randn(1, 1, 48, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(SpatialPartitionInferer(tiles)(x, network), network(x).detach(), rtol=0, atol=1e-11)
+
+
+def test_rows_that_are_computed_do_not_ask_for_a_larger_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(
+        nn.ConvTranspose3d(8, 8, (2, 1, 1), (2, 1, 1), groups=8),
+        nn.Conv3d(8, 8, 3, padding=(12, 1, 1), dilation=(12, 1, 1)),
+    )
+    shape, finest = (1, 8, 48, 6, 6), 96
+    with monkeypatch.context() as context:
+        context.setattr("monai_memeff.halo.planning.schedule.LITTLE", 10**9)
+        least = plan(network, shape, partitions=finest).peak_bytes
+    assert plan(network, shape, memory_budget=least).peak_bytes <= least
+    with pytest.raises(NotPartitionableError, match="needs"):
+        plan(network, shape, memory_budget=least - 1)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "trilinear"])
+def test_a_tile_of_a_large_resize_takes_its_share_of_memory(mode: str) -> None:
+    """Not that of all rows that torch makes of its input rows."""
+    network = nn.Sequential(nn.Upsample(scale_factor=(16, 2, 2), mode=mode), nn.Conv3d(4, 1, 3, padding=1)).double()
+    whole, parts = (plan(network, (1, 4, 4, 8, 8), partitions=n).peak_bytes for n in (1, 16))
+    assert parts < whole / 5
+    x = torch.randn(1, 4, 4, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(SpatialPartitionInferer(16)(x, network), network(x).detach(), rtol=0, atol=1e-11)
 
 
 def test_what_two_read_or_a_norm_reads_is_stored() -> None:

@@ -1,4 +1,4 @@
-"""The plan of one call: made once for an input shape, printed, and what is executed."""
+"""The plan of one call: made once for an input shape, printed, and executed; or the reasons why there is none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from monai_memeff.halo.planning.estimate import Estimate, by_budget, by_partitio
 from monai_memeff.halo.planning.labels import add_labels
 from monai_memeff.halo.planning.program import Program
 from monai_memeff.halo.planning.rules.base import Reduction, Whole
-from monai_memeff.halo.planning.schedule import Job, Schedule, make_schedule
+from monai_memeff.halo.planning.schedule import Job, Schedule
+from monai_memeff.halo.planning.waste import without_waste
 
 
 class Plan:
@@ -171,7 +172,17 @@ def make_plan(
             program = capture(network, args, kwargs)
         if labels:
             add_labels(program, len(main_input(program)) - 2, labels == "regions")
-    schedule = make_schedule(bind_program(program, (axis,)))
+
+    def make(schedule: Schedule) -> Plan:
+        return _tiled(schedule, partitions, budget, axis, device, share_store)
+
+    return without_waste(bind_program(program, (axis,)), make, share_store)
+
+
+def _tiled(
+    schedule: Schedule, partitions: int | str, budget: int | None, axis: int, device: torch.device, share_store: bool
+) -> Plan:
+    """The plan that executes a schedule, with its numbers of tiles."""
     estimate = Estimate(schedule, device)
     if budget is not None and partitions == "auto":
         stored = estimate.store_bytes() if share_store else 0
@@ -193,4 +204,30 @@ def make_plan(
     return made
 
 
-__all__ = ["Plan", "examples", "make_plan", "plan", "written_bytes"]
+@numbers_checked
+def explain(network: nn.Module, inputs: Any, axis: int = 0, kwargs: dict[str, Any] | None = None) -> list[str]:
+    """The reasons why a network cannot be partitioned exactly; empty if it can.
+
+    Args:
+        network: any nn.Module; it is not changed, and nothing is computed.
+        inputs: shape of the input (B, C, spatial...), or a tuple of example arguments on any device, meta included.
+        axis: spatial axis that is to be cut.
+        kwargs: example keyword arguments.
+
+    Returns:
+        One line for each reason: module path, operator, the user's line.
+
+    Examples:
+        >>> explain(torch.nn.Conv3d(1, 1, 3), (1, 1, 16, 16, 16))
+        []
+    """
+    try:
+        with torch.no_grad():
+            program = capture(network, examples(inputs, network), kwargs)
+        bind_program(program, (axis,))
+    except NotPartitionableError as refusal:
+        return refusal.reasons
+    return []
+
+
+__all__ = ["Plan", "examples", "explain", "make_plan", "plan", "written_bytes"]

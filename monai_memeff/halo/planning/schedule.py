@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from monai_memeff.halo.planning.binding import Bound
@@ -64,12 +65,14 @@ class Schedule:
         jobs: in order.
         kept: values small enough to stay on the device, whole.
         stored: values that are stored.
+        spared: values that are not stored because they cost little beside the only value that reads them.
     """
 
     bound: Bound
     jobs: list[Job]
     kept: set[int]
     stored: set[int]
+    spared: set[int] = field(default_factory=set)
 
     def lazy(self, index: int) -> bool:
         """Whether a value is computed on the fly."""
@@ -101,11 +104,11 @@ def decide(bound: Bound) -> tuple[set[int], set[int]]:
     for i in reversed(bound.order):
         if i in stored and i not in outputs and not isinstance(bound.step(i), Whole) and _once(bound, i, stored, kept):
             stored.discard(i)
-    return stored - _cheap(bound, stored, kept), kept
+    return stored, kept
 
 
 def _cheap(bound: Bound, stored: set[int], kept: set[int]) -> set[int]:
-    """Stored values that cost little beside the only value that reads them: thin tiles compute some rows twice."""
+    """Values that cost little beside the only value that reads them: a plan need not store them (`waste.py`)."""
     found, outputs = set(), set(bound.program.wanted())
     readers = {i: [reader for reader in bound.order if i in bound.step(reader).inputs] for i in bound.order}
 
@@ -197,10 +200,16 @@ def _feeds(schedule: Schedule, index: int) -> int | None:
     return source if schedule.bound.layouts[source] == step.reads[0] else None
 
 
-def make_schedule(bound: Bound) -> Schedule:
-    """Decide what is stored, order the jobs, and say when each stored value may go."""
+def make_schedule(bound: Bound, held: Collection[int] = ()) -> Schedule:
+    """Decide what is stored, order the jobs, and say when each stored value may go.
+
+    Args:
+        bound: the values with their rules.
+        held: values that are stored although they cost little.
+    """
     stored, kept = decide(bound)
-    schedule = Schedule(bound, [], kept, stored)
+    spared = _cheap(bound, stored, kept).difference(held)
+    schedule = Schedule(bound, [], kept, stored - spared, spared)
     jobs: dict[int, Job] = {}
     for index in bound.order:
         if schedule.lazy(index):

@@ -130,9 +130,17 @@ class Resizing(Step):
     def _margin(self) -> int:
         return {"nearest": 0, "nearest-exact": 0, "linear": 1, "cubic": 2}[self.mode]
 
+    def _by_torch(self, axis: int, wanted: int) -> bool:
+        """Whether so many rows are best cut from what torch's kernel makes of whole input rows: up to twice as many."""
+        times = self.times[axis]
+        if not times:
+            return False
+        read = (wanted + times - 2) // times + 1 + 2 * self._margin()
+        return min(read, self.reads[0].rows[axis]) * times <= 2 * wanted
+
     def _span(self, axis: int, box: Box) -> Range:
         lo, hi = range_of(box, self.out, axis)
-        if not self.times[axis]:
+        if not self._by_torch(axis, hi - lo):
             return self.taps[axis].span(lo, hi)
         rows, m = self.reads[0].rows[axis], self._margin()
         return max(lo // self.times[axis] - m, 0), min(-(-hi // self.times[axis]) + m, rows)
@@ -154,7 +162,7 @@ class Resizing(Step):
         for axis, d in self.sliding.items():
             lo, hi = range_of(box, self.out, axis)
             first, last = reads[0].box[axis]
-            if self.times[axis]:
+            if self._by_torch(axis, hi - lo):
                 times = self.times[axis]
                 sizes[d - 2], factors[d - 2] = (last - first) * times, float(times)
                 crops.append((d, lo - first * times, hi - lo))
