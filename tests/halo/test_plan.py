@@ -92,7 +92,7 @@ def test_tiles_do_not_compute_again_and_again_what_is_not_stored(tiles: int) -> 
     torch.testing.assert_close(SpatialPartitionInferer(tiles)(x, network), network(x).detach(), rtol=0, atol=1e-11)
 
 
-def test_rows_that_are_computed_do_not_ask_for_a_larger_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_computed_do_not_take_a_larger_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     network = nn.Sequential(
         nn.ConvTranspose3d(8, 8, (2, 1, 1), (2, 1, 1), groups=8),
         nn.Conv3d(8, 8, 3, padding=(12, 1, 1), dilation=(12, 1, 1)),

@@ -37,7 +37,7 @@ def without_waste(bound: Bound, make: Callable[[Schedule], Made], scarce: bool) 
     Args:
         bound: the values with their rules.
         make: makes the plan of a schedule.
-        scarce: whether what is stored comes out of the budget, so that a plan that stores more asks for more.
+        scarce: whether what is stored comes out of the budget, so that a plan that stores more needs more.
 
     Raises:
         NotPartitionableError: the plan is refused with cheap values stored, too.
