@@ -23,6 +23,7 @@ from nnunet_plugins.training.halo_processes import (
     share_weights,
     shared_batch,
     sum_gradients,
+    take_weights_on_the_host,
 )
 from nnunet_plugins.training.trainer_mixin import TrainerMixin
 
@@ -91,7 +92,9 @@ class HaloTrainer(TrainerMixin, nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:
             self.device = local_device(device)
-            self.grad_scaler = self.grad_scaler if self.device.type == "cuda" else None
+            if self.device.type != "cuda":
+                self.grad_scaler = None
+                take_weights_on_the_host()
 
     @contextlib.contextmanager
     def _seen(self, processes: int) -> Iterator[None]:

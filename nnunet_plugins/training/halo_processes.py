@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from nnunetv2.run import load_pretrained_weights
 from torch import Tensor, nn
 
 from monai_memeff.halo import HaloMesh, init_mesh
@@ -49,6 +51,11 @@ def local_device(device: torch.device) -> torch.device:
     if device.type != "cuda":
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", processes.process_rank())))
+
+
+def take_weights_on_the_host() -> None:
+    """Let ``-pretrained_weights`` in processes without GPUs read as one process does; nnU-Net asks for a GPU each."""
+    load_pretrained_weights.dist = SimpleNamespace(is_initialized=lambda: False)
 
 
 def shared_batch(batch: dict[str, Any] | None, mesh: HaloMesh, device: torch.device) -> dict[str, Any]:

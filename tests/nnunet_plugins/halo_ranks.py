@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as module  # noqa: N813 - the module, whose DDP is replaced
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,6 +56,9 @@ def trained(launch: str, rank: int, world: int, folder: Path) -> None:
         name = folder / f"{launch}-{kind}-{rank}"
         trainer.save_checkpoint(f"{name}.pth")
         name.with_suffix(".pkl").write_bytes(pickle.dumps(found | {"wrote": name.with_suffix(".pth").exists()}))
+        if launch.startswith("halo"):  # stock's loading wants a GPU for each process
+            dist.barrier()
+            load_pretrained_weights(trainer.network, f"{folder / launch}-{kind}-0.pth")
     dist.barrier()
     dist.destroy_process_group()
 
