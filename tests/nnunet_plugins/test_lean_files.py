@@ -22,6 +22,7 @@ pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
 import nibabel
 import SimpleITK
 import tifffile
+from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from skimage.io import imsave
 from skimage.transform import resize
@@ -29,6 +30,7 @@ from skimage.transform import resize
 from nnunet_plugins import lean_prediction
 from nnunet_plugins.lean.cases.images import by_splines, reproduces, resampling_of
 from nnunet_plugins.lean.trial import TrialModel, predictor_of
+from tests.nnunet_plugins.host import Host
 from tests.nnunet_plugins.test_lean_prediction import REGIONS, exclusive
 
 RECORDS = {"predict_from_raw_data_args.json", "dataset.json", "plans.json"}
@@ -264,9 +266,46 @@ def test_results_that_are_returned(tmp_path: Path) -> None:
         nifti(noise((7 + number, 8, 9), seed=number))(tmp_path / "images" / case)
     lists = [[str(tmp_path / "images" / f"{case}_0000.nii.gz")] for case in "ba"]
     found = []
-    for way, _ in ways(tmp_path):
+    for way, out in ways(tmp_path):
         with way:
-            found.append(predictor.predict_from_files_sequential(lists, None, True))
+            found.append(predictor.predict_from_files_sequential(lists, out, True))  # nnU-Net wants a str to write to
+        assert not list(out.iterdir())
     assert [labels.shape for labels, _ in found[1]] == [(9, 8, 8), (9, 8, 7)]
     for stock, lean in zip(*found, strict=True):
         assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(stock, lean, strict=True))
+
+
+@pytest.mark.exhaustive
+def test_commands_and_what_reads_their_files(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    common = {"labels": exclusive(4), "patch": (6, 6, 6), "features": (3, 4), "transpose": (1, 0, 2)}
+    for cascade in (False, True):
+        model = TrialModel(**common, folds=1 if cascade else 2, mirroring=(0,), cascade=cascade)
+        folder = model.write(host.results / "Dataset999_Trial" / f"nnUNetTrainer__nnUNetPlans__{model.configuration}")
+    (folder.parent / "nnUNetTrainer__nnUNetPlans__3d_fullres" / "fold_1").rename(tmp_path / "fold_all")
+    (tmp_path / "fold_all").rename(folder.parent / "nnUNetTrainer__nnUNetPlans__3d_fullres" / "fold_all")
+    (tmp_path / "images").mkdir()
+    for number, case in enumerate("ab"):
+        nifti(noise((7 + number, 8, 9), seed=number))(tmp_path / "images" / case)
+    largest = ([remove_all_but_largest_component_from_segmentation], [{"labels_or_regions": [1, 2, 3]}])
+    (tmp_path / "kept.pkl").write_bytes(pickle.dumps(largest))
+
+    def predict(out: Path, *more: object, workers: int = 1) -> list[object]:
+        options = ["-i", tmp_path / "images", "-o", out, "-d", 999, "-device", "cpu", "-npp", workers, "-nps", workers]
+        return ["nnUNetv2_predict", *options, "--disable_progress_bar", "--save_probabilities", *more]
+
+    for way, value in (("stock", "off"), ("lean", "lean")):
+        first, second, both, kept = (tmp_path / way / name for name in ("first", "second", "both", "kept"))
+        fullres = ["-c", "3d_fullres", "-f"]
+        host.run_in_one_process(
+            predict(first, *fullres, 0, "--disable_tta", "-num_parts", 2, "-part_id", 1, workers=2),  # more than cases
+            predict(first, *fullres, "all", 0, "-step_size", 1, "--continue_prediction"),
+            predict(second, "-c", "3d_cascade_fullres", "-f", 0, "-prev_stage_predictions", first, workers=0),
+            ["nnUNetv2_ensemble", "-i", first, second, "-o", both, "-np", 1, "--save_npz"],
+            ["nnUNetv2_apply_postprocessing", "-i", first, "-o", kept, "-pp_pkl_file", tmp_path / "kept.pkl", "-np", 1],
+            MEMEFF_NNUNET=value,
+        )
+    for name in ("first", "second", "both", "kept"):
+        stock, lean = (contents(tmp_path / way / name) for way in ("stock", "lean"))
+        assert stock.keys() == lean.keys() >= {"a.nii.gz", "b.nii.gz"}
+        assert all(np.array_equal(value, lean[file]) for file, value in stock.items())

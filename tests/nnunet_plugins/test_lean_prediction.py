@@ -156,6 +156,17 @@ def test_other_resampling_functions(tmp_path: Path, function: str, regions: bool
         compare(predictor_of(model.write(tmp_path)), noise((9, 8, 10)), spacing, probabilities)
 
 
+@pytest.mark.slow
+def test_a_compiled_network(tmp_path: Path) -> None:
+    model = TrialModel(exclusive(3), patch=(6, 6, 6), features=(2,), folds=2, mirroring=(0,))
+    predictor = predictor_of(model.write(tmp_path))
+    convolution = torch.nn.Conv3d(1, 3, 3, padding=1)
+    weights = {name: value.clone() for name, value in convolution.state_dict().items()}
+    predictor.list_of_parameters = [weights, {name: 0.3 - value for name, value in weights.items()}]
+    predictor.network = torch.compile(convolution, backend="eager")  # as nnU-Net does for nnUNet_compile=t
+    compare(predictor, noise((9, 8, 10), 1), (1.0, 1.5, 1.0), probabilities=True)
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_cascade(tmp_path: Path, flat: bool) -> None:
     model = TrialModel(exclusive(4), patch=(6, 6) if flat else (6, 6, 6), cascade=not flat, folds=2)

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from copy import deepcopy
 from importlib import import_module
 from typing import Any
 
@@ -133,7 +134,7 @@ def predict_from_files_sequential(
     Raises:
         PredictionError: after all cases, when some failed.
     """
-    arguments = {name: value for name, value in locals().items() if name != "self"}
+    arguments = deepcopy({name: value for name, value in locals().items() if name != "self"})
     folder = _output_folder(output_folder_or_list_of_truncated_output_files)
     if folder is not None:
         recursive_fix_for_json_export(arguments)
@@ -165,10 +166,11 @@ def predict_from_files_sequential(
     ]
 
 
-def _output_folder(outputs: str | list[str] | None) -> str | None:
+def _output_folder(outputs: Any) -> str | None:
+    """Where records go; as in nnU-Net nowhere for what is neither a string nor a list, and the labels are returned."""
     if isinstance(outputs, list):
         return os.path.dirname(outputs[0]) or os.path.curdir
-    return outputs
+    return outputs if isinstance(outputs, str) else None
 
 
 def predict_entry_point() -> None:
