@@ -54,7 +54,7 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def take_weights_on_the_host() -> None:
-    """Let ``-pretrained_weights`` in processes without GPUs read as one process does; nnU-Net asks for a GPU each."""
+    """Let ``-pretrained_weights`` in processes without GPUs read as one process does; nnU-Net wants a GPU each."""
     load_pretrained_weights.dist = SimpleNamespace(is_initialized=lambda: False)
 
 
