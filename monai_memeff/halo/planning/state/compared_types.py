@@ -88,9 +88,15 @@ def _line(code: types.CodeType, names: frozenset[str]) -> int | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
         return None
-    kept = _kept(tree)
+    kept, names = _kept(tree), names - _filled(tree)
     found = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.expr) and _compares(node, kept, names)]
     return code.co_firstlineno + min(found) - 1 if found else None
+
+
+def _filled(tree: ast.AST) -> set[str]:
+    """Tables that the code fills itself: caches (einops), which answer by other means for a type that they lack."""
+    stores = (n for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Store))
+    return {n.value.id for n in stores if isinstance(n.value, ast.Name)}
 
 
 def _kept(tree: ast.AST) -> set[str]:
