@@ -54,3 +54,27 @@ def test_remembered_forms_count_the_same_bytes(name: str) -> None:
         by_partitions(estimate, 4)
         found.append([(job.tiles, job.peak) for job in schedule.jobs])
     assert found[0] == found[1]
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer along the axis that is cut."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, T) to (B, K, T)."""
+        y: torch.Tensor = self.layer(x.transpose(1, 2))[0]
+        return y.transpose(1, 2)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("more", [{}, {"num_layers": 2, "bidirectional": True}], ids=["one", "both ways"])
+@pytest.mark.slow
+def test_recurrent_layers_keep_their_promise(kind: type[nn.RNNBase], more: dict[str, int]) -> None:
+    network, x = Recurrent(kind(4, 8, batch_first=True, **more)).double().eval(), torch.randn(2, 4, 100).double()
+    made = make_plan(network, (x,), {}, 2, None, 0, CPU)
+    stream = Stream(made, network, HostStore(CPU))
+    stream((x,), {})
+    assert stream.peak_bytes <= made.peak_bytes
