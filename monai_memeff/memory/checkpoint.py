@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 from typing import Any
 
@@ -63,6 +63,19 @@ def checkpoint(
 
 def _plain_then_recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     return nullcontext(), _RunningStatisticsUntouched()
+
+
+def moves_statistics_once(frame: Any) -> bool:
+    """Whether a frame of torch's checkpoints belongs to :func:`checkpoint` with ``batch_norm_once``.
+
+    The context of the second pass is in the closure of what the frame runs then (read in torch 2.6 to 2.14); where a
+    release keeps it elsewhere, the answer is no.
+    """
+    for cell in getattr(getattr(frame, "recompute_fn", None), "__closure__", None) or ():
+        with suppress(ValueError):  # a cell without content
+            if isinstance(cell.cell_contents, _RunningStatisticsUntouched):
+                return True
+    return False
 
 
 class _RunningStatisticsUntouched(AbstractContextManager[None]):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher  # read in torch 2.6 to 2.14
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # read in torch 2.6 to 2.14
+from torch._subclasses.fake_tensor import FakeTensor  # read in torch 2.6 to 2.14
 from torch.autograd.function import BackwardCFunction
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.gradients.watch import Watch
 from monai_memeff.halo.planning.program import Where
+from monai_memeff.memory.threads import FakeMode
 
 _OWN = "has a backward of its own, of which a captured network does not know; write it with torch's operators"
 
@@ -76,7 +77,7 @@ class _Replay(fx.Interpreter):
     def outputs(self) -> list[Any]:
         """What the graph returns, by the same decompositions as while it was captured."""
         modes = [x.fake_mode for x in self.given if isinstance(x, FakeTensor)]
-        with torch.enable_grad(), enable_python_dispatcher(), modes[0] if modes else FakeTensorMode():
+        with torch.enable_grad(), enable_python_dispatcher(), modes[0] if modes else FakeMode():
             return list(self.run(*self.given))
 
     def run_node(self, n: fx.Node) -> Any:

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint  # its CheckpointFunction was read in torch 2.6 to 2.14
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.reasons import place_of_frame, theirs
+from monai_memeff.memory.checkpoint import moves_statistics_once
 
 _HOOKS = {
     torch.Tensor.register_hook: "puts a hook on a tensor's gradient",
@@ -201,24 +203,31 @@ def _hook_of(network: nn.Module, original: Any, thread: int) -> Callable[..., An
     @contextlib.contextmanager
     def hook(*args: Any) -> Iterator[None]:
         here = threading.get_ident() == thread and torch.is_grad_enabled()
-        with original(*args), _writing_no_buffers(network) if here else contextlib.nullcontext():
+        once = _statistics(network) if any(map(moves_statistics_once, args)) else frozenset()
+        with original(*args), _writing_no_buffers(network, once) if here else contextlib.nullcontext():
             yield
 
     return hook
 
 
 @contextlib.contextmanager
-def _writing_no_buffers(network: nn.Module) -> Iterator[None]:
+def _writing_no_buffers(network: nn.Module, but: frozenset[str] = frozenset()) -> Iterator[None]:
     """Torch runs what is under a checkpoint a second time in backward, and so moves running statistics twice."""
     before = {name: (buffer, buffer._version) for name, buffer in network.named_buffers()}
     yield
-    for name, buffer in network.named_buffers():
+    for name, buffer in ((name, buffer) for name, buffer in network.named_buffers() if name not in but):
         if name not in before or before[name][0] is not buffer or before[name][1] != buffer._version:
             raise NotPartitionableError(
                 f"{place_of_frame(sys._getframe(), network)}: forward writes the buffer '{name}' under "
                 "torch.utils.checkpoint, which writes it once more in backward where a run in parts does not; leave "
                 "the checkpoint out (spatial_partition has checkpoint_segments), or put that layer in eval mode"
             )
+
+
+def _statistics(network: nn.Module) -> frozenset[str]:
+    """Names of the buffers that our own checkpoint lets move once."""
+    norms = ((path, module) for path, module in network.named_modules() if isinstance(module, _NormBase))
+    return frozenset(f"{path}.{name}".lstrip(".") for path, module in norms for name in module._buffers)
 
 
 class _Swish:
