@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from monai_memeff.halo import NotPartitionableError, SpatialPartitionInferer, init_mesh, spatial_partition
+from monai_memeff.memory.checkpoint import checkpoint as once
 from tests.halo.ranks.compare import errors_of
 
 Code = Callable[["Coded", torch.Tensor], Any]
@@ -26,6 +27,7 @@ class Coded(nn.Module):
         super().__init__()
         self.a, self.b, self.code = nn.Conv3d(1, 2, 3, padding=1), nn.Conv3d(2, 2, 3, padding=1), code
         self.register_buffer("mean", torch.zeros(2))
+        self.norm = nn.BatchNorm3d(2, affine=False)
         self.loose = [nn.Parameter(torch.ones(1, dtype=torch.float64))]
 
     def forward(self, x: torch.Tensor) -> Any:
@@ -139,6 +141,7 @@ EXACT: dict[str, Code] = {
     "a gradient in forward": penalty,
     "reentrant checkpoint": lambda n, x: n.b(checkpoint(n.frozen, checkpoint(n.a, x, use_reentrant=True) * 1,
                                                         use_reentrant=False)) + checkpoint(n.a, x, use_reentrant=True),
+    "statistics under our own checkpoint": lambda n, x: n.b(once(lambda y: once(n.norm, n.a(y)) * 2, x)),
     "reentrant checkpoint of what wants none": lambda n, x: n.b(checkpoint(n.a, x.detach(), use_reentrant=True)),
     "is_grad_enabled": branched(lambda n, x: torch.is_grad_enabled()),
     "requires_grad": branched(lambda n, x: n.a(x).requires_grad and x.requires_grad and n.a.weight.requires_grad),
@@ -256,6 +259,14 @@ REFUSED: dict[str, tuple[Code, str]] = {
     "a buffer under a checkpoint": (
         lambda n, x: checkpoint(counting, n, x, use_reentrant=False),
         LINE + r"forward writes the buffer 'mean' under torch\.utils\.checkpoint",
+    ),
+    "a buffer under our own checkpoint": (
+        lambda n, x: once(counting, n, x),
+        LINE + r"forward writes the buffer 'mean' under torch\.utils\.checkpoint",
+    ),
+    "a norm under torch's checkpoint in ours": (
+        lambda n, x: once(lambda y: checkpoint(n.norm, y, use_reentrant=False), n.a(x)),
+        LINE + r"forward writes the buffer 'norm\.\w+' under torch\.utils\.checkpoint",
     ),
     "a buffer under a reentrant checkpoint": (
         lambda n, x: checkpoint(counting, n, x, use_reentrant=True),
