@@ -68,8 +68,7 @@ def _last_file(error: BaseException) -> str:
 def theirs(file: str) -> bool:
     """Whether a file is neither torch's, nor Python's, nor this package's."""
     own = file.startswith(_PYTHON) and "site-packages" not in file
-    ours = any(part in file for part in ("monai_memeff/halo", "monai_memeff/memory"))
-    return not own and not ours and "/torch/" not in file and not file.startswith("<")
+    return not own and "/torch/" not in file and "monai_memeff/halo" not in file and not file.startswith("<")
 
 
 def _first_line(text: str) -> str:
@@ -105,7 +104,7 @@ def place_of_frame(frame: types.FrameType | None, network: nn.Module) -> Where:
     found: tuple[str, str] | None = None
     while frame is not None and (found is None or not line):
         file = frame.f_code.co_filename
-        line = line or (f"{file}:{frame.f_lineno}" if theirs(file) else "")
+        line = line or (f"{file}:{frame.f_lineno}" if theirs(file) and "monai_memeff/memory" not in file else "")
         found = found or paths.get(id(frame.f_locals.get("self")))
         frame = frame.f_back
     path, kind = found or ("", type(network).__name__)
