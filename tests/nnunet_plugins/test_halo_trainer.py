@@ -152,7 +152,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     folders = {f"nnUNet_{name}": str(folder) for name in ("raw", "preprocessed", "results")}
     env = os.environ | folders | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = run_module("tests.nnunet_plugins.halo_ranks", str(folder), *LAUNCHES, folder=folder, variables=env)
-    assert done.returncode == 0, done.stdout[-2500:] + done.stderr[-5000:]
+    assert done.returncode == 0, (
+        done.stderr[:6000] + done.stdout[-2500:] + done.stderr[-3000:]
+    )  # what failed first, and last
     pairs = [(launch, kind) for launch, kinds in LAUNCHES.items() for kind in kinds]
     files = {(launch, kind): sorted(folder.glob(f"{launch}-{kind}-?.pkl")) for launch, kind in pairs}
     return {key: [pickle.loads(file.read_bytes()) for file in found] for key, found in files.items()}
