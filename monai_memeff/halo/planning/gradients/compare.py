@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.gradients.watch import Watch
 from monai_memeff.halo.planning.program import Where
+from monai_memeff.halo.planning.state.constants import tensors_in
 from monai_memeff.memory.threads import FakeMode
 
 _OWN = "has a backward of its own, of which a captured network does not know; write it with torch's operators"
@@ -83,7 +84,7 @@ class _Replay(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """The node's result, after it is known which node of autograd it made."""
         result = super().run_node(n)
-        for x in _tensors(result):
+        for x in tensors_in(result):
             if x.grad_fn is not None:
                 self.kept.append(x.grad_fn)
                 self.made.setdefault(id(x.grad_fn), n)
@@ -114,14 +115,6 @@ def _memory(x: torch.Tensor) -> int:
 def _named(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from network.named_parameters(remove_duplicate=False)
     yield from network.named_buffers(remove_duplicate=False)
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from _tensors(item)
 
 
 def _written(node: fx.Node, env: dict[fx.Node, Any]) -> Iterator[torch.Tensor]:
