@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from monai_memeff.memory.threads import one_at_a_time
+
 
 def bare(network: nn.Module) -> nn.Module:
     """The network itself, out of the wrappers of DistributedDataParallel, DataParallel and torch.compile.
@@ -32,6 +34,7 @@ def _wrapped(network: nn.Module) -> nn.Module | None:
     return None
 
 
+@one_at_a_time  # in a dry run of another thread the parameters are stand-ins, whose device changes
 def home(network: nn.Module) -> torch.device:
     """The device of the network's first parameter or buffer; the CPU if it has none."""
     for tensor in (*network.parameters(), *network.buffers()):

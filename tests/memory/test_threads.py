@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch import nn
 import monai_memeff
 from monai_memeff.halo import SpatialPartitionInferer
 from monai_memeff.memory import estimate_network
+from monai_memeff.memory.dry import dry_run
+from monai_memeff.memory.untouched import home
 from tests.processes import run_module
 
 FOLDER = Path(monai_memeff.__file__).parent
@@ -103,3 +106,22 @@ def test_threads_at_once(shared: bool) -> None:
             list(pool.map(run, range(3)))
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_the_network_of_a_dry_run_is_read_when_it_is_back() -> None:
+    order: list[str] = []
+
+    class Looked(nn.Conv3d):
+        def forward(self, volume: torch.Tensor) -> torch.Tensor:
+            reader.start()
+            reader.join(0.2)
+            order.append("ran")
+            return super().forward(volume)
+
+    def read() -> None:
+        order.append(str(home(network)))
+
+    network, reader = Looked(1, 2, 3), threading.Thread(target=read)
+    dry_run(network, (1, 1, 5, 4, 3), torch.float32, network, training=False)
+    reader.join()
+    assert order == ["ran", "cpu"]
