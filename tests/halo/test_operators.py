@@ -67,6 +67,8 @@ UNLISTED: dict[str, Callable[[torch.Tensor], Any]] = {
     "kron": lambda x: torch.kron(x[0, 0, :, :, 0], torch.ones(2, 2, dtype=x.dtype)),
     "bmm": lambda x: torch.bmm(x[:, 0].flatten(2), x[:, 0].flatten(2).transpose(1, 2)),
     "attention": lambda x: F.scaled_dot_product_attention(*[x.flatten(2).transpose(1, 2)] * 3),
+    "causal attention": lambda x: F.scaled_dot_product_attention(*[x.flatten(2).transpose(1, 2)] * 3, is_causal=True),
+    "attention of one token": lambda x: F.scaled_dot_product_attention(*[x.mean((2, 3, 4))[:, None]] * 3),
     "unfold": lambda x: x.unfold(2, 3, 2).unfold(3, 2, 1).sum((-1, -2)),
     "fold": lambda x: F.fold(F.unfold(x[:, :, :, :, 0], 3, padding=1), (13, 7), 3, padding=1),
     "pixel shuffle": lambda x: F.pixel_unshuffle(x[:, :, :12, :6, 0], 2),

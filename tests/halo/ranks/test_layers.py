@@ -114,6 +114,13 @@ def test_rims_add_what_the_window_would_hold(
     assert error(nn.Sequential(*layers), (1, 1, 31, 6), (3,)) < 1e-10
 
 
+@pytest.mark.parametrize(("kernel", "dilation", "size"), [(3, 3, 2), (3, 4, 5), (5, 2, 3), (5, 3, 7)])
+@pytest.mark.slow
+def test_a_dilated_kernel_steps_over_a_rim(kernel: int, dilation: int, size: int) -> None:
+    layer = nn.Conv2d(2, 2, kernel, padding=dilation * (kernel - 1) // 2, dilation=dilation)
+    assert error(nn.Sequential(nn.Conv2d(1, 2, 1), layer), (2, 1, size, 5), (2,)) < 1e-10
+
+
 @pytest.mark.parametrize("size", [(8, 9, 7), (8, 60, 60)])
 @pytest.mark.slow
 def test_gradients_by_onednn_are_torchs_own(size: tuple[int, ...]) -> None:

@@ -62,9 +62,9 @@ def _check(value: Value) -> None:
 
 
 def _draws(value: Value) -> bool:
-    """Whether an operator that may draw random numbers does: a recurrent layer drops only in training."""
+    """Whether an operator that may draw random numbers does: recurrent layers and attention may drop nothing."""
     given = arguments(value)
-    return bool(given.get("train", True) and given.get("dropout", 1.0))
+    return bool(given.get("train", True) and given.get("dropout", 1.0) and given.get("dropout_p", 1.0))
 
 
 FAMILIES = (

@@ -197,7 +197,7 @@ def _edges(step: DirectConvolution, axis: int, own: Box, box: Box, margin: tuple
         first = max(_up(pad + n - dilation * (kernel - 1), stride), 0)
         tap = max(_up(pad + n - (outs - 1) * stride, dilation), 0)
         found.append(_edge(first, outs, tap, kernel, stride, dilation, (pad + n, after, before)))
-    return tuple(found)
+    return tuple(edge for edge in found if edge.rows[1] > 0)  # a dilated kernel may step over all of a rim
 
 
 def _up(a: int, b: int) -> int:
