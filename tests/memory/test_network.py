@@ -73,6 +73,7 @@ NETWORKS = {
     "SegResNet": lambda: SegResNet(init_filters=8, blocks_down=(1, 1), blocks_up=(1,), dropout_prob=0.2),
     "Spectrum": Spectrum,
     "Recomputing": Recomputing,
+    "a transposed convolution to few channels": lambda: nn.Sequential(nn.Conv3d(1, 8, 3), nn.ConvTranspose3d(8, 2, 1)),
     "double precision": lambda: unet().double(),
     "compiled": lambda: torch.compile(unet()),
     "LooksAtValues": LooksAtValues,

@@ -68,7 +68,8 @@ def _last_file(error: BaseException) -> str:
 def theirs(file: str) -> bool:
     """Whether a file is neither torch's, nor Python's, nor this package's."""
     own = file.startswith(_PYTHON) and "site-packages" not in file
-    return not own and "/torch/" not in file and "monai_memeff/halo" not in file and not file.startswith("<")
+    ours = any(part in file for part in ("/torch/", "monai_memeff/halo", "monai_memeff/memory/dry"))
+    return not own and not ours and not file.startswith("<")
 
 
 def _first_line(text: str) -> str:

@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.gradients.watch import Watch
 from monai_memeff.halo.planning.program import Where
-from monai_memeff.halo.planning.state.constants import tensors_in
+from monai_memeff.memory.dry.known_numbers import tensors_in
 from monai_memeff.memory.threads import FakeMode
 
 _OWN = "has a backward of its own, of which a captured network does not know; write it with torch's operators"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.state.overlap import check_overlap
+from monai_memeff.memory.dry.known_numbers import FEW, KnownNumbers, tensors_in
 
-MOST = 4096  # elements; a plan is made again when one of them changes
 _READING = frozenset(  # none of them writes
     (
         *("__getitem__", "__get__", "__iter__", "__bool__", "__int__", "__float__", "__index__", "__len__"),
@@ -47,12 +45,12 @@ def is_constant(x: Any) -> bool:
         and x.device.type == "cpu"
         and x.layout == torch.strided
         and not x.requires_grad
-        and x.numel() <= MOST
+        and x.numel() <= FEW
     )
 
 
-class Constants(TorchFunctionMode):
-    """Reads such tensors with their content while a network is captured; nothing is written to them.
+class Constants(KnownNumbers):
+    """Reads such tensors, and those made from numbers, while a network is captured; nothing is written to the former.
 
     Args:
         network: whose modules' attributes are meant, those in lists, tuples and dictionaries among them.
@@ -76,6 +74,10 @@ class Constants(TorchFunctionMode):
     def _knows(self, x: torch.Tensor) -> bool:
         found = self._known.get(id(x))
         return found is not None and found() is x
+
+    def content(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The content of a tensor, None if it is not known."""
+        return x if self._knows(x) else super().content(x)
 
     def _holds(self, x: torch.Tensor) -> bool:
         found = self._held.get(id(x))
@@ -103,7 +105,7 @@ class Constants(TorchFunctionMode):
                     f"forward writes into a tensor of shape {tuple(read[0].shape)} that a module keeps as a plain "
                     "attribute: register it as a buffer"
                 )
-            result = func(*args, **kwargs)
+            result = super().__torch_function__(func, types, args, kwargs)
             if name in _VIEWING and any(map(self._holds, read[:1])):
                 self._held.update((id(x), weakref.ref(x)) for x in tensors_in(result))
             return result
@@ -117,14 +119,3 @@ class Constants(TorchFunctionMode):
 def _writes(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a function of that name writes into its first tensor."""
     return name in _WRITING or (name.endswith("_") and not name.startswith("__")) or kwargs.get("out") is not None
-
-
-def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """The tensors of nested lists, tuples and dictionaries."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        yield from tensors_in(list(tree.values()))

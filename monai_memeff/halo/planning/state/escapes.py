@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # read in torch 2.6 to 2.1
 from torch.overrides import TorchFunctionMode
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
-from monai_memeff.halo.planning.state.constants import tensors_in
+from monai_memeff.memory.dry.known_numbers import tensors_in
 
 _NOT_THE_USERS = ("/torch/", "/monai_memeff/halo/", "/monai_memeff/memory/", "<")
 _DEPTH = 4  # containers in containers

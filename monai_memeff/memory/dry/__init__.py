@@ -23,19 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from monai_memeff.errors import InputError
+from monai_memeff.memory.dry.known_numbers import KnownNumbers
 from monai_memeff.memory.threads import FakeMode, one_at_a_time
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 from monai_memeff.memory.untouched import as_it_was, home
 
 NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 """What a dry run cannot follow: code that looks at values, shapes that depend on them, kernels without a shape rule."""
-
-
-OF_NUMBERS = ("arange", "linspace", "full", "zeros", "ones", "scalar_tensor")
-"""Operators that make a tensor of numbers alone."""
-
-FEW = 1024
-"""Elements up to which such a tensor keeps its values."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,7 @@ class DryRun:
 class DryMode(FakeMode):
     """Tensors without memory; checks of values pass (:func:`monai_memeff.checks.has_values`).
 
-    A small tensor that is made of numbers alone keeps its values: ``torch.arange(2, x.dim()).tolist()`` in a loss
-    depends on no value of the input.
+    A transposed convolution for which torch takes its slow kernel has a result in memory as large as its input.
     """
 
     is_dry_run = True
@@ -67,10 +60,20 @@ class DryMode(FakeMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation without memory."""
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func.__name__.partition(".")[0] in OF_NUMBERS and result.device.type == "cpu" and result.numel() <= FEW:
-            real = func(*args, **(kwargs or {}))
-            return self.fake_tensor_converter.from_real_tensor(self, real, make_constant=True)
-        return result
+        if func is not torch.ops.aten.convolution.default or not args[6] or args[8] > 1:
+            return result
+        with self:
+            return _in_memory_of(args[0], result) if _is_slow(args) else result
+
+
+def _is_slow(args: tuple[Any, ...]) -> bool:
+    backend: bool = torch._C._select_conv_backend(*args) == torch._C._ConvBackend.SlowTranspose3d
+    return backend
+
+
+def _in_memory_of(given: Tensor, result: Tensor) -> Tensor:
+    memory = torch.empty(max(given.numel(), result.numel()), dtype=result.dtype, device=result.device)
+    return memory.as_strided(result.shape, result.stride())
 
 
 class MultiplicationCounter(TorchDispatchMode):
@@ -130,7 +133,7 @@ def dry_run(
     ):
         _stand_in(network)
         volume = torch.empty(shape, dtype=dtype, device=home(network))
-        with Watcher(tracker), MultiplicationCounter() as counter:
+        with Watcher(tracker), MultiplicationCounter() as counter, KnownNumbers():
             result = step(volume)
         tracker.close()
     return DryRun(tracker.peak, counter.multiplications, result, tracker.live)
