@@ -15,7 +15,11 @@ from tests.hosts.zoo import SHRUNK, prepare, scripts_of_the_zoo
 TABLE = read_table()
 LONG = ("halo",)
 """Overlays whose trial starts processes."""
-LONGER = ("swin_unetr_btcv_segmentation-occupancy", "wholeBody_ct_segmentation-occupancy")
+LONGER = (
+    "swin_unetr_btcv_segmentation-halo_inference",
+    "swin_unetr_btcv_segmentation-occupancy",
+    "wholeBody_ct_segmentation-occupancy",
+)
 
 
 def cases() -> Iterator[object]:

@@ -47,7 +47,7 @@ def last_line(done: subprocess.CompletedProcess) -> str:
 def test_a_kill_then_a_dying_worker_and_then_the_rest(world: World, capsys: Any) -> None:
     options = ["-i", world.images, "-o", world.new("out"), "-m", world.model, "-f", 0, 1, "-device", "cpu"]
     options += ["--save_probabilities", "--continue_prediction"]
-    command = ["-c", COMMAND, *options, "-npp", 1, "-nps", 1]
+    command = ["-c", COMMAND, *options, "-npp", 0, "-nps", 1]
     done = run(world, *command, MEMEFF_NNUNET="lean", KILL_COMMAND_AT="c.nii.gz")
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (world.folder / "out" / "a.nii.gz").exists()
