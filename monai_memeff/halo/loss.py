@@ -74,11 +74,15 @@ class SpatialLoss(nn.Module):
         if self.gather:
             prediction, target = (_collect(v, self.mesh) for v in (prediction, target))
             return _Scaled.apply(self.loss(prediction, target), factor)
+        given = list(tensors_in((prediction, target)))
         prediction, target = _marked(prediction), _marked(target)
         dims = next(tensors_in(prediction)).dim() - 2
-        if dims <= max(self.mesh.axes):
+        if dims <= max(self.mesh.axes) or not all(map(_is_volume, given)):
+            shape = tuple(next(tensors_in(prediction)).shape)
             raise NotPartitionableError(
-                "SpatialLoss: the prediction has no spatial axes to be split; compute its loss plainly."
+                f"SpatialLoss: the prediction or target, of shape {shape} on this rank, is no "
+                "volume (B, C, spatial...) that is split behind its channels, so sums over voxels are not told from "
+                "others; move the channels there in the network, or take SpatialLoss(..., gather=True)."
             )
         with WholeSums(self.mesh, dims):
             value = self.loss(prediction, target)
@@ -96,6 +100,12 @@ class SpatialLoss(nn.Module):
         for output in tensors_in(outputs):
             count_once(output)
         return _Scaled.apply(term, 1.0 if self.averaged else 1.0 / self.mesh.size)
+
+
+def _is_volume(tensor: torch.Tensor) -> bool:
+    """Whether the rows of a part lie behind batch and channels, as far as its mark tells."""
+    part = part_of(tensor)
+    return part is None or all(d >= 2 for d, cut in zip(part.dims, part.cuts, strict=True) if cut is not None)
 
 
 def _marked(values: Any) -> Any:
@@ -130,7 +140,7 @@ class _Whole(torch.autograd.Function):
 def _collect(values: Any, mesh: HaloMesh) -> Any:
     def whole(tensor: torch.Tensor) -> torch.Tensor:
         part = part_of(tensor) or unmarked_part(tensor, mesh)
-        sizes = [part.shape[d] for d in part.dims]
-        return _Whole.apply(tensor.as_subclass(torch.Tensor), mesh, part.dims, sizes, part.cuts)
+        rows, dims = part.exposed(tensor.as_subclass(torch.Tensor), mesh.position)
+        return _Whole.apply(rows, mesh, dims, part.rows, part.cuts).reshape(part.shape)
 
     return tree_map_only(torch.Tensor, whole, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from torch import nn
 
 from monai_memeff.apps.liver import LiverTumorLoss
-from monai_memeff.halo import NotPartitionableError, SpatialLoss
+from monai_memeff.halo import NotPartitionableError, SpatialLoss, scatter, spatial_partition
 from monai_memeff.halo.run.ranks.comm.mesh import HaloMesh
+from monai_memeff.halo.run.ranks.parts import mark, part_of
+from tests.halo.ordinary_code import Call
+from tests.halo.ranks.compare import worst
 from tests.halo.ranks.threads import run_ranks
 
 LOSSES = {
@@ -116,3 +120,40 @@ def test_a_loss_that_is_not_a_sum_is_refused_by_name(name: str) -> None:
     whole = torch.cat([x, x], 2)
     values = run_ranks(lambda mesh: SpatialLoss(Function(REFUSED[name]), mesh, gather=True)(x, x))
     torch.testing.assert_close(values[0], REFUSED[name](whole, whole))
+
+
+FOLDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a list of voxels": lambda x: x.permute(0, 2, 3, 4, 1).reshape(-1, 2),
+    "flattened": lambda x: x.flatten(1),
+    "slices in the batch": lambda x: x.permute(0, 2, 1, 3, 4).flatten(0, 1),
+    "slices in the place of channels": lambda x: x.transpose(1, 2),
+    "slices among channels": lambda x: x.flatten(1, 2),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.slow
+def test_outputs_that_are_no_volumes_are_gathered_and_want_a_loss_of_the_whole(name: str) -> None:
+    fold = FOLDED[name]
+    network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), Call(name, fold)).double()
+    x, target = torch.randn(2, 1, 7, 4, 3, dtype=torch.float64), torch.rand(2, 2, 7, 4, 3, dtype=torch.float64)
+    assert worst(network, [x]) < 1e-10
+    loss, whole = losses.DiceLoss(sigmoid=True), copy.deepcopy(network)
+    expected = loss(whole(x), fold(target))
+    expected.backward()
+
+    def work(mesh: HaloMesh) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = spatial_partition(copy.deepcopy(network), mesh)
+        output, wanted = parts(scatter(x, mesh)), scatter(target, mesh)
+        part = part_of(output)
+        assert part is not None
+        labels = mark(fold(wanted).contiguous(), part)
+        with pytest.raises(NotPartitionableError, match=r"no volume \(B, C, spatial...\) .* gather=True"):
+            SpatialLoss(loss, mesh)(output, labels)
+        value = SpatialLoss(loss, mesh, averaged=False, gather=True)(output, labels)
+        value.backward()
+        return value.detach(), parts[0].weight.grad
+
+    results = run_ranks(work, (2,))
+    torch.testing.assert_close(results[0][0], expected.detach(), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(sum(r[1] for r in results), whole[0].weight.grad, atol=1e-12, rtol=1e-10)

@@ -79,6 +79,22 @@ class Layout:
         """Sizes of the rows in `box`."""
         return tuple(math.prod(sizes) for sizes in self.sizes(box))
 
+    def exposed(self, box: Box) -> tuple[list[int], tuple[int, ...]]:
+        """Sizes of the rows in `box` with every factor in a dimension of its own, and the dimension of each split axis.
+
+        An axis that the tensor is not spread over gets a dimension of one row at the end.
+        """
+        sizes = [n for factors in self.sizes(box) for n in factors]
+        owners = [axis for dim in self.dims for _, axis in dim]
+        dims = []
+        for axis in range(self.axes):
+            if axis in owners:
+                dims.append(owners.index(axis))
+            else:
+                dims.append(len(sizes))
+                sizes.append(1)
+        return sizes, tuple(dims)
+
     def plain(self, dim: int) -> bool:
         """Whether a dimension is one factor."""
         return len(self.dims[dim]) == 1

@@ -121,7 +121,10 @@ def _as_numbers(tree: Any, known: dict[int, torch.Tensor]) -> Any:
     """Whole numbers in the place of known tensors of one, also in slices."""
     if isinstance(tree, torch.Tensor):
         real = known.get(id(tree))
-        return int(real) if real is not None and real.dim() == 0 and real.dtype in _WHOLE else tree
+        if real is None or real.dim() or real.dtype not in _WHOLE:
+            return tree
+        with _python_dispatch._disable_current_modes():
+            return int(real)
     if isinstance(tree, slice):
         return slice(*(_as_numbers(end, known) for end in (tree.start, tree.stop, tree.step)))
     if isinstance(tree, dict):

@@ -10,7 +10,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
-from monai_memeff.halo.run.ranks.comm.routes import Cuts
+from monai_memeff.halo.planning.layout import Layout
+from monai_memeff.halo.run.ranks.comm.routes import Cuts, own_rows
 from monai_memeff.halo.run.ranks.first_order import first_order
 
 _MARK = "_memeff_part"
@@ -25,11 +26,13 @@ class Part:
         shape: shape of the whole.
         dims: dimension of the tensor that holds each split axis of the mesh.
         cuts: row numbers of the cuts along each split axis; None where every rank holds all rows.
+        layout: factors of the dimensions where one holds more than a split axis (a flattened volume), None else.
     """
 
     shape: tuple[int, ...]
     dims: tuple[int, ...]
     cuts: Cuts
+    layout: Layout | None = None
 
     @property
     def spread(self) -> bool:
@@ -38,11 +41,25 @@ class Part:
 
     def local(self, position: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the part at a position of the mesh."""
+        if self.layout is not None:
+            return self.layout.part_shape(own_rows(self.cuts, self.layout.rows, position))
         sizes = list(self.shape)
         for dim, bounds, here in zip(self.dims, self.cuts, position, strict=True):
             if bounds is not None:
                 sizes[dim] = bounds[here + 1] - bounds[here]
         return tuple(sizes)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of the whole along each split axis."""
+        return tuple(self.shape[d] for d in self.dims) if self.layout is None else self.layout.rows
+
+    def exposed(self, tensor: torch.Tensor, position: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """The part at a position with each split axis in a dimension of its own, and those dimensions."""
+        if self.layout is None:
+            return tensor, self.dims
+        sizes, dims = self.layout.exposed(own_rows(self.cuts, self.layout.rows, position))
+        return tensor.reshape(sizes), dims
 
 
 def mark(tensor: torch.Tensor, part: Part) -> torch.Tensor:

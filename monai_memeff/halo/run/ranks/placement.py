@@ -69,26 +69,9 @@ class Move:
         """The wanted rows, by messages that the other ranks know of too."""
         if self.route.silent and self.route.identity:
             return x
-        flat, dims = _exposed(self.layout, self.have)
+        flat, dims = self.layout.exposed(self.have)
         window = redistribute(mesh.comm, x.reshape(flat), dims, self.route)
         return window.reshape(self.layout.part_shape(self.want))
-
-
-def _exposed(layout: Layout, box: Box) -> tuple[list[int], tuple[int, ...]]:
-    """Sizes of a part with every factor in a dimension of its own, and the dimension of each split axis.
-
-    An axis the tensor is not spread over gets a dimension of one row at the end.
-    """
-    sizes = [n for factors in layout.sizes(box) for n in factors]
-    owners = [axis for dim in layout.dims for _, axis in dim]
-    dims = []
-    for axis in range(layout.axes):
-        if axis in owners:
-            dims.append(owners.index(axis))
-        else:
-            dims.append(len(sizes))
-            sizes.append(1)
-    return sizes, tuple(dims)
 
 
 def move(source: Placement, wants: Sequence[Box], rank: int, margins: tuple[tuple[int, int], ...] = ()) -> Move:

@@ -71,7 +71,8 @@ class RankPlan:
         axes = len(self.mesh.axes)
         if part is None:
             return Placement(unspread(shape, axes), (None,) * axes, self.mesh.spatial)
-        return Placement(along(shape, dict(enumerate(part.dims)), axes), part.cuts, self.mesh.spatial)
+        layout = part.layout or along(shape, dict(enumerate(part.dims)), axes)
+        return Placement(layout, part.cuts, self.mesh.spatial)
 
     def _add(self, index: int, step: Step) -> None:
         out = self.placements[index]
@@ -248,5 +249,7 @@ def _all_cut(part: Part) -> list[tuple[int, ...]]:
 
 
 def _part(shape: tuple[int, ...], placement: Placement) -> Part:
-    dims = tuple(0 if p is None else p[0] for p in placement.layout.places)
-    return Part(shape, dims, placement.cuts)
+    layout = placement.layout
+    dims = tuple(0 if p is None else p[0] for p in layout.places)
+    folded = any(p is not None and not layout.plain(p[0]) for p in layout.places)
+    return Part(shape, dims, placement.cuts, layout if folded else None)

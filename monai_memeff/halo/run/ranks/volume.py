@@ -109,11 +109,11 @@ def _gathered(tensor: torch.Tensor, mesh: HaloMesh) -> torch.Tensor:
     plain = tensor.detach().as_subclass(torch.Tensor)
     if not part.spread:
         return plain
-    sizes = [part.shape[d] for d in part.dims]
-    wants = [tuple(((0, n),) for n in sizes)] * mesh.size
-    found = route(mesh.comm.rank, mesh.spatial, sizes, part.cuts, wants)
+    wants = [tuple(((0, n),) for n in part.rows)] * mesh.size
+    found = route(mesh.comm.rank, mesh.spatial, part.rows, part.cuts, wants)
     with torch.no_grad():
-        return redistribute(mesh.comm, plain, part.dims, found)
+        rows, dims = part.exposed(plain, mesh.position)
+        return redistribute(mesh.comm, rows, dims, found).reshape(part.shape)
 
 
 def unmarked_part(tensor: torch.Tensor, mesh: HaloMesh) -> Part:
