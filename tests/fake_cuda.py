@@ -23,6 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::_has_compatible_shallow_copy_type")
 _INDEXING = ("aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+_HEALTH_CHECK = next(name for name in vars(torch.optim.Optimizer) if name.endswith("_graph_capture_health_check"))
 _FACTORIES = frozenset(_device_constructors()) | {torch.from_numpy}
 
 
@@ -164,7 +165,7 @@ class _StandIns:
             (torch.cuda, "device_count", lambda: 1),
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "get_device_properties", lambda *_: card),
-            (torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None),
+            (torch.optim.Optimizer, _HEALTH_CHECK, lambda _: None),
             (threading.Thread, "run", lambda thread: self.watched(thread)),
         ]
 

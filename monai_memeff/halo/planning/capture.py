@@ -35,6 +35,8 @@ from monai_memeff.halo.planning.state.second_names import drop_second_names
 from monai_memeff.memory.threads import FakeMode, one_at_a_time
 from monai_memeff.memory.untouched import as_it_was, bare, home
 
+_TORCH = torch.__version__
+
 
 def _fake(leaf: Any, mode: FakeMode, device: torch.device) -> Any:
     if not isinstance(leaf, torch.Tensor):
@@ -130,6 +132,14 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def _require_gradient_mode_followed() -> None:
+    if torch.is_grad_enabled() and _TORCH < (2, 9):
+        raise NotPartitionableError(
+            f"training in parts needs torch 2.9 or newer, whose torch.export keeps where a network turns gradients off "
+            f"and on, and torch is {_TORCH}: update it, or call the network under torch.no_grad() for its results alone"
+        )
+
+
 @one_at_a_time
 def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Program:
     """Capture a network at the shapes of its arguments.
@@ -148,6 +158,7 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
             other gradients than the plain network.
     """
     network = bare(network)
+    _require_gradient_mode_followed()
     require_capturable(network)
     refuse_compared_types(network)
     flat, spec = flatten_call(tuple(args), dict(kwargs or {}))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from monai.networks.blocks import MemoryEfficientSwish
 from torch import nn
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 from monai_memeff.halo import NotPartitionableError, SpatialPartitionInferer, init_mesh, spatial_partition
@@ -286,6 +287,16 @@ def test_what_has_other_gradients_is_refused_before_it_runs(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_torch_whose_export_loses_gradient_mode_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monai_memeff.halo.planning.capture._TORCH", TorchVersion("2.8.0+cpu"))
+    whole, volume = nn.Conv3d(1, 2, 3, padding=1), torch.randn(1, 1, 4, 3, 5)
+    network = spatial_partition(copy.deepcopy(whole), init_mesh(spatial=(1,)))
+    with pytest.raises(NotPartitionableError, match=r"needs torch 2\.9 or newer, .* torch is 2\.8\.0\+cpu: update"):
+        network(volume)
+    with torch.no_grad():
+        torch.testing.assert_close(network(volume), whole(volume))
+
+
 def test_hooks_on_gradients_are_refused_whenever_they_come() -> None:
     network = spatial_partition(made(lambda n, x: n.b(n.a(x))), init_mesh(spatial=(1,)))
     network(volume())
