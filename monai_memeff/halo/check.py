@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,10 +46,27 @@ def verify(
         expected = whole(x)
     worst = 0.0
     for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
-        if isinstance(b, torch.Tensor) and b.numel():
-            if a.shape != b.shape:
-                raise NotPartitionableError(f"the parts give {tuple(a.shape)} but the whole {tuple(b.shape)}")
-            worst = max(worst, float((a - b).double().abs().max() / b.double().abs().max().clamp_min(1e-300)))
+        if isinstance(b, torch.Tensor):
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise NotPartitionableError(f"the parts give {_kind(a)} but the whole {_kind(b)}")
+            worst = max(worst, _error(a, b))
     if not worst <= tolerance:
         raise NotPartitionableError(f"parts differ from the whole by {worst:.2e}, allowed {tolerance:.0e}")
     return worst
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference over the largest value; infinite where other values are infinite or no numbers."""
+    if not b.numel():
+        return 0.0
+    a, b = (torch.view_as_real(t) if t.is_complex() else t.double() for t in (a, b))
+    if any(not torch.equal(a == special, b == special) for special in (math.inf, -math.inf)):
+        return math.inf
+    if not torch.equal(a.isnan(), b.isnan()):
+        return math.inf
+    a, b = (t.nan_to_num(0.0, 0.0, 0.0) for t in (a, b))
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-300))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from monai.networks.nets import BasicUNet, UNet
 from torch import nn
 
 import monai_memeff.halo
-from monai_memeff.halo import NotPartitionableError, SpatialPartitionInferer, explain, plan, verify
+from monai_memeff.halo import NotPartitionableError, SpatialPartitionInferer, check, explain, plan, verify
 from monai_memeff.halo.planning.waste import wasteful
+from tests.halo.ordinary_code import Call
 
 
 def net() -> nn.Module:
@@ -65,6 +67,35 @@ def test_reasons_name_module_and_line() -> None:
 @pytest.mark.slow
 def test_verify_takes_the_inferers_path() -> None:
     assert verify(net(), (1, 1, 24, 12, 12), axis=1) < 1e-10
+
+
+OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "numbers": lambda x: x,
+    "labels": lambda x: x.argmax(1, keepdim=True),
+    "a mask": lambda x: x > 0,
+    "complex": lambda x: torch.complex(x, x + 1),
+    "infinite": lambda x: x.log(),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_verify_sees_a_wrong_value_of_any_kind(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Call(name, OUTPUTS[name])
+    assert verify(network, (1, 2, 5, 4, 3)) == 0
+    plain = check.SpatialPartitionInferer.__call__
+
+    def wrong(self: SpatialPartitionInferer, x: torch.Tensor, network: nn.Module) -> torch.Tensor:
+        result = plain(self, x, network)
+        value = result[0, 0, 4, 1, 2]
+        if result.is_floating_point():
+            value.fill_(float("nan"))
+        else:
+            value.copy_(value.conj() if result.is_complex() else value == 0)
+        return result
+
+    monkeypatch.setattr(check.SpatialPartitionInferer, "__call__", wrong)
+    with pytest.raises(NotPartitionableError, match="parts differ from the whole"):
+        verify(network, (1, 2, 5, 4, 3))
 
 
 @pytest.mark.slow
