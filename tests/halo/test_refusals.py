@@ -18,6 +18,7 @@ from monai_memeff.halo import (
     spatial_partition,
     verify,
 )
+from monai_memeff.halo.planning.capture import capture
 from tests.halo.kinds import small_conv
 from tests.halo.ordinary_code import Call
 from tests.halo.partitioned import try_settings
@@ -79,6 +80,12 @@ def test_a_refusal_says_where_and_what(name: str) -> None:
     assert "Error" not in reason
     assert "\n" not in reason
     assert len(reason) < 400
+
+
+def test_a_size_of_the_data_is_named_with_gradients_too() -> None:
+    network = nn.Sequential(nn.Conv3d(2, 2, 1), Call("mask", lambda x: x * x[x > 0].mean()))
+    with pytest.raises(NotPartitionableError, match=r"^1 \(Call\), /.* has a result whose size depends on the data"):
+        capture(network, (torch.zeros(1, 2, 8, 6, 5),))
 
 
 @pytest.mark.parametrize("message", [(), ("too low",)])

@@ -166,7 +166,7 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
     device = home(network)
     with _python_dispatch._disable_current_modes():  # a caller's meter is not to count what is never allocated
         fake_args, fake_kwargs = unflatten([_fake(leaf, mode, device) for leaf in flat], spec)
-    escapes = Escapes()
+    escapes, constants = Escapes(), Constants(network)
     try:
         with (
             as_it_was(network),
@@ -180,7 +180,7 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
         ):
             without_reading_counts(network)
             watch = Watch(network) if torch.is_grad_enabled() else contextlib.nullcontext()
-            with escapes, Constants(network), Counters(network) as counters, watch:
+            with escapes, constants, Counters(network) as counters, watch:
                 exported = torch.export.export(network, fake_args, fake_kwargs, strict=False)
                 counters.check(exported, fake_args, fake_kwargs)
             check_constants(exported, place_of)
@@ -193,7 +193,8 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
     except NotPartitionableError:
         raise
     except Exception as error:
-        raise NotPartitionableError(reason(error, network)) from error
+        sized = constants.sized_by_data if type(error).__name__ == "PendingUnbackedSymbolNotFound" else None
+        raise NotPartitionableError(sized or reason(error, network)) from error
     program = lower(exported, network, flat)
     program.call_spec = copy.copy(spec)
     del exported, fake_args, fake_kwargs

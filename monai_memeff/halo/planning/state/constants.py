@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
 from monai_memeff.halo.planning.errors import NotPartitionableError
+from monai_memeff.halo.planning.reasons import place_of_frame
 from monai_memeff.halo.planning.state.overlap import check_overlap
 from monai_memeff.memory.dry.known_numbers import FEW, KnownNumbers, tensors_in
 
@@ -23,6 +25,7 @@ _READING = frozenset(  # none of them writes
 )
 
 
+_SIZED_BY_DATA = "has a result whose size depends on the data; multiply by a mask instead of choosing"
 _GET_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__
 _WRITING = frozenset(
     (
@@ -58,6 +61,8 @@ class Constants(KnownNumbers):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
+        self.network = network
+        self.sized_by_data: str | None = None  # the first result whose size depends on the data, in words
         self._known: dict[int, weakref.ref[torch.Tensor]] = {}
         self._held: dict[int, weakref.ref[torch.Tensor]] = {}
         for module in network.modules():
@@ -83,6 +88,10 @@ class Constants(KnownNumbers):
         found = self._held.get(id(x))
         return found is not None and found() is x
 
+    def _note_size(self, name: str, result: Any) -> None:
+        if self.sized_by_data is None and any(map(_is_sized_by_data, tensors_in(result))):
+            self.sized_by_data = f"{place_of_frame(sys._getframe(), self.network)}: {name} {_SIZED_BY_DATA}"
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -106,6 +115,7 @@ class Constants(KnownNumbers):
                     "attribute: register it as a buffer"
                 )
             result = super().__torch_function__(func, types, args, kwargs)
+            self._note_size(name, result)
             if name in _VIEWING and any(map(self._holds, read[:1])):
                 self._held.update((id(x), weakref.ref(x)) for x in tensors_in(result))
             return result
@@ -114,6 +124,11 @@ class Constants(KnownNumbers):
             result = list(result) if hasattr(result, "__next__") else result
             self._add(result)
         return iter(result) if name == "__iter__" else result
+
+
+def _is_sized_by_data(x: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunction():
+        return not all(isinstance(n, int) for n in x.shape)
 
 
 def _writes(name: str, kwargs: dict[str, Any]) -> bool:
