@@ -1,13 +1,12 @@
-"""Extents that a network takes, for volumes of others: zeros around the volume, and results cropped back."""
+"""Extents that a network takes, for volumes of others: zeros around the volume; results cropped, with its meta data."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -17,9 +16,6 @@ from monai_memeff.memory.step import tensors_in
 
 DIVISORS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of which the extents of a volume may have to be multiples, for networks that halve them."""
-
-TRIAL_LOG = "torch._subclasses.fake_tensor"
-"""Logger that reports every shape a network does not take."""
 
 Extents = tuple[int, ...]
 
@@ -60,8 +56,7 @@ def attempt_dry(network: nn.Module, leading: Extents, dtype: torch.dtype) -> Cal
 
     def attempt(size: Extents) -> DryRun | None:
         try:
-            with quiet():
-                return dry_run(network, (*leading, *size), dtype, network, False)
+            return dry_run(network, (*leading, *size), dtype, network, False)
         except Exception:  # of the network, of any kind: the run itself says it in words
             return None
 
@@ -101,12 +96,17 @@ def cropped(answer: Any, own: Sequence[int], size: Sequence[int]) -> Any:
     return pytree.tree_map(one, answer)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Shapes that a network does not take are not logged."""
-    log = logging.getLogger(TRIAL_LOG)
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
+def with_meta(output: Any, inputs: Tensor) -> Any:
+    """Give the tensors of an output the meta data of a MONAI MetaTensor, so that transforms can be inverted."""
+    if not isinstance(inputs, MetaTensor):
+        return output
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        tensor = MetaTensor(leaf)
+        tensor.copy_meta_from(inputs)
+        tensor.is_batch = inputs.is_batch
+        return tensor
+
+    return pytree.tree_map(one, output)

@@ -12,27 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.utils import optional_import
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from monai_memeff.arguments import numbers_checked
 from monai_memeff.checks import as_device
-from monai_memeff.halo.frame import around, attempt_dry, cropped, extents_taken
+from monai_memeff.halo.frame import around, attempt_dry, cropped, extents_taken, with_meta
 from monai_memeff.halo.planning.capture import bare, home
-from monai_memeff.halo.planning.estimate import dry_peak
 from monai_memeff.halo.planning.plan import Plan, make_plan
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.halo.planning.state.fingerprint import call_key, fingerprint, mode_key
 from monai_memeff.halo.run.stores import FolderStore, HostStore, Store, available_memory
 from monai_memeff.halo.run.stream import Stream
 from monai_memeff.memory.budget import bounded, refusing_when_full
-from monai_memeff.memory.threads import one_at_a_time
+from monai_memeff.memory.dry import dry_run
+from monai_memeff.memory.threads import one_at_a_time, short_lock
 
 tqdm, _ = optional_import("tqdm", name="tqdm")
 _LOG = logging.getLogger(__name__)
+_counting = short_lock()
 _PADDED = "%s takes multiples only: %s voxels run with zeros around, as %s, and results are cropped"
 GPU_SHARE = 0.7  # of a GPU's free memory: the rest is for the kernels' workspace and fragments
 HOST_SHARE = 0.5  # of the free host memory: other programs want some
@@ -83,6 +82,10 @@ class SpatialPartitionInferer(Inferer):
     The network runs as under `torch.no_grad()` and is unchanged afterwards, running statistics too, also in training
     mode. Random numbers of torch are neither drawn nor moved on: dropout and the like follow `torch.initial_seed()` and
     the number of the call, in a way that does not depend on the parts.
+
+    Threads may share an inferer and a network, and call or train that network plainly meanwhile. While one of them
+    makes a plan, others may not change its mode, device, hooks or other attributes, which are put back as they were,
+    nor compile or export anything by torch.
 
     Args:
         partitions: number of parts along `axis`, or "auto": as few as fit `memory_budget`. Small late steps take fewer.
@@ -162,13 +165,14 @@ class SpatialPartitionInferer(Inferer):
         network = bare(network)
         size = self._taken(network, inputs) if self.pad and not args and not kwargs else None
         if size is None:
-            return _with_meta(self._run(inputs, network, *args, **kwargs), inputs)
+            answer, self.last_report = self._run(inputs, network, *args, **kwargs)
+            return with_meta(answer, inputs)
         own = tuple(inputs.shape[2:])
         padded = torch.nn.functional.pad(inputs.as_subclass(torch.Tensor), around(own, size))
-        answer = cropped(self._run(padded, network), own, size)
-        assert self.last_report is not None
-        self.last_report = replace(self.last_report, padded_to=size)
-        return _with_meta(answer, inputs)
+        answer, report = self._run(padded, network)
+        answer = cropped(answer, own, size)
+        self.last_report = replace(report, padded_to=size)
+        return with_meta(answer, inputs)
 
     @one_at_a_time
     def _taken(self, network: nn.Module, inputs: torch.Tensor) -> tuple[int, ...] | None:
@@ -181,7 +185,7 @@ class SpatialPartitionInferer(Inferer):
                 _LOG.warning(_PADDED, type(network).__name__, *(" x ".join(map(str, e)) for e in (own, size)))
         return None if self._extents[key] == own else self._extents[key]
 
-    def _run(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, StreamingReport]:
         began = time.perf_counter()
         flat, spec = flatten_call((inputs, *args), kwargs)
         flat = [leaf.as_subclass(torch.Tensor) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
@@ -193,8 +197,9 @@ class SpatialPartitionInferer(Inferer):
         store.reserve(plan.store_bytes)
         bar = tqdm(total=sum(j.tiles for j in plan.schedule.jobs), desc="tiles") if self.progress else None
         try:
-            self._calls += 1
-            seed = torch.initial_seed() + self._calls
+            with _counting:
+                self._calls += 1
+                seed = torch.initial_seed() + self._calls
             with refusing_when_full("the network beside its weights", device, "free some, or take another device"):
                 stream = Stream(plan, network, store, bar.update if bar is not None else None, seed)
                 with bounded(device, self.memory_budget):
@@ -202,7 +207,7 @@ class SpatialPartitionInferer(Inferer):
         finally:
             if bar is not None:
                 bar.close()
-        self.last_report = StreamingReport(
+        return whole, StreamingReport(
             stream.partitions,
             stream.peak_bytes,
             stream.moved_bytes,
@@ -212,7 +217,6 @@ class SpatialPartitionInferer(Inferer):
             plan.store_bytes,
             planned,
         )
-        return whole
 
     def prepare(self, inputs: torch.Tensor, network: nn.Module, program: Program | None = None) -> Plan:
         """The plan of a later call of the same network on a volume of the same shape and type, which will use it.
@@ -281,20 +285,4 @@ def whole_peak_bytes(network: nn.Module, shape: tuple[int, ...], dtype: torch.dt
         shape: input shape (B, C, spatial...).
         dtype: The input's type.
     """
-    return dry_peak(network, shape, dtype)
-
-
-def _with_meta(output: Any, inputs: torch.Tensor) -> Any:
-    """Give the tensors of an output the meta data of a MONAI MetaTensor, so that transforms can be inverted."""
-    if not isinstance(inputs, MetaTensor):
-        return output
-
-    def one(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        tensor = MetaTensor(leaf)
-        tensor.copy_meta_from(inputs)
-        tensor.is_batch = inputs.is_batch
-        return tensor
-
-    return pytree.tree_map(one, output)
+    return dry_run(network, shape, dtype, lambda volume: network(torch.empty_like(volume)), False).peak_bytes

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from monai_memeff.memory.views import View, close_view, open_view
 
 
 def checkpoint(
@@ -81,32 +82,31 @@ def moves_statistics_once(frame: Any) -> bool:
 class _RunningStatisticsUntouched(AbstractContextManager[None]):
     """While it is entered, normalization layers of this thread update copies of their running buffers.
 
-    The copies are swapped in rather than left out, because the second pass must save as many tensors as the first.
+    The copies are put in place rather than left out, because the second pass must save as many tensors as the first.
     torch enters one instance again for every backward pass through the same graph, and nests it for nested
-    checkpoints; so what was swapped is kept on a stack.
+    checkpoints; so what is in place is kept on a stack.
     """
 
     def __init__(self) -> None:
-        self._entries: list[tuple[Any, dict[_NormBase, dict[str, Tensor]]]] = []
+        self._entries: list[tuple[Any, View, list[_NormBase]]] = []
 
     def __enter__(self) -> None:
-        originals: dict[_NormBase, dict[str, Tensor]] = {}
-        thread = threading.get_ident()
+        view, changed = View(), list[_NormBase]()
 
-        def swap_in_copies(module: nn.Module, _inputs: Any) -> None:
-            if threading.get_ident() != thread or not isinstance(module, _NormBase) or module in originals:
+        def put_copies_in_place(module: nn.Module, _inputs: Any) -> None:
+            if not view.is_mine() or not isinstance(module, _NormBase) or module in changed:
                 return
             if module.training and module.track_running_stats:
-                kept = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
-                originals[module] = kept
-                module._buffers.update({name: buffer.clone() for name, buffer in kept.items()})
+                changed.append(module)
+                open_view(module, view)
+                module._buffers.update({k: own.clone() for k, own in module._buffers.items() if own is not None})
 
-        self._entries.append((register_module_forward_pre_hook(swap_in_copies), originals))
+        self._entries.append((register_module_forward_pre_hook(put_copies_in_place), view, changed))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        handle, originals = self._entries.pop()
+        handle, view, changed = self._entries.pop()
         handle.remove()
-        for module, kept in originals.items():
-            module._buffers.update(kept)
+        for module in changed:
+            close_view(module, view)

@@ -8,6 +8,7 @@ from types import TracebackType
 
 import torch
 
+from monai_memeff.memory.threads import short_lock
 from monai_memeff.memory.tracker import StorageTracker, Watcher, tensors_alive, watch_resize
 
 
@@ -25,6 +26,7 @@ class PeakMeter(ABC):
     """
 
     _running: list[PeakMeter] = []  # shared on purpose: an inner meter must leave the outer one's account as it is
+    _changing = short_lock()
 
     def __init__(self) -> None:
         self._entered = False
@@ -50,8 +52,9 @@ class PeakMeter(ABC):
             raise RuntimeError("This meter is running already; nest a second measure_peak() instead.")
         if not self._running:
             gc.collect()  # old garbage that is freed inside would hide as much of the peak
-        self._start()
-        self._running.append(self)
+        with self._changing:
+            self._start()
+            self._running.append(self)
         self._entered = True
         return self
 
@@ -59,8 +62,9 @@ class PeakMeter(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._entered = False
-        self._running.remove(self)
-        self._stop()
+        with self._changing:
+            self._running.remove(self)
+            self._stop()
 
 
 def measure_peak(device: str | torch.device | None = None) -> PeakMeter:

@@ -86,7 +86,8 @@ def estimate_network(
 
     Args:
         network: any nn.Module, on any device; nothing of it changes. It is taken in the mode it is in: call ``train()``
-            or ``eval()`` first, as before the real step.
+            or ``eval()`` first, as before the real step. Other threads may call and train it meanwhile, but not change
+            its mode, device, hooks or other attributes, which are put back as they were.
         input_shape: Shape of the input (B, C, spatial...).
         training: forward, loss and backward instead of inference without gradients.
         system: "dense", "halo", "clstm", "occupancy" or "sparse".

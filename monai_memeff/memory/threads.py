@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode  # read in torch 2.6 to 2.14
@@ -16,8 +17,30 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _alone = threading.RLock()
+_short: list[Any] = []
+
+
+def short_lock() -> Any:
+    """A lock for a few lines that a new process finds open; those that hold one may take those of modules it imports.
+
+    They may not call what :func:`one_at_a_time` marks.
+    """
+    _short.append(threading.RLock())
+    return _short[-1]
+
+
+def _before_fork() -> None:
+    for lock in (_alone, *reversed(_short)):
+        lock.acquire()
+
+
+def _after_fork() -> None:
+    for lock in (*_short, _alone):
+        lock.release()
+
+
 if hasattr(os, "register_at_fork"):  # a fork waits, so that a new process finds everything as it was
-    os.register_at_fork(before=_alone.acquire, after_in_parent=_alone.release, after_in_child=_alone.release)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 _owned = not torch.__version__ < (2, 14)
 
@@ -51,6 +74,28 @@ def same_stream(device: torch.device | None = None) -> Callable[[], AbstractCont
         return nullcontext
     stream = torch.cuda.current_stream(device)
     return lambda: torch.cuda.stream(stream)
+
+
+@contextmanager
+def unlogged(*names: str) -> Iterator[None]:
+    """What is wrong is raised; while the block runs torch's logs do not say the same at length, of this thread.
+
+    Args:
+        names: Names of loggers that write themselves; those below them are not meant.
+    """
+    thread = threading.get_ident()
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return threading.get_ident() != thread
+
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(of_others)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(of_others)
 
 
 class FakeMode(FakeTensorMode):

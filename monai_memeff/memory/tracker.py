@@ -17,6 +17,8 @@ from torch.nn import Parameter
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from monai_memeff.memory.threads import short_lock
+
 
 class _StorageReference(weakref.ref):
     """A weak reference to a storage that remembers its address and the bytes counted for it."""
@@ -205,21 +207,42 @@ def _subclasses(kind: type) -> set[type]:
     return {kind}.union(*map(_subclasses, below))
 
 
+_resizing: list[StorageTracker] = []
+_plain: list[Any] = []  # what the class had before, if it had one of its own
+_changing = short_lock()
+
+
 def watch_resize(tracker: StorageTracker) -> Callable[[], None]:
-    """Follow `UntypedStorage.resize_`, which no dispatch mode sees; returns what puts the method back."""
-    before = vars(torch.UntypedStorage).get("resize_")
-    original = torch.UntypedStorage.resize_
+    """Follow `UntypedStorage.resize_`, which no dispatch mode sees; returns what ends it, in any order of threads."""
+    with _changing:
+        if not _resizing:
+            _follow_all()
+        _resizing.append(tracker)
+
+    def end() -> None:
+        with _changing:
+            _resizing.remove(tracker)
+            if not _resizing:
+                _follow_none()
+
+    return end
+
+
+def _follow_all() -> None:
+    before, original = vars(torch.UntypedStorage).get("resize_"), torch.UntypedStorage.resize_
 
     def resize_(storage: torch.UntypedStorage, nbytes: int) -> Any:
         result = original(storage, nbytes)
-        tracker.follow(storage)
+        for tracker in list(_resizing):
+            tracker.follow(storage)
         return result
 
-    def restore() -> None:
-        if before is None:
-            del torch.UntypedStorage.resize_
-        else:
-            torch.UntypedStorage.resize_ = before
-
+    _plain[:] = [before] if before is not None else []
     torch.UntypedStorage.resize_ = resize_
-    return restore
+
+
+def _follow_none() -> None:
+    if _plain:
+        torch.UntypedStorage.resize_ = _plain.pop()
+    else:
+        del torch.UntypedStorage.resize_

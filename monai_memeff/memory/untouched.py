@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode  # read in torch 2.6 to 2.14
 
-from monai_memeff.memory.threads import one_at_a_time
+from monai_memeff.memory.views import own_tensors
 
 
 def bare(network: nn.Module) -> nn.Module:
@@ -34,7 +36,6 @@ def _wrapped(network: nn.Module) -> nn.Module | None:
     return None
 
 
-@one_at_a_time  # in a dry run of another thread the parameters are stand-ins, whose device changes
 def home(network: nn.Module) -> torch.device:
     """The device of the network's first parameter or buffer; the CPU if it has none."""
     for tensor in (*network.parameters(), *network.buffers()):
@@ -43,14 +44,23 @@ def home(network: nn.Module) -> torch.device:
 
 
 @contextmanager
-def as_it_was(network: nn.Module) -> Iterator[None]:
-    """Afterwards all attributes of all modules are those from before: forward may cache what is not real."""
-    saved = [_Attributes(module) for module in network.modules()]
-    try:
-        yield
-    finally:
-        for attributes in saved:
-            attributes.restore()
+def as_it_was(network: nn.Module, mode: TorchDispatchMode | None = None) -> Iterator[None]:
+    """Afterwards all attributes of all modules are those from before: forward may cache what is not real.
+
+    Parameters and buffers that are put in place meanwhile are seen by this thread alone; other attributes by all.
+
+    Args:
+        network: about to be looked at.
+        mode: also the threads it is entered in see the same parameters and buffers.
+    """
+    modules = list(network.modules())
+    with own_tensors(modules, mode):
+        saved = [_Attributes(module) for module in modules]
+        try:
+            yield
+        finally:
+            for attributes in saved:
+                attributes.restore()
 
 
 class _Attributes:
@@ -61,12 +71,26 @@ class _Attributes:
         self.contents = {k: copy.copy(v) for k, v in self.attributes.items() if type(v) in (list, dict, set)}
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Put everything back that has changed; what has not is left alone, as other threads may be reading it."""
         for key, content in self.contents.items():
-            kept = self.attributes[key]
-            kept.clear()
-            kept.extend(content) if isinstance(kept, list) else kept.update(content)
+            _refill(self.attributes[key], content)
         now = self.module.__dict__
-        for key in now.keys() - self.attributes.keys():
+        for key in [key for key in now if key not in self.attributes]:
             del now[key]
-        now.update(self.attributes)
+        for key, value in self.attributes.items():
+            if key not in now or now[key] is not value:
+                now[key] = value
+
+
+def _refill(kept: Any, content: Any) -> None:
+    """Give a list, dict or set the content it had."""
+    if isinstance(kept, list):
+        if len(kept) != len(content) or any(a is not b for a, b in zip(kept, content, strict=True)):
+            kept[:] = content
+        return
+    for extra in [item for item in kept if item not in content]:
+        kept.discard(extra) if isinstance(kept, set) else kept.pop(extra)
+    if isinstance(kept, dict) and list(kept) != [key for key in content if key in kept]:
+        kept.clear()  # or the order would be another one
+    if isinstance(kept, set) or len(kept) != len(content) or any(kept[key] is not content[key] for key in content):
+        kept.update(content)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.networks.utils import eval_mode
 from monai.transforms import Transform
 from monai.transforms.utils_morphological_ops import dilate, erode
 from monai.utils import TransformBackends
@@ -17,6 +16,7 @@ from monai_memeff.arguments import numbers_checked
 from monai_memeff.checks import as_network_input, check_finite, check_labels, check_mask, computable
 from monai_memeff.errors import InputError
 from monai_memeff.transforms.each_key import EachKey, name_of
+from monai_memeff.transforms.evaluation import evaluated
 
 __all__ = [
     "DilateMask",
@@ -121,7 +121,7 @@ class PredictMask(Transform):
         Raises:
             InputError: a logit is NaN or infinite.
         """
-        with eval_mode(self.network):
+        with evaluated(self.network):
             logits = self.network(img[None].to(img.device if self.device is None else self.device))[0]
         check_finite(logits, "PredictMask")
         return (logits > self.threshold).to(torch.uint8).to(img.device)

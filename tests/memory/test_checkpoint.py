@@ -191,3 +191,22 @@ def test_compiled_code_keeps_its_statistics_too() -> None:
     compiled = torch.compile(lambda x: checkpoint(net, x), backend="aot_eager")
     compiled(image().requires_grad_()).sum().backward()
     assert int(net[0][1].num_batches_tracked) == 1
+
+
+def test_statistics_of_another_thread_in_the_second_pass_are_kept() -> None:
+    norm, passes = nn.BatchNorm1d(2), list[int]()
+    twin, first, second = copy.deepcopy(norm), torch.randn(4, 2, requires_grad=True), torch.randn(4, 2)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        passes.append(1)
+        y = norm(x)
+        if len(passes) == 2:
+            thread = threading.Thread(target=norm, args=(second,))
+            thread.start()
+            thread.join()
+        return y * y  # torch ends the second pass where nothing is left to be saved
+
+    checkpoint(function, first).square().sum().backward()
+    twin(first), twin(second)
+    torch.testing.assert_close(norm.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    assert type(norm._buffers) is dict

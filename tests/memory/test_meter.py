@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -296,3 +297,17 @@ def test_cuda_counts_blocks_of_its_allocator() -> None:
             del first
     assert inner.peak_bytes == second.nbytes
     assert (meter.peak_bytes, meter.live_bytes) == (8 << 20, 4 << 20)
+
+
+def test_meters_of_threads_end_in_any_order() -> None:
+    before = vars(torch.UntypedStorage).get("resize_")
+    first, second = measure_peak(), measure_peak()
+    storage = torch.UntypedStorage(0)
+    with ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        other.submit(lambda: [torch.empty(0).set_(storage), storage.resize_(800)]).result()
+        other.submit(second.__exit__, None, None, None).result()
+    assert second.peak_bytes == 800
+    assert vars(torch.UntypedStorage).get("resize_") is before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,30 @@ def test_predict_mask_is_evaluation(training: bool) -> None:
     assert network.training is training
     values = np.asarray(given.detach())
     assert np.array_equal(np.asarray(mask), np.concatenate([values - 1 > 0.5, values - 2 > 0.5]))
+
+
+def test_threads_that_predict_at_once_are_all_in_evaluation() -> None:
+    both, gone, modes = threading.Barrier(2), threading.Event(), list[tuple[bool, bool]]()
+
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm3d(1).eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if both.wait(20):  # one of the two stays until the other has left
+                gone.wait(20)
+            modes.append((self.training, self.norm.training))
+            return x
+
+    network = Slow().train()
+    network.norm.eval()
+    with ThreadPoolExecutor(2) as pool:
+        for done in as_completed([pool.submit(transforms.PredictMask(network), torch.zeros(1, 2, 2, 2)) for _ in "ab"]):
+            done.result()
+            gone.set()
+    assert modes == [(False, False)] * 2
+    assert (network.training, network.norm.training) == (True, False)
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
-import logging
 import random
-import sys
-import warnings
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
+from monai_memeff.halo.planning.aside import calls_traced_here, eager, quiet
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.gradients.compare import check_gradients
 from monai_memeff.halo.planning.gradients.regions import spell_out_regions
@@ -36,6 +34,7 @@ from monai_memeff.memory.threads import FakeMode, one_at_a_time
 from monai_memeff.memory.untouched import as_it_was, bare, home
 
 _TORCH = torch.__version__
+_TRIES = 3  # where another thread may be the one that draws
 
 
 def _fake(leaf: Any, mode: FakeMode, device: torch.device) -> Any:
@@ -46,6 +45,10 @@ def _fake(leaf: Any, mode: FakeMode, device: torch.device) -> Any:
             device = leaf.device
         made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
     return made.requires_grad_(leaf.requires_grad)
+
+
+class _DrawnError(Exception):
+    """Numbers were drawn in Python while a network was captured."""
 
 
 @contextlib.contextmanager
@@ -60,11 +63,7 @@ def _no_hidden_draws() -> Iterator[None]:
         yield
     after = np.random.get_state()
     if random.getstate() != python or after[1].tobytes() != numpy_state or after[2] != numpy_position:
-        random.setstate(python)
-        raise NotPartitionableError(
-            "the network draws random numbers with Python's random or numpy.random in forward: these cannot be "
-            "repeated part by part; draw with torch, or call eval()"
-        )
+        raise _DrawnError
 
 
 def require_capturable(network: nn.Module) -> None:
@@ -86,50 +85,6 @@ def require_capturable(network: nn.Module) -> None:
                 f"{path or 'the network'} ({type(module).__name__}) does not know its size yet: run the network once "
                 "on a small volume first"
             )
-
-
-@contextlib.contextmanager
-def _eager(network: nn.Module) -> Iterator[None]:
-    """Compiled submodules run their plain code while the block lasts."""
-    compiled = [m for m in network.modules() if getattr(m, "_compiled_call_impl", None) is not None]
-    kept = [m._compiled_call_impl for m in compiled]
-    try:
-        for m in compiled:
-            m._compiled_call_impl = None
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for m, call in zip(compiled, kept, strict=True):
-            m._compiled_call_impl = call
-
-
-class _WithoutTorch(io.TextIOBase):
-    """A stream that leaves out what torch's own code writes: it prints the graph before it raises an error."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        """Write what anyone else writes."""
-        if "/torch/" not in sys._getframe(1).f_code.co_filename.replace("\\", "/"):
-            self.stream.write(text)
-        return len(text)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Capturing says nothing: what is wrong is raised."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stderr(_WithoutTorch(sys.stderr)):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _require_gradient_mode_followed() -> None:
@@ -161,7 +116,23 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
     _require_gradient_mode_followed()
     require_capturable(network)
     refuse_compared_types(network)
-    flat, spec = flatten_call(tuple(args), dict(kwargs or {}))
+    for _ in range(_TRIES):
+        before = random.getstate()
+        try:
+            return _captured(network, args, kwargs or {})
+        except _DrawnError:
+            if threading.active_count() == 1:
+                random.setstate(before)
+                break
+    others = "" if threading.active_count() == 1 else " (or another thread draws with them all the while)"
+    raise NotPartitionableError(
+        "the network draws random numbers with Python's random or numpy.random in forward: these cannot be "
+        f"repeated part by part; draw with torch, or call eval(){others}"
+    )
+
+
+def _captured(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    flat, spec = flatten_call(tuple(args), dict(kwargs))
     mode = FakeMode()
     device = home(network)
     with _python_dispatch._disable_current_modes():  # a caller's meter is not to count what is never allocated
@@ -175,8 +146,9 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
             nothing_saved(),
             answered_plainly(),
             _no_hidden_draws(),
-            _eager(network),
-            _quiet(),
+            calls_traced_here(),
+            eager(network),
+            quiet(),
         ):
             without_reading_counts(network)
             watch = Watch(network) if torch.is_grad_enabled() else contextlib.nullcontext()
@@ -190,7 +162,7 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
             drop_second_names(exported)
             with torch.no_grad():
                 exported = exported.run_decompositions({})
-    except NotPartitionableError:
+    except (NotPartitionableError, _DrawnError):
         raise
     except Exception as error:
         sized = constants.sized_by_data if type(error).__name__ == "PendingUnbackedSymbolNotFound" else None

@@ -7,10 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
-from monai_memeff.halo.planning.capture import home
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.layout import Box, narrow
 from monai_memeff.halo.planning.rules.base import Env, Reduction, State
@@ -18,7 +16,7 @@ from monai_memeff.halo.planning.rules.remember import Remembering
 from monai_memeff.halo.planning.rules.windowed.kernels import DRY
 from monai_memeff.halo.planning.schedule import Job, Schedule
 from monai_memeff.halo.planning.tile import Copies, Worker, compile_tile
-from monai_memeff.memory.threads import FakeMode, one_at_a_time
+from monai_memeff.memory.threads import one_at_a_time
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 
 META = torch.device("meta")
@@ -202,11 +200,11 @@ def job_box(job: Job, lo: int, hi: int) -> Box:
 @contextlib.contextmanager
 def dry(device: torch.device) -> Iterator[None]:
     """Kernels are chosen as on that device."""
-    DRY["meta"] = device.type
+    before, DRY.kind = DRY.kind, device.type
     try:
         yield
     finally:
-        DRY.pop("meta", None)
+        DRY.kind = before
 
 
 @contextlib.contextmanager
@@ -275,15 +273,3 @@ def _smallest(estimate: Estimate, job: Job, limit: int, most: int, ahead: bool) 
         # a tile's bytes are roughly a constant plus its share of the rows
         guess = math.ceil(tiles * max(peak, 1) / max(limit, 1)) if limit > 0 else most
         tiles = min(max(tiles + 1, guess), most)
-
-
-@one_at_a_time
-def dry_peak(network: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Activation bytes that the plain network needs at once in inference, by a dry run of its own forward."""
-    tracker = StorageTracker("meta", count_older=False)
-    device = home(network)
-    mode = FakeMode()
-    with _python_dispatch._disable_current_modes(), torch.no_grad(), mode, Watcher(tracker):
-        network(torch.empty(tuple(shape), dtype=dtype, device=device))
-    tracker.close()
-    return tracker.peak

@@ -24,7 +24,6 @@ from monai_memeff.halo.run.copies import CopyStreams, to_device, to_store
 from monai_memeff.halo.run.stores import Store
 from monai_memeff.memory.budget import lacking, ran_out
 from monai_memeff.memory.meter import CUDAPeakMeter
-from monai_memeff.memory.threads import one_at_a_time
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 
 
@@ -55,7 +54,6 @@ class Stream:
         self.wholes: dict[int, torch.Tensor] = {}
         self._read_state(bare(network))
 
-    @one_at_a_time
     def _read_state(self, network: nn.Module) -> None:
         state = dict(network.named_parameters(remove_duplicate=False))
         state.update(network.named_buffers(remove_duplicate=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from monai_memeff.errors import InputError
 from monai_memeff.memory.dry.known_numbers import KnownNumbers
-from monai_memeff.memory.threads import FakeMode, one_at_a_time
+from monai_memeff.memory.threads import FakeMode, one_at_a_time, unlogged
 from monai_memeff.memory.tracker import StorageTracker, Watcher
 from monai_memeff.memory.untouched import as_it_was, home
 
@@ -125,9 +124,9 @@ def dry_run(
     tracker, mode = StorageTracker("meta", count_older=False), DryMode()
     with (
         _python_dispatch._disable_current_modes(),  # a caller's meter is not to count what is never allocated
-        _quiet(),
+        unlogged("torch._subclasses.fake_tensor"),
         _random_state_kept(),
-        as_it_was(network),
+        as_it_was(network, mode),
         torch.set_grad_enabled(training),
         mode,
     ):
@@ -157,8 +156,8 @@ def _stand_in(network: nn.Module) -> None:
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         raise CompiledCodeError
     for module in network.modules():
-        module.__dict__["_parameters"] = {name: one(value) for name, value in module._parameters.items()}
-        module.__dict__["_buffers"] = {name: one(value) for name, value in module._buffers.items()}
+        for table in (module._parameters, module._buffers):
+            table.update({name: one(value) for name, value in table.items()})
 
 
 class CompiledCodeError(Exception):
@@ -179,15 +178,3 @@ def _random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy_state)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What is wrong is raised; torch's own log of it says the same in fifty lines."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    try:
-        log.setLevel(logging.CRITICAL)
-        yield
-    finally:
-        log.setLevel(level)

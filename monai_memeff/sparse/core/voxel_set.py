@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from monai_memeff.geometry import key_lists, voxels
+from monai_memeff.memory.threads import short_lock
 
 Plan = TypeVar("Plan")
+_adding = short_lock()
 
 
 class VoxelSet:
@@ -77,9 +79,10 @@ class VoxelSet:
 
     def planned(self, name: Hashable, plan: Callable[[], Plan]) -> Plan:
         """Return what was planned under ``name``, planning it at the first call."""
-        if name not in self._plans:
-            self._plans[name] = plan()
-        return self._plans[name]  # type: ignore[return-value]
+        found = self._plans.get(name)
+        if found is None:
+            found = self._plans.setdefault(name, plan())
+        return found  # type: ignore[return-value]
 
     def forget_plans(self) -> None:
         """Free the kernel maps kept here; they are planned again when needed."""
@@ -87,13 +90,12 @@ class VoxelSet:
 
     def generated(self, name: Hashable, generate: Callable[[], VoxelSet]) -> VoxelSet:
         """The finer set that was generated from this one under ``name``, generating it at the first call."""
-        if name not in self._generated:
-            self._generated[name] = generate()
-        return self._generated[name]
+        found = self._generated.get(name)
+        return self._generated.setdefault(name, generate()) if found is None else found
 
     def has_generated(self, other: VoxelSet) -> bool:
         """Whether ``other`` was generated from this set."""
-        return any(other is known for known in self._generated.values())
+        return any(other is known for known in list(self._generated.values()))
 
     def to(self, device: torch.device) -> VoxelSet:
         """The same voxels on another device, without what was planned for them and without the finer set."""
@@ -127,14 +129,15 @@ class VoxelSet:
             scale = tuple(mine * by for mine, by in zip(self.stride, stride, strict=True))
             known = VoxelSet(cells[:0], shape, self.batch_size, scale, finer=self)
             known.keys = key_lists.sorted_unique(cells, known.cells)
-            self._coarser[stride] = known
+            with _adding:  # two threads that come at once get one set: sets are compared by identity
+                known = self._coarser.setdefault(stride, known)
         return known
 
     def _coarse_part(self, stride: tuple[int, ...]) -> tuple[VoxelSet, tuple[int, ...]]:
         """The smallest known set of cells that make up those of size ``stride``, and how many do along each axis."""
-        parts = [
-            known for known in self._coarser.items() if all(s % k == 0 for s, k in zip(stride, known[0], strict=True))
-        ]
+        with _adding:
+            known_sets = list(self._coarser.items())
+        parts = [known for known in known_sets if all(s % k == 0 for s, k in zip(stride, known[0], strict=True))]
         by, start = min(parts, key=lambda known: len(known[1]), default=((1, 1, 1), self))
         return start, tuple(s // k for s, k in zip(stride, by, strict=True))
 

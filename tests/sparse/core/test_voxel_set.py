@@ -6,10 +6,14 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from monai_memeff.geometry import key_lists
 from monai_memeff.sparse import SparseTensor
 from monai_memeff.sparse.core.voxel_set import VoxelSet
 from tests.sparse.reference import random_mask, set_of
@@ -104,3 +108,21 @@ def test_an_empty_set_can_do_everything() -> None:
     assert len(empty) == len(empty.coarsened((2, 2, 2))) == 0
     assert empty.coordinates.shape == (0, 4)
     assert empty.batch_bounds() == [0, 0]
+
+
+def test_threads_that_come_at_once_get_one_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    fine, plain, others = some_voxels(), key_lists.sorted_unique, list[object]()
+
+    def meanwhile(make: Callable[[], object]) -> object:
+        with ThreadPoolExecutor(1) as other:
+            return other.submit(make).result()
+
+    def sorted_unique(*args: Any) -> Tensor:
+        monkeypatch.undo()
+        others.append(meanwhile(lambda: fine.coarsened((2, 2, 2))))
+        return plain(*args)
+
+    monkeypatch.setattr(key_lists, "sorted_unique", sorted_unique)
+    assert fine.coarsened((2, 2, 2)) is others[0]
+    first = fine.planned("plan", lambda: [meanwhile(lambda: fine.planned("plan", lambda: ["of another"]))])
+    assert first == fine.planned("plan", list) == ["of another"]

@@ -45,7 +45,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.network, self.outputs = network, list[Any]()
         self.leaves = dict[int, tuple[torch.Tensor, set[Any]]]()
-        self._seen = False
+        self._seen, self._thread = False, threading.get_ident()
 
     def __enter__(self) -> Watch:
         _refuse_hooks(self.network)
@@ -66,7 +66,7 @@ class Watch(TorchFunctionMode):
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Name the tensors that gradients are for: `torch.export` has put its own in their place."""
-        if self._seen:
+        if self._seen or threading.get_ident() != self._thread:
             return
         named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
         for label, tensor in (*enumerate(pytree.tree_leaves((args, kwargs))), *named):
@@ -74,6 +74,8 @@ class Watch(TorchFunctionMode):
                 self.leaves.setdefault(id(tensor), (tensor, set()))[1].add(label)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
         if not torch.is_grad_enabled():
             raise NotPartitionableError(
                 f"{type(module).__name__}: forward leaves gradients disabled when it returns; use "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ def without_reading_counts(network: nn.Module) -> None:
     """Give such norms a forward in which the count stays a tensor; whoever calls this puts attributes back."""
     for module in network.modules():
         if isinstance(module, _BatchNorm) and _averages(module):
-            module.__dict__["forward"] = functools.partial(_forward, module)
+            module.__dict__["forward"] = functools.partial(_forward, module, threading.get_ident())
 
 
 def _averages(module: _BatchNorm) -> bool:
@@ -23,7 +24,9 @@ def _averages(module: _BatchNorm) -> bool:
     return own and tracked and module.momentum is None and module.training and module.track_running_stats
 
 
-def _forward(module: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
+def _forward(module: _BatchNorm, thread: int, x: torch.Tensor) -> torch.Tensor:
+    if threading.get_ident() != thread:
+        return type(module).forward(module, x)
     module._check_input_dim(x)
     assert module.running_mean is not None
     assert module.running_var is not None

@@ -34,7 +34,7 @@ _ANSWERS = {"is_compiling": _is_compiling, "is_exporting": _is_exporting}  # tor
 
 @contextlib.contextmanager
 def answered_plainly() -> Iterator[None]:
-    """The network's own code is told False; torch's code, and other threads, what is true.
+    """The network's own code, and other threads, are told False; torch's code that traces is told what is true.
 
     The functions get other code, since modules may hold them by names of their own.
     """
@@ -55,10 +55,15 @@ def answered_plainly() -> Iterator[None]:
         _capturing.pop()
 
 
+_TRACING = ("/torch/_", "/torch/fx/", "/torch/export/", "/torch/compiler/")
+
+
 def answer(name: str) -> bool:
     """What the caller's caller is told."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_name == name:  # torch._utils.is_compiling only passes on
         frame = frame.f_back
-    plain = threading.get_ident() in _capturing and frame is not None and theirs(frame.f_code.co_filename)
+    file = "" if frame is None else frame.f_code.co_filename.replace("\\", "/")
+    here = threading.get_ident() in _capturing  # elsewhere an optimizer wants to know it of itself
+    plain = theirs(file) if here else not any(part in file for part in _TRACING)
     return False if plain else _own[name]()

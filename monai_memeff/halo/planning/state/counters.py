@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ class Counters:
         self.left: dict[tuple[nn.Module, str], Any] | None = None
 
     def __enter__(self) -> Counters:
+        self._thread = threading.get_ident()
         self._hook = self.network.register_forward_hook(self._see)
         self.before = {f"{path}.{name}".lstrip("."): _frozen(v) for path, _, name, v in _held(self.network)}
         return self
@@ -36,7 +38,7 @@ class Counters:
         self._hook.remove()
 
     def _see(self, *_: Any) -> None:
-        if self.left is not None:
+        if self.left is not None or threading.get_ident() != self._thread:
             return
         self.left, self.names = {}, list[str]()
         for path, module, name, value in _held(self.network):

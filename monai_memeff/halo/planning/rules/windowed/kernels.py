@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
-DRY: dict[str, str] = {}
-"""While a plan is made, "meta" -> the type of the device the plan is for: a dry run takes the same path."""
+
+class _Dry(threading.local):
+    kind: str | None = None
+
+
+DRY = _Dry()
+"""While a thread makes a plan, the type of the device the plan is for: its dry run takes the same path."""
 
 _SLOW = 20480
 """Values of an input without its last dimension up to which torch prefers its slow kernel for a volume."""
@@ -19,14 +25,14 @@ _SLOW = 20480
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
+def _kind(x: torch.Tensor) -> str:
+    """Type of the device that a tensor is on, or will be."""
+    return DRY.kind or "meta" if x.device.type == "meta" else x.device.type
+
+
 def _direct(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether oneDNN is to be called directly: torch's own choice falls to a slow kernel for thin float32 tiles."""
-    if (
-        DRY.get(x.device.type, x.device.type) != "cpu"
-        or x.device.type != weight.device.type
-        or x.dtype != torch.float32
-        or weight.dtype != x.dtype
-    ):
+    if _kind(x) != "cpu" or x.device.type != weight.device.type or x.dtype != torch.float32 or weight.dtype != x.dtype:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
@@ -66,7 +72,7 @@ def _workspace(x: torch.Tensor, y: torch.Tensor) -> None:
     Its kernels work on copies of both with the channels last: with H100 and H200, torch 2.11, the workspace was their
     sum. Kernels that want more are passed over where a budget bounds the allocator.
     """
-    if x.device.type == "meta" and DRY.get("meta") == "cuda":
+    if x.device.type == "meta" and DRY.kind == "cuda":
         torch.empty(x.numel() + y.numel(), dtype=x.dtype, device=x.device)
 
 
@@ -103,7 +109,7 @@ def transpose(
 
     oneDNN's transposed convolution gives a result whose storage is at least as large as its input (torch 2.14).
     """
-    if x.device.type != "meta" or DRY.get("meta") != "cpu":
+    if x.device.type != "meta" or DRY.kind != "cpu":
         result: torch.Tensor = function(x, weight, bias, *rest)
         _workspace(x, result)
         return result
