@@ -18,6 +18,11 @@ def has_values(values: Tensor) -> bool:
     return not values.is_meta and not getattr(getattr(values, "fake_mode", None), "is_dry_run", False)
 
 
+def plain(values: Tensor) -> Tensor:
+    """The tensor without MONAI's metadata; one of a dry run has none, and torch before 2.10 makes no other of it."""
+    return values if hasattr(values, "fake_mode") else values.as_subclass(Tensor)
+
+
 def computable(values: Tensor) -> Tensor:
     """The same numbers in a dtype that torch computes with: unsigned ones of 16 to 64 bits and floats of 8 are none."""
     if values.is_floating_point():
@@ -48,7 +53,7 @@ def check_finite(values: Tensor, owner: str) -> None:
     Raises:
         InputError: a value is NaN or infinite; the message counts them.
     """
-    known, values = has_values(values), values.detach().as_subclass(Tensor)
+    known, values = has_values(values), plain(values.detach())
     check_real(values, owner)
     if not values.is_floating_point() or values.numel() == 0 or not known:
         return
@@ -81,7 +86,7 @@ def check_mask(values: Tensor, owner: str) -> None:
         InputError: a value is NaN, infinite or negative.
     """
     check_finite(values, owner)
-    known, values = has_values(values), values.detach().as_subclass(Tensor)
+    known, values = has_values(values), plain(values.detach())
     if values.dtype in UNSIGNED or values.numel() == 0 or not known:
         return
     lowest = computable(values).amin()
@@ -103,7 +108,7 @@ def check_labels(values: Tensor, owner: str, classes: int | None = None) -> None
     Raises:
         InputError: a value is not a label.
     """
-    values = values.detach().as_subclass(Tensor)
+    values = plain(values.detach())
     check_finite(values, owner)
     if values.dtype == torch.bool or values.numel() == 0 or values.is_meta:
         return

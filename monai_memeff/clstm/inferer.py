@@ -14,7 +14,7 @@ from monai.utils import convert_to_dst_type, optional_import
 from torch import Tensor, nn
 
 from monai_memeff.arguments import check_count, numbers_checked
-from monai_memeff.checks import as_device, check_tensor
+from monai_memeff.checks import as_device, check_tensor, plain
 from monai_memeff.clstm.slabs import check_that_slabs_continue
 from monai_memeff.clstm.sweep import Sweep
 from monai_memeff.clstm.target import SlabTarget
@@ -133,7 +133,7 @@ class SlabInferer(Inferer):
         if self.memory_budget is not None:  # slabs of the size that fits: nothing is joined
             with _refusing_when_full(here):
                 slab = min(self.slab, sweep.fit(slabs[0].to(here)))
-            slabs = list(volume.as_subclass(Tensor).split(slab, dim=2 + network.axis))
+            slabs = list(plain(volume).split(slab, dim=2 + network.axis))
         for result in self._stream(slabs, network, device, sweep):
             if whole is None:
                 shape = (*result.shape[:2], *volume.shape[2:])
@@ -151,7 +151,7 @@ class SlabInferer(Inferer):
     def _cut(self, volume: Tensor, axis: int) -> list[Tensor]:
         if volume.ndim != 5:
             raise ValueError(f"SlabInferer takes a volume (B, C, H, W, D), got {tuple(volume.shape)}.")
-        return list(volume.as_subclass(Tensor).split(self.slab, dim=2 + axis))
+        return list(plain(volume).split(self.slab, dim=2 + axis))
 
     def _stream(
         self,

@@ -12,7 +12,7 @@ from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
 from monai_memeff.arguments import numbers_checked
-from monai_memeff.checks import as_network_input
+from monai_memeff.checks import as_network_input, plain
 from monai_memeff.clstm.cell import GatedConvLSTMCell, State
 from monai_memeff.clstm.recompute import checkpoint_keeping, kept_from
 from monai_memeff.clstm.unet import SliceUNet
@@ -258,7 +258,7 @@ class CLSTMUNet(nn.Module):
                 f"CLSTMUNet takes (B, {self.in_channels}, H, W, D) with at least one voxel, got {tuple(x.shape)}; "
                 "a single slice (B, C, H, W) is the volume image[..., None]."
             )
-        return x.as_subclass(Tensor).movedim(2 + self.axis, 1)
+        return plain(x).movedim(2 + self.axis, 1)
 
 
 def _check(

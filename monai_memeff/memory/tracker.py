@@ -198,8 +198,18 @@ def tensors_alive() -> list[Tensor]:
     tensors = list(compress(objects, map(kinds.__contains__, map(type, objects))))
     del objects  # in Python 3.10 it holds the frame of this call: a circle that would keep every object alive
     with torch._C.DisableTorchFunctionSubclass():
+        tensors = list(filter(_is_one, tensors))
         gradients = [tensor.grad for tensor in tensors if tensor.is_leaf]
     return tensors + [gradient for gradient in gradients if gradient is not None]
+
+
+def _is_one(tensor: Tensor) -> bool:
+    """False of the empty shells that torch.jit of torch 2.8 leaves."""
+    try:
+        tensor.is_leaf  # noqa: B018
+    except RuntimeError:
+        return False
+    return True
 
 
 def _subclasses(kind: type) -> set[type]:

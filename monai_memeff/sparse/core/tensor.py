@@ -10,7 +10,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from monai_memeff.checks import check_finite, computable
+from monai_memeff.checks import check_finite, computable, plain
 from monai_memeff.geometry import key_lists, voxels
 from monai_memeff.sparse.core.checks import check_batch_index, check_inside, check_rows
 from monai_memeff.sparse.core.fused import Recompute
@@ -86,7 +86,7 @@ class SparseTensor:
         Raises:
             ValueError: the shapes do not fit, the mask is not boolean, or an active voxel is NaN or infinite.
         """
-        image, mask = image.as_subclass(Tensor), mask.as_subclass(Tensor)  # MONAI's metadata does not travel along
+        image, mask = plain(image), plain(mask)  # MONAI's metadata does not travel along
         if image.ndim != 5:
             raise ValueError(f"image must have shape (B, C, H, W, D), got {tuple(image.shape)}; add the missing axes.")
         expected = (image.shape[0], 1, *image.shape[2:])
