@@ -42,6 +42,16 @@ def stepped(x: Tensor) -> Tensor:
     return x
 
 
+def masked(x: Tensor) -> Tensor:
+    even, odd = torch.arange(x.shape[2]) % 2 == 0, torch.zeros(x.shape[2])
+    odd[~even] = 1
+    y = x * 1
+    y[:, torch.tensor([True, False]), 1:, :] = 2
+    for row in odd.nonzero().flatten():
+        y = y + row
+    return y[:, :, even] * torch.unique(odd).sum()
+
+
 def into_a_statistic(x: Tensor) -> Tensor:
     mean = torch.zeros(2, dtype=x.dtype)
     F.batch_norm(x, mean, torch.ones_like(mean), training=True)
@@ -71,6 +81,7 @@ KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "crop": cropped,
     "pad": padded,
     "write": written,
+    "mask": masked,
     "loop": stepped,
     "slice": lambda x: x[:, :, : torch.tensor(x.shape)[2] - 2],
     "size": lambda x: F.interpolate(x, size=tuple(torch.tensor(x.shape[2:]) + 1)),

@@ -32,6 +32,11 @@ _MAKING = frozenset(("zeros", "ones", "full", "rand", "randn", "arange", "linspa
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
+_COUNTING = frozenset(  # whose result's size depends on the content
+    ("nonzero", "argwhere", "unique", "unique_consecutive", "masked_select", "repeat_interleave", "bincount")
+)
+
+
 class _UnknownError(Exception):
     """Content that another run would not have."""
 
@@ -73,11 +78,12 @@ class KnownNumbers(TorchFunctionMode):
         given = [(x, self.content(x)) for x in tensors_in((args, kwargs))]
         known = {id(x): real for x, real in given if real is not None}
         all_known = all(real is not None for _, real in given)
-        if name in _GIVING and given and all_known:
-            return _real(func, args, kwargs, known)
+        if given and all_known and (name in _GIVING or _is_counting(name, args, known)):
+            return self._as_made(_real(func, args, kwargs, known))
         if known and name in _SIZED | _MAKING:
             first = int(name in _SIZED)
             args, kwargs = (*args[:first], *_as_numbers(args[first:], known)), _as_numbers(kwargs, known)
+            args = args if all_known else self._without_masks(name, args, known)
         result = func(*args, **kwargs)
         result = list(result) if name == "__iter__" else result
         if all_known:
@@ -85,6 +91,30 @@ class KnownNumbers(TorchFunctionMode):
         elif "norm" in name:  # torch writes running statistics without counting
             self._writes.update((_memory(real), -1) for real in known.values())
         return iter(result) if name == "__iter__" else result
+
+    def _as_made(self, results: Any) -> Any:
+        """Tensors among results as code makes them from numbers, so that they are in what is captured."""
+
+        def made(real: torch.Tensor) -> torch.Tensor:
+            with _python_dispatch._disable_current_modes():
+                numbers = real.tolist()
+            flat = self.__torch_function__(torch.tensor, (), (numbers,), {"dtype": real.dtype})
+            shaped: torch.Tensor = self.__torch_function__(torch.Tensor.reshape, (), (flat, tuple(real.shape)))
+            return shaped
+
+        return tree_map_only(torch.Tensor, made, results)
+
+    def _without_masks(self, name: str, args: tuple[Any, ...], known: dict[int, torch.Tensor]) -> tuple[Any, ...]:
+        """Known masks in an index as the places where they are true, which is what torch makes of them."""
+        if name not in ("__getitem__", "__setitem__"):
+            return args
+        index = list(args[1]) if isinstance(args[1], tuple) else [args[1]]
+        if not any(_is_mask(i, known) for i in index):
+            return args
+        found: list[Any] = []
+        for i in index:
+            found += self._as_made(_places(known[id(i)])) if _is_mask(i, known) else [i]
+        return (args[0], tuple(found), *args[2:])
 
     def _follow(self, func: Any, args: Any, kwargs: Any, known: dict[int, torch.Tensor], result: Any) -> None:
         """Compute what a function made, or wrote, from known tensors."""
@@ -115,6 +145,24 @@ def _real(func: Any, args: Any, kwargs: Any, known: dict[int, torch.Tensor]) -> 
     with _python_dispatch._disable_current_modes(), torch.no_grad(), _Repeatable():
         result = func(*args, **kwargs)
         return list(result) if hasattr(result, "__next__") else result
+
+
+def _is_mask(index: Any, known: dict[int, torch.Tensor]) -> bool:
+    real = known.get(id(index)) if isinstance(index, torch.Tensor) else None
+    return real is not None and real.dtype == torch.bool and real.dim() > 0
+
+
+def _places(mask: torch.Tensor) -> list[torch.Tensor]:
+    with _python_dispatch._disable_current_modes():
+        return list(mask.nonzero(as_tuple=True))
+
+
+def _is_counting(name: str, args: tuple[Any, ...], known: dict[int, torch.Tensor]) -> bool:
+    """Whether a function of known tensors has a result whose size depends on their content."""
+    if name == "where":
+        return len(args) == 1
+    indices = args[1] if name == "__getitem__" and isinstance(args[1], tuple) else args[1:2]
+    return name in _COUNTING or (name == "__getitem__" and any(_is_mask(i, known) for i in indices))
 
 
 def _as_numbers(tree: Any, known: dict[int, torch.Tensor]) -> Any:
