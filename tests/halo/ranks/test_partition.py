@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import monai.networks.nets as nets
@@ -82,6 +83,23 @@ def test_a_partitioned_network_is_not_planned_or_streamed() -> None:
     network = spatial_partition(small(), init_mesh(spatial=(1,)))
     with pytest.raises(NotPartitionableError, match=r"partitioned already .* unpartition\(network\) before plan"):
         plan(network, (1, 1, 8, 8, 8))
+
+
+def test_a_call_in_another_thread_is_refused_while_a_plan_is_made() -> None:
+    refusals, x = list[str](), volume(1, 1, 6, 5, 4)
+
+    def meanwhile(*_: Any) -> None:
+        if not refusals:
+            with ThreadPoolExecutor(1) as other:
+                refusals.append(str(other.submit(network, x).exception()))
+
+    network = small()
+    expected = network(x).detach()
+    network[1].register_forward_hook(meanwhile)
+    network = spatial_partition(network, init_mesh(spatial=(1,)))
+    torch.testing.assert_close(network(x).detach(), expected)
+    assert "while another one makes its plan: call it in one thread" in refusals[0]
+    torch.testing.assert_close(network(x).detach(), expected)
 
 
 def test_hooks_see_the_whole() -> None:

@@ -7,6 +7,7 @@ and must not run on parts. Hooks of torch.distributed (FSDP2) gather and free pa
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,20 @@ class _Refusal:
         )
 
 
+class _InOneThread:
+    """Stands where a network is called while this thread makes its plan."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.thread = network, threading.get_ident()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            raise NotPartitionableError(
+                "A partitioned network was called in a thread while another one makes its plan: call it in one thread."
+            )
+        return self.network._call_impl(*args, **kwargs)
+
+
 def release(network: nn.Module) -> None:
     """Undo `lead`."""
     for name in ROUTED:
@@ -55,8 +70,12 @@ def release(network: nn.Module) -> None:
 
 @contextmanager
 def plain(network: nn.Module) -> Iterator[None]:
-    """The network as its author wrote it, for capture: nothing led elsewhere, hooks of torch.distributed set aside."""
+    """The network as its author wrote it, for capture: nothing led elsewhere, hooks of torch.distributed set aside.
+
+    Calls of other threads are refused: they would take their part for the whole.
+    """
     kept = [(m, {k: m.__dict__.pop(k) for k in ROUTED if k in m.__dict__ and _ours(m, k)}) for m in network.modules()]
+    network.__dict__["_compiled_call_impl"] = _InOneThread(network)
     hooks = [(table, dict(table)) for table in (network._forward_pre_hooks, network._forward_hooks)]
     for table, entries in hooks:
         for key, hook in entries.items():
@@ -68,6 +87,7 @@ def plain(network: nn.Module) -> Iterator[None]:
         for table, entries in hooks:
             table.clear()
             table.update(entries)
+        network.__dict__.pop("_compiled_call_impl", None)
         for module, attributes in kept:
             module.__dict__.update(attributes)
 
