@@ -55,7 +55,7 @@ def answered_plainly() -> Iterator[None]:
         _capturing.pop()
 
 
-_TRACING = ("/torch/_", "/torch/fx/", "/torch/export/", "/torch/compiler/")
+_TRACING = "/torch/fx/_symbolic_trace.py"  # refuses compiled code while anything is traced that is not exported
 
 
 def answer(name: str) -> bool:
@@ -65,5 +65,5 @@ def answer(name: str) -> bool:
         frame = frame.f_back
     file = "" if frame is None else frame.f_code.co_filename.replace("\\", "/")
     here = threading.get_ident() in _capturing  # elsewhere an optimizer wants to know it of itself
-    plain = theirs(file) if here else not any(part in file for part in _TRACING)
+    plain = theirs(file) if here else not file.endswith(_TRACING)
     return False if plain else _own[name]()
