@@ -77,6 +77,20 @@ def as_out(x: Tensor) -> Tensor:
     return x * numbers.tolist()[0]
 
 
+def into_a_list(x: Tensor) -> Tensor:
+    """torch counts no such write."""
+    numbers = torch.zeros(3, dtype=x.dtype)
+    torch._foreach_add_([numbers[:1]], [x[0, 0, 0, 0, :1]])
+    return x * numbers.tolist()[0]
+
+
+def uncounted(x: Tensor) -> Tensor:
+    numbers = torch.zeros(3, dtype=x.dtype)
+    with torch.autograd._unsafe_preserve_version_counter(numbers):
+        torch.ops.aten.add_.Tensor(numbers, x.sum())
+    return x * numbers.tolist()[0]
+
+
 KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "crop": cropped,
     "pad": padded,
@@ -94,6 +108,8 @@ OF_THE_DATA: dict[str, Callable[[Tensor], Tensor]] = {
     "view": into_a_view,
     "detached view": into_a_detached_view,
     "out": as_out,
+    "list": into_a_list,
+    "uncounted": uncounted,
     "drawn": lambda x: x * torch.randn(3).tolist()[0],
     "drawn in place": lambda x: x * torch.zeros(3).uniform_().tolist()[0],
     "nothing written": lambda x: x * torch.empty(3).tolist()[0],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -86,11 +86,17 @@ class KnownNumbers(TorchFunctionMode):
             args = args if all_known else self._without_masks(name, args, known)
         result = func(*args, **kwargs)
         result = list(result) if name == "__iter__" else result
+        made = args[0] if name == "__setitem__" else result
         if all_known:
-            self._follow(func, args, kwargs, known, args[0] if name == "__setitem__" else result)
-        elif "norm" in name:  # torch writes running statistics without counting
-            self._writes.update((_memory(real), -1) for real in known.values())
+            self._follow(func, args, kwargs, known, made)
+        followed = set(map(id, tensors_in(made))) if all_known else set()
+        self._forget(
+            known[id(x)] for x in tensors_in(_written(func, name, args, kwargs)) if id(x) in known.keys() - followed
+        )
         return iter(result) if name == "__iter__" else result
+
+    def _forget(self, contents: Iterable[torch.Tensor]) -> None:
+        self._writes.update((_memory(real), -1) for real in contents)
 
     def _as_made(self, results: Any) -> Any:
         """Tensors among results as code makes them from numbers, so that they are in what is captured."""
@@ -132,6 +138,20 @@ class KnownNumbers(TorchFunctionMode):
                 if x.shape == real.shape and x.dtype == real.dtype:
                     self._contents[id(x)] = (weakref.ref(x), real)
                     self._writes[_memory(real)] = _version(x)
+
+
+def _written(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a function may write into: of lists, and of running statistics, torch counts no writes."""
+    if "norm" in name or name.startswith("_fused"):
+        return args, kwargs
+    schema = getattr(func, "_schema", None)
+    if schema is not None:
+        places = [
+            (i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+        ]
+        return [args[i] if i < len(args) else kwargs.get(key) for i, key in places]
+    in_place = name.endswith("_") and not name.endswith("__")
+    return [args[:1] if in_place else None, kwargs.get("self") if in_place else None, kwargs.get("out")]
 
 
 def _is_small(x: torch.Tensor) -> bool:
