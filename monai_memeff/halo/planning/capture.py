@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _python_dispatch  # read in torch 2.6 to 2.14
 
-from monai_memeff.halo.planning.aside import calls_traced_here, eager, quiet
 from monai_memeff.halo.planning.errors import NotPartitionableError
 from monai_memeff.halo.planning.gradients.compare import check_gradients
 from monai_memeff.halo.planning.gradients.regions import spell_out_regions
@@ -23,6 +22,7 @@ from monai_memeff.halo.planning.gradients.watch import Watch, nothing_saved
 from monai_memeff.halo.planning.lower import lower, place_of
 from monai_memeff.halo.planning.program import Program, flatten_call, unflatten
 from monai_memeff.halo.planning.reasons import check_constants, reason
+from monai_memeff.halo.planning.state.aside import calls_traced_here, eager, quiet
 from monai_memeff.halo.planning.state.averages import without_reading_counts
 from monai_memeff.halo.planning.state.compared_types import refuse_compared_types
 from monai_memeff.halo.planning.state.compiling import answered_plainly

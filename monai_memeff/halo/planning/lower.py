@@ -18,7 +18,7 @@ def _user_line(trace: str | None) -> str:
     found = ""
     for text in (trace or "").splitlines():
         text = text.strip()
-        if text.startswith('File "') and "/torch/" not in text and "halo/planning/aside.py" not in text:
+        if text.startswith('File "') and "/torch/" not in text and "halo/planning/state/aside.py" not in text:
             name, line = text[6:].split('"', 1)
             found = f"{name}:{line.split('line ')[1].split(',')[0]}"
     return found
