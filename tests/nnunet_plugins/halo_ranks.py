@@ -42,6 +42,7 @@ def trainer_class(launch: str) -> tuple[type, int]:
 
 def trained(launch: str, rank: int, world: int, folder: Path) -> None:
     """What one process does."""
+    torch.set_num_threads(1)  # the first thread of a fork makes torch's pool anew; two at once may find none and abort
     dist.init_process_group("gloo", init_method=f"file://{folder}/{launch}", rank=rank, world_size=world)
     module.DDP = lambda network, device_ids: DistributedDataParallel(network.double())
     which, parts = trainer_class(launch)
@@ -64,7 +65,6 @@ def trained(launch: str, rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     for launch in sys.argv[2:]:
         world = int(launch.split(":")[1])
         context = multiprocessing.get_context("fork")
