@@ -56,7 +56,7 @@ def run_ranks(command: list[str], count: int, scripts: dict[str, Any]) -> None:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
 
     def begin(rank: int) -> None:
-        torch.set_num_threads(1)  # the first thread of a fork makes torch's pool anew; two at once may find none and abort
+        torch.set_num_threads(1)  # as in halo_ranks
         os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count))
         run(command, scripts)
 

@@ -91,6 +91,7 @@ def predict(host: Host, trainer: str, out: Path, *more: object) -> list[object]:
     return ["nnUNetv2_predict", *folders, *settings, *more]
 
 
+@pytest.mark.long
 def test_every_trainer_in_nnunets_commands_and_monais_runner(host: Host, tmp_path: Path) -> None:
     trained, halo = TRAINERS[:-1], TRAINERS[-1]
     stock = tmp_path / "stock"

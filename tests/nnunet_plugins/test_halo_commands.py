@@ -101,6 +101,7 @@ def test_two_groups_of_two_processes_go_on_and_validate(host: Host) -> None:
     assert "3 processes cannot be divided into groups of 2 that share a patch" in printed
 
 
+@pytest.mark.long
 def test_stock_goes_on_then_halo_and_stock_predicts(host: Host, tmp_path: Path) -> None:
     hand_over(host, HALO, STOCK)
     printed = host.run_in_one_process(train(STOCK, "--c"), SHORT_EPOCHS="2")

@@ -130,7 +130,7 @@ def host(tmp_path_factory: pytest.TempPathFactory, small_host: Host) -> Host:
     return host
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_labels_changed_settings_and_receivers_by_commands(host: Host, tmp_path: Path) -> None:
     commands: list[list[object]] = []
     for name in ("SparseTrainer", "CLSTMTrainer", "OccupancyTrainer"):

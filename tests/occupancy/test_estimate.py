@@ -58,7 +58,7 @@ def measured(net: Labeled, truth: Tensor, inferer: Any, batch: int = 1) -> int:
 
 
 @pytest.mark.parametrize(("name", "classes"), [("nothing", 2), ("ball", 1), ("shell", 1), ("shell", 3)])
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_peak_is_known_along_a_border_and_bounded_without(name: str, classes: int) -> None:
     for batch, size in enumerate(SIZES, 1):
         net, truth = network(classes), SHAPES[name](size)
@@ -73,7 +73,7 @@ def test_the_peak_is_known_along_a_border_and_bounded_without(name: str, classes
         assert "an upper bound" not in str(exact)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_proposed_passes_keep_a_budget() -> None:
     net, size = network(3), (24, 25, 22)
     truth = SHAPES["shell"](size)
@@ -91,7 +91,7 @@ def test_proposed_passes_keep_a_budget() -> None:
             estimate_network(net, (1, 2, *size), system="occupancy", image=image, memory_budget=100_000)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_larger_volumes_are_extended_from_balls_in_small_ones() -> None:
     """What two small volumes foretell is at least what the volume itself takes, and at most an eighth more."""
     for extents in ((112, 128, 96), (40, 144, 144)):

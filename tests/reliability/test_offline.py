@@ -97,7 +97,7 @@ def test_the_skull_bundle_copied_and_run(
     assert tried == []
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_the_demo(tmp_path: Path, memeff: Callable[..., None], tried: list[str]) -> None:
     head = head_phantom((66, 76, 80), 3.0)
     save_nifti(tmp_path / "head.nii.gz", head.image.numpy(), head.affine.numpy())
