@@ -55,7 +55,8 @@ class KnownNumbers(TorchFunctionMode):
     """Computes the content of such tensors beside the tensors without memory, so that code may read it.
 
     ``torch.tensor(x.shape)`` depends on no value of an input. What is computed from it is known too, until something
-    that is not known is written into it, which torch's count of writes to a tensor and its views tells.
+    that is not known is written into it. Torch's count of writes to a tensor and its views tells, and, as it
+    counts none to lists, what the function may write into.
     """
 
     def __init__(self) -> None:

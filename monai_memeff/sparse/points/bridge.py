@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_memeff.arguments import numbers_checked
-from monai_memeff.checks import as_network_input, check_finite, check_mask
+from monai_memeff.checks import as_network_input, check_finite, check_mask, plain
 from monai_memeff.errors import InputError
 from monai_memeff.geometry import grid, ras_affine, space_of, to_ras, voxels
 from monai_memeff.sparse.core.tensor import SparseTensor
@@ -47,10 +47,10 @@ def points_from_mask(mask: Tensor, image: Tensor | None = None, labels: Tensor |
         if other is not None and (other.ndim != 4 or tuple(other.shape[1:]) != shape):
             raise ValueError(f"{name} must be (C, H, W, D) on the mask's grid {shape}, got {tuple(other.shape)}.")
     check_mask(mask, "points_from_mask")
-    active = _plain(mask)[0] != 0
+    active = plain(mask)[0] != 0
     pos = grid.index_to_mm(active.nonzero(), _affine(mask)).float()
-    x = pos.new_ones(len(pos), 1) if image is None else _features(_plain(image)[:, active].t())
-    return Data(pos, x, None if labels is None else _whole(_plain(labels)[0][active]))
+    x = pos.new_ones(len(pos), 1) if image is None else _features(plain(image)[:, active].t())
+    return Data(pos, x, None if labels is None else _whole(plain(labels)[0][active]))
 
 
 def mask_from_points(
@@ -87,7 +87,7 @@ def mask_from_points(
         if tuple(within.shape) != (1, *shape):
             raise ValueError(f"within must be (1, H, W, D) on the grid {shape}, got {tuple(within.shape)}.")
         check_mask(within, "mask_from_points")
-        volume = _by_nearest(pos, written, _plain(within)[0] != 0, affine)
+        volume = _by_nearest(pos, written, plain(within)[0] != 0, affine)
     else:
         volume = _by_voxel(pos, written, shape, affine)
     own = to_ras(affine, space_of(reference))  # in the reference's own space again
@@ -234,7 +234,3 @@ def _spatial_shape(name: str, volume: Tensor, channels: int | None = 1) -> tuple
 
 def _affine(volume: Tensor) -> Tensor:
     return ras_affine(volume) if isinstance(volume, MetaTensor) else torch.eye(4, dtype=torch.float64)
-
-
-def _plain(volume: Tensor) -> Tensor:
-    return volume.as_subclass(Tensor)
